@@ -1,0 +1,132 @@
+"""Which layouts are legal for a model and a batch: each rule stands here once and refuses with its arithmetic.
+
+`resolve` fills the defaults that depend on model and batch (`stages`, `micro_batch`) and returns a Layout in which every
+choice is explicit; everything below the command line works with resolved layouts only.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.errors import InputError
+from fiveply.spec.layout import Layout, divisors
+
+
+def resolve(layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, where: str = "layout") -> Layout:
+    """Check `layout` against model and batch, and fill its defaults. Raises InputError with the arithmetic and the fix."""
+    layout.check(where)
+    _check_model(layout, spec, where)
+    _check_runtime(layout, spec, where)
+    if sequence > spec.positions:
+        raise InputError(
+            f"sequence {sequence} is longer than the model's {spec.positions} positions", where=where, key="data.sequence",
+            fix=f"give at most {spec.positions}",
+        )  # fmt: skip
+    if sequence < 1 or global_batch < 1:
+        raise InputError(
+            f"sequence {sequence} and global_batch {global_batch} must be 1 or more",
+            where=where,
+            fix="give whole numbers from 1",
+        )
+    if global_batch % layout.dp:
+        raise InputError(
+            f"dp={layout.dp} does not divide a global batch of {global_batch} rows", where=where, key="dp",
+            fix=f"dp in {divisors(global_batch)} does",
+        )  # fmt: skip
+    stages = layout.stages or balanced_stages(spec, layout.stage_count)
+    return msgspec.structs.replace(
+        layout,
+        stages=tuple(stages),
+        micro_batch=_micro_batch(layout, global_batch // layout.dp, where),
+        vp=layout.chunks,
+        sp=int(layout.sequence_parallel),
+        dp_shard=layout.shard_ranks if layout.zero else 0,
+    )
+
+
+def _check_model(layout: Layout, spec: ModelSpec, where: str) -> None:
+    tp, stages = layout.tp, layout.stage_count
+    if spec.heads % tp:
+        raise InputError(
+            f"tp={tp} does not divide {spec.heads} heads", where=where, key="tp",
+            fix=f"tp in {{{', '.join(str(d) for d in divisors(spec.heads) if _kv_fits(spec, d))}}} does",
+        )  # fmt: skip
+    if not _kv_fits(spec, tp):
+        raise InputError(
+            f"tp={tp} neither divides {spec.kv_heads} key-value heads nor is a multiple of them", where=where, key="tp",
+            fix=f"tp in {{{', '.join(str(d) for d in divisors(spec.heads) if _kv_fits(spec, d))}}} is legal",
+        )  # fmt: skip
+    if tp > min(spec.ffn, spec.vocabulary):
+        raise InputError(
+            f"tp={tp} exceeds the MLP's {spec.ffn} columns or {spec.vocabulary} tokens",
+            where=where,
+            key="tp",
+            fix="lower tp",
+        )
+    if layout.stages and sum(layout.stages) != spec.layers:
+        raise InputError(
+            f"stages {'+'.join(map(str, layout.stages))} = {sum(layout.stages)} layers, the model has {spec.layers}",
+            where=where, key="stages", fix="make them add up, or leave stages out",
+        )  # fmt: skip
+    if layout.stages and 0 in layout.stages[1:-1]:
+        raise InputError(
+            "a stage in the middle holds no layer", where=where, key="stages", fix="give it one, or lower pp"
+        )
+    if not layout.stages and stages > spec.layers:
+        raise InputError(
+            f"pp={layout.pp} x {layout.chunks} chunks = {stages} stages, the model has {spec.layers} layers", where=where, key="pp",
+            fix=f"at most {spec.layers} stages",
+        )  # fmt: skip
+
+
+def _check_runtime(layout: Layout, spec: ModelSpec, where: str) -> None:
+    """What the runtime does not run (yet), said before anything starts."""
+    for key in ("cp", "ep", "etp"):
+        if getattr(layout, key) > 1:
+            raise InputError(
+                f"{key}={getattr(layout, key)} cannot be run yet", where=where, key=key, fix=f"leave {key} out"
+            )
+    if layout.offload != "none":
+        raise InputError(
+            f"offload={layout.offload} cannot be run yet", where=where, key="offload", fix="leave offload out"
+        )
+    if spec.attention_dropout and layout.world > 1:
+        raise InputError(
+            f"dropout inside attention ({spec.attention_dropout}) is not keyed by token, so it would differ by layout",
+            where=where, key="attention_dropout", fix="set it to 0 in config.json, or run on one rank",
+        )  # fmt: skip
+
+
+def _kv_fits(spec: ModelSpec, tp: int) -> bool:
+    return spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0
+
+
+def _micro_batch(layout: Layout, replica_batch: int, where: str) -> int:
+    """The given micro-batch if it divides the replica's rows; by default all of them at pp=1, else that over 2 x pp."""
+    if layout.micro_batch:
+        if replica_batch % layout.micro_batch:
+            raise InputError(
+                f"micro_batch={layout.micro_batch} does not divide the {replica_batch} rows of a replica", where=where,
+                key="micro_batch", fix=f"one of {divisors(replica_batch)} does",
+            )  # fmt: skip
+        return layout.micro_batch
+    wanted = replica_batch if layout.pp == 1 else max(1, replica_batch // (2 * layout.pp))
+    return max(d for d in divisors(replica_batch) if d <= wanted)
+
+
+def head_cost(spec: ModelSpec) -> float:
+    """Cost of the head in layers: its matrix over a layer's matrices."""
+    layer = spec.hidden * (2 * spec.q_size + 2 * spec.kv_size + (3 if spec.gated_mlp else 2) * spec.ffn)
+    return spec.vocabulary * spec.hidden / layer
+
+
+def balanced_stages(spec: ModelSpec, count: int) -> list[int]:
+    """Layers per stage such that the costliest stage is cheapest, the head counted on the last; each has at least one."""
+    layers, cost = [1] * count, [1.0] * count
+    cost[-1] += head_cost(spec)
+    for _ in range(spec.layers - count):
+        cheapest = cost.index(min(cost))
+        layers[cheapest] += 1
+        cost[cheapest] += 1
+    return layers
