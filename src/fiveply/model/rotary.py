@@ -1,0 +1,65 @@
+"""Rotary positions (Su et al. 2021) with the scalings of Llama 3.1, linear interpolation and YaRN (Peng et al. 2023).
+
+Tables are computed in float32 whatever the model's type, as `transformers` does, so that both round alike.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fiveply.spec.architecture import Rope
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
+    """Rotation per token of each pair of columns, (head_dim / 2,) float32, and the factor on cosine and sine."""
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if rope.kind == "linear":
+        return inverse / rope.factor, 1.0
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / inverse
+        low, high = rope.original_positions / rope.low_freq_factor, rope.original_positions / rope.high_freq_factor
+        smooth = (rope.original_positions / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        between = (1 - smooth) * inverse / rope.factor + smooth * inverse
+        scaled = torch.where(wavelength > low, inverse / rope.factor, inverse)
+        return torch.where((wavelength <= low) & (wavelength >= high), between, scaled), 1.0
+    if rope.kind == "yarn":
+        return _yarn(rope, head_dim, inverse)
+    return inverse, 1.0
+
+
+def _yarn(rope: Rope, head_dim: int, inverse: Tensor) -> tuple[Tensor, float]:
+    def column(rotations: float) -> float:
+        return head_dim * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = column(rope.beta_fast), column(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+
+    def scale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    factor = rope.attention_factor
+    if factor is None:
+        both = rope.mscale and rope.mscale_all_dim
+        factor = scale(rope.mscale or 1.0) / scale(rope.mscale_all_dim or 1.0) if both else scale(1.0)
+    return inverse / rope.factor * ramp + inverse * (1 - ramp), float(factor)
+
+
+def tables(rope: Rope, head_dim: int, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (T, 1, head_dim / 2) float32, for `rotate`."""
+    inverse, factor = inverse_frequencies(rope, head_dim)
+    angles = positions_T[:, None, None].float() * inverse.to(positions_T.device)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x_THd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
+    """Rotate the pairs (column i, column i + head_dim / 2) of every head."""
+    first, second = x_THd.chunk(2, dim=-1)
+    return torch.cat((first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h), dim=-1)
