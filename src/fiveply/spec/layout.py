@@ -166,6 +166,12 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
             return 2 * self.pp - 1 - pp_rank
         return chunk * self.pp + pp_rank
 
+    @property
+    def end_ranks(self) -> set[int]:
+        """Pipeline ranks of the first and of the last stage: one and the same in a V."""
+        last = self.stage_count - 1
+        return {r for r in range(self.pp) for c in range(self.chunks) if self.stage_of(r, c) in (0, last)}
+
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]

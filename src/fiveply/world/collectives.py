@@ -1,0 +1,164 @@
+"""Every collective and transfer between ranks: an `Axis` with plain operations, and differentiable functions over it.
+
+Notable: the differentiable ones are the conjugate pairs of Megatron-LM (Shoeybi et al. 2019; Korthikanti et al. 2022 for
+sequence parallelism): what is identity forward is a sum backward, and so on. torch's own differentiable all-reduce sums the
+gradient again, which is wrong for a loss that every rank holds. An axis of size one never reaches this file's callers.
+
+Rows that an axis does not divide are padded to equal parts for the transfer and cut afterwards; padding rows carry zero
+gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed these two; older releases have the long names alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Axis:
+    """One axis of the mesh as one rank sees it: its group, size, and own index on it. The only place that calls collectives."""
+
+    def __init__(self, name: str, ranks: list[int], group: dist.ProcessGroup, rank: int) -> None:
+        self.name, self.ranks, self.group = name, ranks, group
+        self.size, self.index = len(ranks), ranks.index(rank)
+
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True) -> dist.Work | None:
+        """In place."""
+        return _work(dist.all_reduce(x, op, group=self.group, async_op=True), wait)
+
+    def all_gather(self, out: Tensor, x: Tensor, *, wait: bool = True) -> dist.Work | None:
+        """`out` is `size` times as long as `x` on dim 0."""
+        return _work(_all_gather(out, x, group=self.group, async_op=True), wait)
+
+    def reduce_scatter(self, out: Tensor, x: Tensor, *, wait: bool = True) -> dist.Work | None:
+        """`x` is `size` times as long as `out` on dim 0."""
+        return _work(_reduce_scatter(out, x, group=self.group, async_op=True), wait)
+
+    def send(self, x: Tensor, to: int) -> dist.Work:
+        """`to` is an index on this axis. The tensor must stay unchanged until the returned work is done."""
+        work = dist.isend(x, self.ranks[to], group=self.group)
+        assert work is not None
+        return work
+
+    def receive(self, out: Tensor, source: int) -> dist.Work:
+        work = dist.irecv(out, self.ranks[source], group=self.group)
+        assert work is not None
+        return work
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Each rank's small Python value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def _work(work: dist.Work | None, wait: bool) -> dist.Work | None:
+    assert work is not None
+    if wait:
+        work.wait()
+        return None
+    return work
+
+
+def rows_per_rank(rows: int, axis: Axis) -> int:
+    return -(-rows // axis.size)
+
+
+def local_rows(x_T: Tensor, axis: Axis) -> Tensor:
+    """This rank's equal part of the rows, zero-padded at the end. Not differentiable: for indices."""
+    part = rows_per_rank(x_T.shape[0], axis)
+    mine = x_T[axis.index * part : (axis.index + 1) * part]
+    return mine if mine.shape[0] == part else torch.cat((mine, mine.new_zeros(part - mine.shape[0], *mine.shape[1:])))
+
+
+def _gather(x: Tensor, axis: Axis, rows: int) -> Tensor:
+    out = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
+    axis.all_gather(out, x.contiguous())
+    return out[:rows]
+
+
+def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    part = rows_per_rank(x.shape[0], axis)
+    missing = part * axis.size - x.shape[0]
+    if missing:
+        x = torch.cat((x, x.new_zeros(missing, *x.shape[1:])))
+    out = x.new_empty(part, *x.shape[1:])
+    axis.reduce_scatter(out, x.contiguous())
+    return out
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        ctx.axis.all_reduce(grad)
+        return grad, None
+
+
+class _SumFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        axis.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, rows: int) -> Tensor:
+        ctx.axis = axis
+        return _gather(x, axis, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _scatter_sum(grads[0], ctx.axis), None, None
+
+
+class _ScatterSumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.rows = axis, x.shape[0]
+        return _scatter_sum(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _gather(grads[0], ctx.axis, ctx.rows), None
+
+
+@torch.compiler.disable
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """Identity forward; backward sums the gradient over the axis (the paper's f)."""
+    return _CopyTo.apply(x, axis)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def sum_from(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis forward; identity backward (the paper's g)."""
+    return _SumFrom.apply(x, axis)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def gather_rows(x: Tensor, axis: Axis, rows: int) -> Tensor:
+    """(T / n, ...) to (rows, ...): all-gather forward, reduce-scatter backward."""
+    return _GatherRows.apply(x, axis, rows)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def scatter_sum_rows(x: Tensor, axis: Axis) -> Tensor:
+    """(T, ...) to (T / n, ...): reduce-scatter forward, all-gather backward."""
+    return _ScatterSumRows.apply(x, axis)  # type: ignore[no-any-return]

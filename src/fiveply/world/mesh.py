@@ -1,0 +1,64 @@
+"""Layout -> the groups of one rank. The only place that makes process groups; axes of size one are None.
+
+A rank makes only the groups that it belongs to, so a world of thousands makes a handful each. Two groups serve the
+pipeline, one a direction, because a backend without tags matches transfers of a pair by their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.layout import Coordinates, Layout
+from fiveply.world.collectives import Axis
+
+
+class Groups:
+    """Process groups by their ranks, made once: axes over the same ranks share one, and so do several layouts in one world."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[tuple[int, ...], int], dist.ProcessGroup] = {}
+
+    def get(self, ranks: list[int], lane: int = 0) -> dist.ProcessGroup:
+        """`lane` keeps apart what must not wait for another: the two directions of a pipeline."""
+        key = (tuple(ranks), lane)
+        if key not in self._made:
+            group = dist.new_group(ranks, use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup)
+            self._made[key] = group
+        return self._made[key]
+
+
+class Mesh:
+    """The axes of this rank in a world of `layout.world` ranks.
+
+    tp: tensor ranks. kv: tensor ranks that hold the same key-value head. shard, replica: data-parallel ranks that share
+    one copy of the state, and those that hold the same part of it. dp: both. down, up: the pipeline, one lane a direction.
+    tied: first and last stage where both hold the embedding. model: the ranks of one replica. world: all.
+    """
+
+    def __init__(self, layout: Layout, spec: ModelSpec, groups: Groups | None = None) -> None:
+        self.layout, self.rank = layout, dist.get_rank()
+        self.at = at = layout.coordinates(self.rank)
+        self._groups = groups or Groups()
+        places = [layout.coordinates(rank) for rank in range(layout.world)]
+
+        def axis(name: str, belongs: Callable[[Coordinates], bool], lane: int = 0) -> Axis | None:
+            ranks = [rank for rank, place in enumerate(places) if belongs(place)]
+            return Axis(name, ranks, self._groups.get(ranks, lane), self.rank) if len(ranks) > 1 else None
+
+        self.world = axis("world", lambda _: True)
+        self.tp = axis("tp", lambda p: (p.dp, p.pp) == (at.dp, at.pp))
+        alike = max(1, layout.tp // spec.kv_heads)
+        self.kv = axis("kv", lambda p: (p.dp, p.pp, p.tp // alike) == (at.dp, at.pp, at.tp // alike))
+        self.dp = axis("dp", lambda p: (p.tp, p.pp) == (at.tp, at.pp))
+        self.shard = axis("shard", lambda p: (p.tp, p.pp, p.replica) == (at.tp, at.pp, at.replica))
+        self.replica = axis("replica", lambda p: (p.tp, p.pp, p.shard) == (at.tp, at.pp, at.shard))
+        self.down = axis("pp", lambda p: (p.tp, p.dp) == (at.tp, at.dp))
+        self.up = axis("pp", lambda p: (p.tp, p.dp) == (at.tp, at.dp), lane=1)
+        self.model = axis("model", lambda p: p.dp == at.dp)
+        ends = layout.end_ranks
+        on_ends = spec.tied and at.pp in ends
+        self.tied = axis("tied", lambda p: (p.tp, p.dp) == (at.tp, at.dp) and p.pp in ends) if on_ends else None
