@@ -10,11 +10,14 @@ gradients.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # torch 2.13 renamed these two; older releases have the long names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,7 +31,9 @@ class Axis:
         self.name, self.ranks, self.group = name, ranks, group
         self.size, self.index = len(ranks), ranks.index(rank)
 
-    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True) -> dist.Work | None:
+    def all_reduce(
+        self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True
+    ) -> dist.Work | None:
         """In place."""
         return _work(dist.all_reduce(x, op, group=self.group, async_op=True), wait)
 
@@ -140,25 +145,30 @@ class _ScatterSumRows(torch.autograd.Function):
         return _gather(grads[0], ctx.axis, ctx.rows), None
 
 
-@torch.compiler.disable
+def _eager(function: Function) -> Function:
+    """Keep a collective out of compiled graphs: the graph breaks there, and both sides stay compiled."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+
+
+@_eager
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """Identity forward; backward sums the gradient over the axis (the paper's f)."""
     return _CopyTo.apply(x, axis)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@_eager
 def sum_from(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis forward; identity backward (the paper's g)."""
     return _SumFrom.apply(x, axis)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@_eager
 def gather_rows(x: Tensor, axis: Axis, rows: int) -> Tensor:
     """(T / n, ...) to (rows, ...): all-gather forward, reduce-scatter backward."""
     return _GatherRows.apply(x, axis, rows)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@_eager
 def scatter_sum_rows(x: Tensor, axis: Axis) -> Tensor:
     """(T, ...) to (T / n, ...): reduce-scatter forward, all-gather backward."""
     return _ScatterSumRows.apply(x, axis)  # type: ignore[no-any-return]

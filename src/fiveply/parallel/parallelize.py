@@ -1,0 +1,210 @@
+"""parallelize: THE function that applies a Layout to a decoder, in a fixed order.
+
+1. cut: each chunk keeps its stage's layers, on the meta device;
+2. slice: each parameter becomes this rank's slice, initialised by name or read from a checkpoint, in its unit's flat buffer;
+3. tensor boundaries; 4. split backward; 5. compile; 6. recompute; 7. gathering around units (zero 3).
+
+Nothing above asks how the model is split: the trainer sees chunks, units and a reducer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fiveply.model.decoder import Decoder, Linear
+from fiveply.parallel.data_parallel import Dtypes, GradientReducer, Unit
+from fiveply.parallel.initialize import initial_value
+from fiveply.parallel.pipeline_stages import stage_of_decoder
+from fiveply.parallel.recompute import recomputed_block
+from fiveply.parallel.split_backward import WeightQueue
+from fiveply.parallel.tensor_parallel import VocabularyHead, apply_tensor_parallel
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.placement import Placed, place, stage_units
+from fiveply.world.mesh import Mesh
+
+
+class TensorSource(Protocol):
+    """Where parameters are read from: a checkpoint or a Hugging Face directory."""
+
+    def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor: ...
+
+
+class Chunk:
+    """One stage's part of the decoder on this rank."""
+
+    def __init__(self, decoder: Decoder, stage: int, units: dict[str, Unit], reduces: list[Unit], last: bool) -> None:
+        self.decoder, self.stage, self.last = decoder, stage, last
+        self.units = units
+        """All units that the chunk computes with, in forward order."""
+        self.reduces = reduces
+        """Those whose gradients its last backward completes (a tied embedding's belong to the first stage)."""
+        self.head: VocabularyHead | None = None
+        self.weights: WeightQueue | None = None
+        """Weight gradients put off by a split backward."""
+
+
+class ParallelModel:
+    """A decoder under a resolved Layout, as this rank holds it."""
+
+    def __init__(
+        self, spec: ModelSpec, mesh: Mesh, chunks: list[Chunk], units: list[Unit], reducer: GradientReducer
+    ) -> None:
+        self.spec, self.mesh, self.chunks, self.units, self.reducer = spec, mesh, chunks, units, reducer
+        self.layout = mesh.layout
+
+    def updated(self) -> None:
+        """After the optimiser's step: refresh the parameters that the chunks compute with."""
+        for unit in self.units:
+            unit.updated()
+
+    def train(self, mode: bool = True) -> None:
+        for chunk in self.chunks:
+            chunk.decoder.train(mode)
+
+
+def parallelize(
+    spec: ModelSpec,
+    mesh: Mesh,
+    *,
+    seed: int,
+    dtypes: Dtypes,
+    device: torch.device | None = None,
+    source: TensorSource | None = None,
+    compile: bool = False,
+    average_gradients: bool = True,
+) -> ParallelModel:
+    """Build this rank's part of the model under `mesh.layout` (resolved). Values come from `source`, else from `seed`."""
+    layout, device = mesh.layout, device or torch.device("cpu")
+    chunks: list[Chunk] = []
+    made: dict[str, Unit] = {}
+    for index in range(layout.chunks):
+        stage = layout.stage_of(mesh.at.pp, index)
+        names = stage_units(spec, layout.stages, stage)
+        decoder = stage_of_decoder(spec, names, first=stage == 0)
+        shared = [name for name in names if name in made]
+        _make_units(
+            decoder,
+            place(spec, layout, mesh.at.tp, stage),
+            mesh,
+            made,
+            seed,
+            dtypes,
+            device,
+            source,
+            longest_of(spec, mesh, stage),
+        )
+        units = {name: made[name] for name in names}
+        chunk = Chunk(
+            decoder, stage, units, [made[name] for name in names if name not in shared], stage == layout.stage_count - 1
+        )
+        chunks.append(chunk)
+    for chunk in chunks:
+        _dress(chunk, mesh, compile=compile)
+    units = list(made.values())
+    return ParallelModel(spec, mesh, chunks, units, GradientReducer(units, mesh, average_gradients=average_gradients))
+
+
+def longest_of(spec: ModelSpec, mesh: Mesh, stage: int) -> dict[str, int]:
+    """Elements of each unit on the tensor rank that holds most: rank 0, which has the larger part of every uneven cut."""
+    sizes: dict[str, int] = {}
+    for placed in place(spec, mesh.layout, 0, stage):
+        unit = placed.parameter.unit
+        sizes[unit] = sizes.get(unit, 0) + torch.Size(placed.size).numel()
+    return sizes
+
+
+def _make_units(
+    decoder: Decoder,
+    table: Sequence[Placed],
+    mesh: Mesh,
+    made: dict[str, Unit],
+    seed: int,
+    dtypes: Dtypes,
+    device: torch.device,
+    source: TensorSource | None,
+    longest: dict[str, int],
+) -> None:
+    """Give every parameter of the chunk its values, unit by unit; a unit that another chunk made is shared."""
+    by_unit: dict[str, list[Placed]] = {}
+    for placed in table:
+        by_unit.setdefault(placed.parameter.unit, []).append(placed)
+    for name, rows in by_unit.items():
+        if name not in made:
+            values: list[tuple[Placed, Tensor]] = []
+            for placed in rows:
+                if source is None:
+                    value = initial_value(placed, decoder.spec, seed, dtypes.optimizer)
+                else:
+                    value = source.read(placed.name, placed.start, placed.size)
+                values.append((placed, value.to(device)))
+            made[name] = Unit(name, values, longest[name], mesh, dtypes)
+        for entry in made[name].entries:
+            owner, _, attribute = entry.placed.name.rpartition(".")
+            setattr(decoder.get_submodule(owner), attribute, entry.parameter)
+    missing = [name for name, parameter in decoder.named_parameters() if parameter.is_meta]
+    assert not missing, f"the parameter table lacks {missing}"
+
+
+def _dress(chunk: Chunk, mesh: Mesh, *, compile: bool) -> None:
+    """Put everything around the plain modules: boundaries, split backward, compile, recompute, gathering."""
+    layout, decoder = mesh.layout, chunk.decoder
+    if mesh.tp is not None:
+        apply_tensor_parallel(decoder, mesh.tp, sequence_parallel=layout.sequence_parallel)
+    if chunk.last:
+        chunk.head = VocabularyHead(decoder, mesh.tp)
+    if layout.schedule in ("zb", "zbv") and layout.pp > 1:
+        chunk.weights = WeightQueue()
+        for module in decoder.model.layers.modules():
+            if isinstance(module, Linear):
+                module.product = chunk.weights.linear
+    for block in decoder.model.layers.values():
+        forward: Any = block.forward
+        if compile:
+            forward = torch.compile(forward)
+        block.forward = recomputed_block(forward, layout.recompute)
+    if layout.zero == 3:
+        _gather_around_units(chunk)
+
+
+def _gather_around_units(chunk: Chunk) -> None:
+    """zero 3: a unit's parameters exist from just before its use to just after, forward and backward, one unit ahead."""
+    trunk, units = chunk.decoder.model, chunk.units
+    users: list[tuple[nn.Module, str]] = []
+    if chunk.decoder.first and trunk.embed_tokens is not None:
+        users.append((trunk.embed_tokens, "embed"))
+    if trunk.embed_positions is not None:
+        users.append((trunk.embed_positions, "positions"))
+    users += [(block, f"layers.{name}") for name, block in trunk.layers.items()]
+    if trunk.norm is not None:
+        users.append((trunk.norm, "norm"))
+    order = [units[name] for _, name in users]
+    for index, (module, name) in enumerate(users):
+        following = order[index + 1 : index + 2]
+        # Backward needs the weights of blocks and norms; an embedding's needs the indices alone.
+        preceding = [unit for unit in order[max(0, index - 1) : index] if unit.name not in ("embed", "positions")]
+        again = name not in ("embed", "positions")
+        _gather_around(module, units[name], following, preceding, again)
+
+
+def _gather_around(module: nn.Module, unit: Unit, following: list[Unit], preceding: list[Unit], again: bool) -> None:
+    def before(_module: nn.Module, _args: Any) -> None:
+        unit.wait_gather()
+        for ahead in following:
+            ahead.start_gather()
+
+    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        unit.release()
+        if again and output.requires_grad:
+            output.register_hook(before_backward)
+
+    def before_backward(_grad: Tensor) -> None:
+        unit.wait_gather()
+        for ahead in preceding:
+            ahead.start_gather()
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
