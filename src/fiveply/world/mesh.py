@@ -16,7 +16,10 @@ from fiveply.world.collectives import Axis
 
 
 class Groups:
-    """Process groups by their ranks, made once: axes over the same ranks share one, and so do several layouts in one world."""
+    """Process groups by their ranks, made once: axes over the same ranks share one, and so do several layouts in one world.
+
+    Every rank must ask for equally many, in the same order.
+    """
 
     def __init__(self) -> None:
         self._made: dict[tuple[tuple[int, ...], int], dist.ProcessGroup] = {}
@@ -47,7 +50,10 @@ class Mesh:
 
         def axis(name: str, belongs: Callable[[Coordinates], bool], lane: int = 0) -> Axis | None:
             ranks = [rank for rank, place in enumerate(places) if belongs(place)]
-            return Axis(name, ranks, self._groups.get(ranks, lane), self.rank) if len(ranks) > 1 else None
+            if len(ranks) == 1 and lane == 0:
+                return None
+            group = self._groups.get(ranks, lane)
+            return Axis(name, ranks, group, self.rank) if len(ranks) > 1 else None
 
         self.world = axis("world", lambda _: True)
         self.tp = axis("tp", lambda p: (p.dp, p.pp) == (at.dp, at.pp))
@@ -57,8 +63,11 @@ class Mesh:
         self.shard = axis("shard", lambda p: (p.tp, p.pp, p.replica) == (at.tp, at.pp, at.replica))
         self.replica = axis("replica", lambda p: (p.tp, p.pp, p.shard) == (at.tp, at.pp, at.shard))
         self.down = axis("pp", lambda p: (p.tp, p.dp) == (at.tp, at.dp))
-        self.up = axis("pp", lambda p: (p.tp, p.dp) == (at.tp, at.dp), lane=1)
+        self.up = axis("pp", lambda p: (p.tp, p.dp) == (at.tp, at.dp), lane=1) if layout.pp > 1 else None
         self.model = axis("model", lambda p: p.dp == at.dp)
-        ends = layout.end_ranks
-        on_ends = spec.tied and at.pp in ends
-        self.tied = axis("tied", lambda p: (p.tp, p.dp) == (at.tp, at.dp) and p.pp in ends) if on_ends else None
+        self.tied = None
+        if spec.tied and len(layout.end_ranks) > 1:
+            # Ranks between the ends make a group too, of themselves alone: gloo numbers groups by process, and members of a
+            # later one must have made equally many.
+            mine = layout.end_ranks if at.pp in layout.end_ranks else {at.pp}
+            self.tied = axis("tied", lambda p: (p.tp, p.dp) == (at.tp, at.dp) and p.pp in mine, lane=2)
