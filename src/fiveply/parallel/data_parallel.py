@@ -86,18 +86,22 @@ class Unit:
         self.part = -(-longest // shards)
         self.owned = (mesh.at.shard * self.part, (mesh.at.shard + 1) * self.part)
         device = ordered[0][1].device
-        self.full = torch.zeros(self.part * shards, dtype=dtypes.compute, device=device)
+        exact = torch.zeros(self.part * shards, dtype=dtypes.optimizer, device=device)
+        offset = 0
+        for _, value in ordered:
+            exact[offset : offset + value.numel()].copy_(value.reshape(-1))
+            offset += value.numel()
+        own = slice(*self.owned)
+        self.full = exact.to(dtypes.compute)
+        self.values = self.full[own].clone() if self.zero == 3 else self.full[own]
+        self.master = self.values if dtypes.optimizer == dtypes.compute else exact[own].clone()
         self.entries: list[Entry] = []
         offset = 0
         for placed, value in ordered:
-            view = self.full[offset : offset + value.numel()]
-            view.copy_(value.reshape(-1))
-            self.entries.append(Entry(placed, nn.Parameter(view.view(value.shape)), offset, offset + value.numel()))
-            offset += value.numel()
+            low, high = offset, offset + value.numel()
+            self.entries.append(Entry(placed, nn.Parameter(self.full[low:high].view(value.shape)), low, high))
+            offset = high
 
-        own = slice(*self.owned)
-        self.values = self.full[own].clone() if self.zero == 3 else self.full[own]
-        self.master = self.values if dtypes.optimizer == dtypes.compute else self.values.to(dtypes.optimizer)
         self.full_grad: Tensor | None = None
         if self.zero <= 1:
             self.full_grad = torch.zeros(self.full.shape, dtype=dtypes.reduce, device=device)

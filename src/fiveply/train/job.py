@@ -32,6 +32,8 @@ class Sums:
     loss: float
     square_norm: float
     tokens: int
+    flagged: bool = False
+    """Whether any rank raised its flag (a request to stop)."""
 
     @property
     def mean_loss(self) -> float:
@@ -74,34 +76,37 @@ class Job:
         )  # fmt: skip
         self.executor = Executor(self.model, schedule, seed=run.seed)
 
-    def step(self, batches: Batches, step: int) -> Sums:
-        """One optimiser step on global batch `step`; returns the sums of the world, equal on every rank."""
-        sums = self.gradients(batches, step)
+    def step(self, batches: Batches, step: int, first: int | None = None) -> Sums:
+        """One optimiser step on the global batch that begins at sample `first`; returns the world's sums."""
+        sums = self.gradients(batches, step, first)
         self.update(sums, step)
         return sums
 
-    def gradients(self, batches: Batches, step: int) -> Sums:
-        """Forward and backward of global batch `step`, up to reduced (not yet divided) gradients."""
+    def gradients(self, batches: Batches, step: int, first: int | None = None, *, flag: bool = False) -> Sums:
+        """Forward and backward of one global batch, up to reduced (not yet divided) gradients.
+
+        `step` keys dropout and the learning rate, `first` is the global sample index (default: as if every step before
+        had taken one batch). The sums are equal on every rank, except where replicas step alone.
+        """
         self.optimizer.zero_grad()
-        first = step * batches.global_batch
+        first = step * batches.global_batch if first is None else first
         if self.spec.attention_dropout:
             torch.manual_seed((self.run.seed << 32) + step)
         mine = first + self.mesh.at.dp * self.replica_rows
         local = self.executor.step(self._micro_batches(batches, mine, self.replica_rows), step)
-        totals = torch.stack((self._once(local).double(), self.optimizer.square_norm()))
-        loss_here = float(totals[0])
-        axis = self.mesh.model if self.alone else self.mesh.world
-        if axis is not None:
-            totals = totals.to(self.device)
-            axis.all_reduce(totals)
-        loss, square_norm = totals.tolist()
-        count = (
-            batches.target_tokens(mine, self.replica_rows)
-            if self.alone
-            else batches.target_tokens(first, batches.global_batch)
-        )
-        self._refuse_non_finite(loss, square_norm, loss_here, step, mine)
-        return Sums(loss, square_norm, count)
+        here = torch.stack((self._once(local).double(), self.optimizer.square_norm().to(self.device)))
+        totals = torch.cat((here, here.new_tensor([float(flag)])))
+        if self.mesh.world is not None:
+            self.mesh.world.all_reduce(totals)
+        count = batches.target_tokens(first, batches.global_batch)
+        loss, square_norm, flags = totals.tolist()
+        self._refuse_non_finite(loss, square_norm, float(here[0]), step, mine)
+        if self.alone:
+            count = batches.target_tokens(mine, self.replica_rows)
+            if self.mesh.model is not None:
+                self.mesh.model.all_reduce(here)
+            loss, square_norm = here.tolist()
+        return Sums(loss, square_norm, count, flags > 0)
 
     def update(self, sums: Sums, step: int) -> None:
         """Divide, clip, and step the optimiser; average parameters where replicas step alone."""
@@ -152,9 +157,8 @@ class Job:
         if math.isfinite(loss) and math.isfinite(square_norm):
             return
         found = [(self.mesh.rank, here, first_row)]
-        axis = self.mesh.model if self.alone else self.mesh.world
-        if axis is not None:
-            found = axis.gather_objects(found[0])
+        if self.mesh.world is not None:
+            found = self.mesh.world.gather_objects(found[0])
         bad = [(rank, value, row) for rank, value, row in found if not math.isfinite(value)]
         if bad:
             rank, value, row = bad[0]

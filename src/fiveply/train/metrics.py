@@ -1,0 +1,107 @@
+"""What a run records: a JSON line a step, floating-point operations and MFU, memory by rank, bytes by category.
+
+Formulas: operations per token are Kaplan et al.'s 6 per matrix weight plus attention's, causal attention counted half;
+recomputation is not counted (model FLOPs utilisation, Chowdhery et al. 2022).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+import torch
+
+from fiveply.parallel.parallelize import ParallelModel
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.placement import declare
+
+
+def parameter_count(spec: ModelSpec) -> int:
+    return sum(torch.Size(parameter.shape).numel() for parameter in declare(spec))
+
+
+def flops_per_token(spec: ModelSpec, sequence: int) -> float:
+    """Forward and backward of one token in a sequence of that length: 6 per weight of a matrix product, and attention."""
+    embedding_names = {"embed", "positions"}
+    weights = sum(
+        torch.Size(p.shape).numel() for p in declare(spec) if len(p.shape) == 2 and p.unit not in embedding_names
+    )
+    weights += spec.vocabulary * spec.hidden if spec.tied else 0
+    # Scores and values: 2 products of 2 x heads x head size x keys each, 3 times with backward; a token sees half the row.
+    attention = 0.0
+    for layer in range(spec.layers):
+        seen = min(sequence, spec.window) if layer in spec.window_layers else sequence / 2
+        attention += 12 * spec.q_size * seen
+    return 6 * weights + attention
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.15) -> float:
+    """Operations a second of a large matrix product on this device with the current threads: MFU's denominator."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < seconds or best == float("inf"):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest bytes so far: allocated on a GPU, resident in a CPU process (0 where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def forget_peak_memory() -> None:
+    """Let a forked rank's peak start from now, not from its parent's."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def bytes_by_category(model: ParallelModel) -> dict[str, int]:
+    """This rank's standing bytes; a transient gathered unit of zero 3 counts as a parameter while it stands."""
+    parameters = gradients = optimizer = 0
+    for unit in model.units:
+        parameters += unit.values.nbytes if unit.zero == 3 else unit.full.nbytes
+        gradients += unit.grad.nbytes
+        if unit.full_grad is not None and unit.full_grad is not unit.grad:
+            gradients += unit.full_grad.nbytes
+        optimizer += 2 * unit.master.nbytes + (unit.master.nbytes if unit.master is not unit.values else 0)
+    return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
+
+
+class MetricsFile:
+    """`metrics.jsonl`, appended to and flushed a row at a time; a row that a crash cut short is dropped on resume."""
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        """Keep the rows up to `after_step`: a resumed run repeats the steps since its checkpoint."""
+        kept: list[bytes] = []
+        if path.exists():
+            for line in path.read_bytes().splitlines():
+                try:
+                    row = msgspec.json.decode(line)
+                except msgspec.DecodeError:
+                    continue
+                if row["step"] <= after_step:
+                    kept.append(line)
+        path.write_bytes(b"".join(line + b"\n" for line in kept))
+        self._file: TextIO = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(msgspec.json.encode(row).decode() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,195 @@
+"""Everything about a run that can be known, checked and prepared before any rank starts.
+
+`ready` runs in the launching process: it resolves the layout against model and batch, finds the checkpoint to resume from,
+refuses an existing run directory, and prepares the corpus. What is wrong with the user's input is said here, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from fiveply.checkpoint import store
+from fiveply.checkpoint.huggingface import HuggingFaceSource, TensorSource
+from fiveply.corpus.batches import Batches
+from fiveply.corpus.prepare import Prepared, Source, prepare
+from fiveply.corpus.tokenizer import tokenizer_file
+from fiveply.parallel.data_parallel import Dtypes
+from fiveply.spec.architecture import ModelSpec, presets
+from fiveply.spec.errors import InputError
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve
+from fiveply.spec.run import Precision, RunSpec
+from fiveply.world import device
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run whose input is checked: all that a rank needs to start."""
+
+    run: RunSpec
+    spec: ModelSpec
+    layout: Layout
+    corpus: Path
+    resume: Path | None
+    """The checkpoint to go on from."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user before training starts."""
+
+
+def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, progress: bool = True) -> Ready:
+    """Check and prepare; raises InputError. A resumed run takes the recorded layout unless one is given."""
+    notes: list[str] = []
+    spec = run.model_spec()
+    checkpoint = _checkpoint_to_resume(run, resume, notes)
+    text = layout or (checkpoint.state["layout"] if checkpoint else run.layout)
+    where = "--layout" if layout else "layout"
+    resolved = resolve(
+        Layout.parse(text, where), spec, sequence=run.data.sequence, global_batch=run.train.global_batch, where=where
+    )
+    _check_run(run, spec, resolved)
+    found = device.find()
+    if resolved.world > found.count:
+        if found.kind == "cuda":
+            raise InputError(
+                f"{resolved.world} ranks, {found.count} GPUs here",
+                where=where,
+                fix=f"lower the degrees to {found.count} ranks",
+            )
+        notes.append(
+            f"{resolved.world} ranks share {found.count} cores: this shows that it works, not how fast it can be"
+        )
+    if checkpoint is not None:
+        checkpoint.check(spec)
+    elif run.model.init_from:
+        open_source(run.model.init_from).check(spec)
+    corpus = corpus_folder(run, spec)
+    prepared = prepare_corpus(run, spec, corpus, progress=progress)
+    _check_corpus(run, spec, prepared)
+    return Ready(run, spec, resolved, corpus, checkpoint.path if checkpoint else None, tuple(notes))
+
+
+def _checkpoint_to_resume(run: RunSpec, resume: bool, notes: list[str]) -> store.Checkpoint | None:
+    directory = run.directory
+    if not resume:
+        if directory.exists() and any(directory.iterdir()):
+            raise InputError(
+                "this run exists already", where=str(directory), fix="add --resume, choose another name, or remove it"
+            )
+        return None
+    if not directory.is_dir():
+        raise InputError(
+            "no such run to resume", where=str(directory), fix="leave --resume out, or give the run's own file"
+        )
+    checkpoint, problems = store.open_newest_intact(directory / "checkpoints")
+    notes += [f"{problem}: an older checkpoint is used" if checkpoint else problem for problem in problems]
+    if checkpoint is None:
+        notes.append("the run has no checkpoint yet: it starts from step 0")
+    return checkpoint
+
+
+def _check_run(run: RunSpec, spec: ModelSpec, layout: Layout) -> None:
+    if run.train.sync_every and layout.zero:
+        raise InputError(f"replicas that step alone hold all their state, so zero={layout.zero} has nothing to share",
+                         where="run", key="train.sync_every", fix="set zero=0")  # fmt: skip
+    if run.train.compile and layout.schedule in ("zb", "zbv") and layout.pp > 1:
+        raise InputError("a compiled block has one fused backward, which zero-bubble schedules split", where="run",
+                         key="train.compile", fix="set schedule=1f1b, or compile=false")  # fmt: skip
+    if spec.attention_dropout and layout.recompute != "none":
+        raise InputError("dropout inside attention would draw another mask when recomputed", where="layout", key="recompute",
+                         fix="leave recompute out, or set the model's attention dropout to 0")  # fmt: skip
+
+
+def _check_corpus(run: RunSpec, spec: ModelSpec, prepared: Prepared) -> None:
+    if prepared.vocabulary > spec.vocabulary:
+        raise InputError(
+            f"the tokenizer has {prepared.vocabulary} tokens, the model {spec.vocabulary}", where="run", key="data.tokenizer",
+            fix="give the model's own tokenizer, train:N with N at most that, or model.overrides.vocab_size",
+        )  # fmt: skip
+    training_batches(run, prepared)
+    if prepared.held_out:
+        held_out_batches(run, prepared)
+
+
+def corpus_folder(run: RunSpec, spec: ModelSpec) -> Path:
+    """Where this corpus under this tokenizer is prepared: runs that share both share it."""
+    key = msgspec.json.encode([sources(run), tokenizer_choice(run, spec), run.data.held_out])
+    first = Path(sources(run)[0].path).stem.replace(":", "-") or "corpus"
+    return Path(run.data.folder) / f"{first}-{hashlib.sha256(key).hexdigest()[:10]}"
+
+
+def sources(run: RunSpec) -> list[Source]:
+    if isinstance(run.data.corpus, str):
+        return [Source(run.data.corpus)]
+    return [Source(part.path, part.weight) for part in run.data.corpus]
+
+
+def tokenizer_choice(run: RunSpec, spec: ModelSpec) -> str:
+    """The run's, else the one beside the model's weights or configuration, else one trained to the model's vocabulary."""
+    if run.data.tokenizer:
+        return run.data.tokenizer
+    origin = run.model.init_from or run.model.preset
+    if origin not in presets():
+        folder = Path(origin) if Path(origin).is_dir() else Path(origin).parent
+        if (folder / "tokenizer.json").is_file():
+            return str(tokenizer_file(folder))
+        if run.model.init_from:
+            raise InputError("no tokenizer.json beside the weights", where=origin, fix="set data.tokenizer")
+    return f"train:{spec.vocabulary}"
+
+
+def prepare_corpus(run: RunSpec, spec: ModelSpec, folder: Path, *, progress: bool) -> Prepared:
+    return prepare(
+        sources(run), tokenizer_choice(run, spec), folder, held_out=run.data.held_out, seed=run.seed, progress=progress
+    )
+
+
+def training_batches(run: RunSpec, prepared: Prepared) -> Batches:
+    return Batches(
+        prepared.train, sequence=run.data.sequence, global_batch=run.train.global_batch, seed=run.seed,
+        respect_documents=run.data.respect_documents,
+    )  # fmt: skip
+
+
+def held_out_batches(run: RunSpec, prepared: Prepared) -> Batches:
+    return Batches(
+        prepared.held_out, sequence=run.data.sequence, global_batch=run.train.global_batch, seed=run.seed,
+        respect_documents=run.data.respect_documents, shuffle=False,
+    )  # fmt: skip
+
+
+def evaluation_count(run: RunSpec, held_out: Batches) -> int:
+    """Global batches of one evaluation: as asked, or all that there are (a last partial one wraps around)."""
+    return min(run.train.evaluate_batches, max(1, math.ceil(len(held_out) / run.train.global_batch)))
+
+
+def open_source(path: str) -> TensorSource:
+    """Weights from a Hugging Face directory or a checkpoint."""
+    is_checkpoint = (Path(path) / store.INDEX).is_file() or store.latest(Path(path)) is not None
+    return store.Checkpoint.open(path) if is_checkpoint else HuggingFaceSource(path)
+
+
+def dtypes(precision: Precision) -> Dtypes:
+    """The precision in force; `auto` computes in bfloat16 only where this machine is fast at it."""
+    compute = precision.parameters
+    if compute == "auto":
+        compute = "bfloat16" if device.find().fast_bf16 else "float32"
+    exact = "float64" if compute == "float64" else "float32"
+    names = (
+        compute,
+        exact if precision.reduce == "auto" else precision.reduce,
+        exact if precision.optimizer == "auto" else precision.optimizer,
+    )
+    compute_dtype, reduce_dtype, optimizer_dtype = (getattr(torch, name) for name in names)
+    return Dtypes(compute_dtype, reduce_dtype, optimizer_dtype)
+
+
+def describe(dtypes: Dtypes) -> dict[str, Any]:
+    return {key: str(getattr(dtypes, part)).removeprefix("torch.") for key, part in
+            (("parameters", "compute"), ("reduce", "reduce"), ("optimizer", "optimizer"))}  # fmt: skip
