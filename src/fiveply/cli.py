@@ -1,0 +1,303 @@
+"""The command line: each verb is one function whose parameters are its flags, and one call into the library.
+
+Exit codes: 0 done, 1 a check or a run failed, 2 bad usage or input, in one line on standard error. With `--json` one JSON
+object goes to standard output and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+import fiveply
+from fiveply.spec.errors import FiveplyError, InputError
+
+Flag = FlagCreatePairsOff[bool]
+app = tyro.extras.SubcommandApp()
+
+
+def command(verb: Callable[..., None]) -> Callable[..., None]:
+    """Register a verb such that parsing returns it bound to its flags: parsing and running fail in different ways."""
+
+    @functools.wraps(verb)
+    def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(verb, *args, **kwargs)
+
+    app.command(bound)
+    return verb
+
+
+@command
+def train(
+    run: Annotated[Positional[str], arg(metavar="RUN.toml")] = "",
+    /,
+    *,
+    layout: str = "",
+    resume: Flag = False,
+    set: UseAppendAction[tuple[str, ...]] = (),
+    model: str = "",
+    data: str = "",
+    steps: int = 0,
+    name: str = "",
+    json: Flag = False,
+) -> None:
+    """Train a language model under a layout, from a run's TOML file or from flags alone.
+
+    fiveply train run.toml --layout dp=2,pp=2
+
+    fiveply train --model 15m --data my.txt --layout dp=2,tp=2 --steps 200
+
+    fiveply train run.toml --resume --layout tp=2
+
+    Keys of the file, all with defaults: name, folder, seed, layout; [model] preset, init_from, overrides; [data] corpus,
+    tokenizer, sequence, held_out, respect_documents, folder; [train] steps, until, patience, global_batch, sync_every,
+    compile, evaluate_every, evaluate_batches, checkpoint_every, keep_checkpoints, log_every; [optimizer] name, lr, betas,
+    eps, weight_decay, decay_all, clip, warmup, schedule, decay_share, final_share; [precision] parameters, reduce, optimizer.
+
+    Args:
+        run: The run's TOML file; leave it out to train with the flags below.
+        layout: How to split, as dp=2,tp=2,pp=2 (keys: dp tp pp zero dp_shard schedule vp stages micro_batch recompute sp).
+        resume: Go on from the run's newest intact checkpoint, under its recorded layout unless --layout is given.
+        set: Override a key of the file, as train.steps=100; may be given several times.
+        model: A preset (tiny, 2m, 15m, 60m, 150m, 1b), a config.json, or a Hugging Face directory.
+        data: A .txt, a .jsonl, a directory, `shakespeare`, or datasets:NAME.
+        steps: Optimiser steps.
+        name: Names the run's directory, runs/NAME.
+        json: Print the result as one JSON object on standard output.
+    """
+    from fiveply.spec.run import RunSpec
+    from fiveply.train import setup, trainer
+
+    given: dict[str, Any] = {
+        "model.preset": model,
+        "data.corpus": data,
+        "train.steps": steps,
+        "name": name,
+        "layout": layout,
+    }
+    if not run and not (model or data):
+        raise InputError("nothing to train", where="fiveply train", fix="give a RUN.toml, or --model and --data")
+    settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value)]
+    defaults = {} if run else {"name": f"{Path(model or 'model').stem}-{Path(data or 'shakespeare').stem}"}
+    spec = RunSpec.load(run or None, settings, defaults)
+    _finish(trainer.train(setup.ready(spec, resume=resume, layout=layout or None)), json)
+
+
+@command
+def verify(
+    *,
+    layout: str,
+    against: str = "dp=1",
+    model: str = "tiny",
+    steps: int = 2,
+    dtype: Literal["float64", "float32"] = "float64",
+    seed: int = 0,
+    sync_every: int = 0,
+    json: Flag = False,
+) -> None:
+    """Prove that a layout computes what another does: train both, compare initial parameters, loss, gradients, parameters.
+
+    fiveply verify --layout dp=2,tp=2,pp=2,schedule=1f1b --against dp=1
+
+    fiveply verify --layout tp=3 --model path/to/config.json
+
+    Exit code 0 if every difference is within tolerance, else 1.
+
+    Args:
+        layout: The layout under test.
+        against: The layout it must equal; one device by default.
+        model: A preset, a config.json, or a Hugging Face directory.
+        steps: Optimiser steps to compare.
+        dtype: Precision of everything; parameters after steps are judged in float64 alone.
+        seed: Of parameters, data and dropout.
+        sync_every: Let replicas step alone and average parameters every so many steps (1, with plain gradient steps).
+        json: Print the result as one JSON object on standard output.
+    """
+    from fiveply import equality
+
+    result = equality.verify(layout, against, model=model, steps=steps, dtype=dtype, seed=seed, sync_every=sync_every)
+    print(equality.table(result), file=sys.stderr if json else sys.stdout)
+    if json:
+        _print_json(result)
+    if not result["pass"]:
+        raise SystemExit(1)
+
+
+@command
+def generate(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    /,
+    *,
+    prompt: str = "",
+    prompts: str = "",
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    layout: str = "dp=1",
+    json: Flag = False,
+) -> None:
+    """Continue text with a trained model, on one process.
+
+    fiveply generate runs/demo --prompt "ROMEO:" --max-tokens 100 --temperature 0.8
+
+    fiveply generate path/to/huggingface --prompts prompts.jsonl --json
+
+    Args:
+        model: A run's directory, a checkpoint, or a Hugging Face directory.
+        prompt: The text to continue.
+        prompts: A .jsonl file with "prompt" (text) or "tokens" (ids) on each line.
+        max_tokens: Most tokens to generate.
+        temperature: 0 takes the likeliest token always.
+        top_k: Sample among the k likeliest tokens; 0 for all.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        seed: Of the sampling.
+        layout: One process for now.
+        json: Print the result as one JSON object on standard output.
+    """
+    from fiveply import generate as generation
+
+    result = generation.run(
+        model, prompt=prompt or None, prompts=Path(prompts) if prompts else None, max_tokens=max_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, layout=layout,
+    )  # fmt: skip
+    if json:
+        _print_json(result)
+        return
+    for completion in result["completions"]:
+        print(f"{prompt}{completion['text']}")
+
+
+@command
+def convert(
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    folder: Annotated[Positional[str], arg(metavar="DIR")],
+    /,
+    *,
+    json: Flag = False,
+) -> None:
+    """Write a Hugging Face directory from a GGUF file, or from a checkpoint.
+
+    fiveply convert model.gguf DIR
+
+    fiveply convert runs/demo DIR
+
+    Args:
+        source: A .gguf file, a run's directory, or a checkpoint.
+        folder: The new directory.
+        json: Print the result as one JSON object on standard output.
+    """
+    from fiveply.checkpoint import gguf, huggingface, store
+
+    if Path(source).is_dir():
+        run = Path(source) / "checkpoints"
+        huggingface.export(store.Checkpoint.open(run if run.is_dir() else source), Path(folder))
+    else:
+        gguf.convert(Path(source), Path(folder))
+    _finish({"folder": folder}, json, f"wrote {folder}")
+
+
+@command
+def report(
+    run: Annotated[Positional[str], arg(metavar="RUN")],
+    /,
+    *,
+    out: str = "",
+    json: Flag = False,
+) -> None:
+    """Draw a run as one self-contained HTML file: curves, ranks, schedule, memory.
+
+    fiveply report runs/demo
+
+    Args:
+        run: The run's directory.
+        out: The file to write; runs/NAME/report.html by default.
+        json: Print the result as one JSON object on standard output.
+    """
+    from fiveply.report import page
+
+    path = page.write_report(Path(run), Path(out) if out else None)
+    _finish({"report": str(path)}, json, f"wrote {path}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `fiveply` command."""
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        print(fiveply.__version__)
+        return
+    try:
+        _parse(args)()
+    except FiveplyError as error:
+        print(f"fiveply: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("fiveply: interrupted", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+def _parse(args: list[str]) -> Callable[[], None]:
+    """The verb bound to its flags; bad usage raises InputError with the parser's box folded into one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return app.cli(prog="fiveply", args=_spread_settings(args or ["--help"]), description=fiveply.__doc__)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("│╭╮╰╯ \n") for line in box.getvalue().splitlines()]
+        problem = [line for line in lines[1:] if line]
+        end = next((index for index, line in enumerate(problem) if set(line) == {"─"}), len(problem))
+        text = re.sub(r"\s+", " ", " ".join(problem[:end])).rstrip(".")
+        verb = f" {args[0]}" if args and args[0] in verbs() else ""
+        raise InputError(text, fix=f"see fiveply{verb} --help") from None
+
+
+def verbs() -> list[str]:
+    return ["train", "verify", "generate", "convert", "report"]
+
+
+def _spread_settings(args: list[str]) -> list[str]:
+    """`--set a=1 b=2` as `--set a=1 --set b=2`."""
+    spread: list[str] = []
+    inside = False
+    for value in args:
+        if inside and (value.startswith("-") or "=" not in value):
+            inside = False
+        if inside and spread[-1] != "--set":
+            spread.append("--set")
+        inside = inside or value == "--set"
+        spread.append(value)
+    return spread
+
+
+def _toml(value: Any) -> str:
+    return str(value) if isinstance(value, int) else f'"{value}"'
+
+
+def _finish(result: dict[str, Any], json: bool, line: str = "") -> None:
+    if json:
+        _print_json(result)
+    elif line:
+        print(line)
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+
+
+if __name__ == "__main__":
+    main()

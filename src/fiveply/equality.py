@@ -1,0 +1,225 @@
+"""verify: two layouts train the same model on the same batches; their parameters, losses and gradients must agree.
+
+The measure (DESIGN section 2) is max|a - b| / max(max|b|, 1e-3 x RMS of all gradients): the floor keeps tensors whose true
+gradient is zero, such as a key bias, from being judged by their rounding. Initial parameters must be equal bit for bit.
+The batches are random tokens in documents of unequal length, so ranks and micro-batches hold unequal numbers of targets.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fiveply.checkpoint.slices import rectangles, window
+from fiveply.corpus.batches import Batches, TokenFile
+from fiveply.parallel.data_parallel import Dtypes
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.errors import InputError
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve
+from fiveply.spec.run import Optimizer, RunSpec, Train
+from fiveply.train.job import Job, pieces
+from fiveply.world.launch import launch
+from fiveply.world.mesh import Groups, Mesh
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+ROWS, SEQUENCE = 8, 17
+"""At least so many rows a global batch; an odd length, so that tensor ranks cut tokens unevenly."""
+
+
+@dataclass
+class Trace:
+    """What one layout computed, whole tensors by name: at the start, per step, and at the end."""
+
+    initial: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    """Of the mean loss, before clipping."""
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+def verify(
+    layout: str,
+    against: str = "dp=1",
+    *,
+    model: str | ModelSpec = "tiny",
+    steps: int = 2,
+    dtype: str = "float64",
+    seed: int = 0,
+    sync_every: int = 0,
+) -> dict[str, Any]:
+    """Train `model` under both layouts and compare; returns the keys of DESIGN section 8. Raises InputError."""
+    if steps < 1:
+        raise InputError(f"{steps} steps compare nothing", where="verify", key="steps", fix="give 1 or more")
+    if sync_every > 1:
+        raise InputError(
+            f"sync_every={sync_every} is another algorithm: replicas drift apart between averages, so no layout equals one device",
+            where="verify", key="sync_every", fix="verify sync_every=1 or 0",
+        )  # fmt: skip
+    spec = model if isinstance(model, ModelSpec) else ModelSpec.load(model)
+    layouts = [Layout.parse(layout, "--layout"), Layout.parse(against, "--against")]
+    rows = _rows(layouts)
+    resolved = [
+        resolve(one, spec, sequence=min(SEQUENCE, spec.positions), global_batch=rows, where=where)
+        for one, where in zip(layouts, ("--layout", "--against"), strict=True)
+    ]
+    run = verification_run(rows, steps, seed, sync_every)
+    with tempfile.TemporaryDirectory() as folder:
+        traces: list[Trace] = []
+        for index, one in enumerate(resolved):
+            path = Path(folder) / str(index)
+            losses = launch(_record_to, one.world, path, run, spec, one, steps, dtype)
+            traces.append(_load(path, losses))
+    return compare(*traces, dtype=dtype) | {"layout": str(resolved[0]), "against": str(resolved[1])}
+
+
+def verification_run(rows: int, steps: int, seed: int, sync_every: int = 0) -> RunSpec:
+    """Clipping bites and the rate warms up, so both are compared too; replicas that step alone take plain gradient steps."""
+    optimizer = Optimizer(clip=0.5, warmup=1) if not sync_every else Optimizer(name="sgd", lr=0.1, clip=0, warmup=0)
+    return RunSpec(
+        name="verify",
+        seed=seed,
+        train=Train(steps=max(steps, 4), global_batch=rows, sync_every=sync_every),
+        optimizer=optimizer,
+    )
+
+
+def verification_batches(spec: ModelSpec, rows: int, seed: int) -> Batches:
+    """Random tokens in documents of 1 to 40 tokens, which attention and targets respect."""
+    random = np.random.Generator(np.random.Philox(key=seed))
+    tokens = random.integers(0, spec.vocabulary, 40 * rows * SEQUENCE)
+    ends = np.cumsum(random.integers(1, 41, len(tokens)))
+    documents = np.concatenate(([0], ends[ends < len(tokens)], [len(tokens)])).astype(np.int64)
+    file = TokenFile("random tokens", tokens.astype(np.uint32), documents)
+    return Batches([file], sequence=min(SEQUENCE, spec.positions), global_batch=rows, seed=seed, respect_documents=True)
+
+
+def record(
+    run: RunSpec, spec: ModelSpec, layout: Layout, steps: int, dtype: str, groups: Groups | None = None
+) -> Trace:
+    """Train `steps` steps under a resolved layout whose ranks are this world's; whole on rank 0."""
+    kind = getattr(torch, dtype)
+    mesh = Mesh(layout, spec, groups)
+    job = Job(run, spec, mesh, Dtypes(kind, kind, kind))
+    batches = verification_batches(spec, run.train.global_batch, run.seed)
+    trace = Trace(initial=whole_tensors(job, "parameters"))
+    for step in range(steps):
+        sums = job.gradients(batches, step)
+        trace.losses.append(_mean_over_replicas(job, sums.mean_loss))
+        if not job.alone:
+            trace.gradients.append({name: x / sums.tokens for name, x in whole_tensors(job, "gradients").items()})
+        job.update(sums, step)
+    trace.parameters = whole_tensors(job, "parameters")
+    return trace
+
+
+def whole_tensors(job: Job, kind: str) -> dict[str, Tensor]:
+    """`parameters` or `gradients` of the whole model by name, on rank 0 (others: their own part). Collective."""
+    own = [(s.placed, s.low, values.cpu().numpy()) for s, values in pieces(job, kind)]
+    ranks = [own] if job.mesh.world is None else job.mesh.world.gather_objects(own)
+    tensors: dict[str, Tensor] = {}
+    for placed, low, values in (piece for rank in ranks for piece in rank) if job.mesh.rank == 0 else ():
+        flat = torch.from_numpy(values)
+        whole = tensors.setdefault(placed.name, torch.full(placed.parameter.shape, math.nan, dtype=flat.dtype))
+        for start, size, first, last in rectangles(placed.start, placed.size, low, low + len(flat)):
+            whole[window(start, size, (0,) * len(start))] = flat[first - low : last - low].view(size)
+    return tensors
+
+
+def _mean_over_replicas(job: Job, loss: float) -> float:
+    if not job.alone or job.mesh.dp is None:
+        return loss
+    losses = job.mesh.dp.gather_objects(loss)
+    return sum(losses) / len(losses)
+
+
+def _rows(layouts: list[Layout]) -> int:
+    """Rows of a global batch that every dp and micro-batch divides."""
+    unit = math.lcm(*(layout.dp * max(1, layout.micro_batch) for layout in layouts))
+    return unit * -(-ROWS // unit)
+
+
+def _record_to(folder: Path, run: RunSpec, spec: ModelSpec, layout: Layout, steps: int, dtype: str) -> list[float]:
+    trace = record(run, spec, layout, steps, dtype)
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir()
+        save_file(trace.initial, folder / "initial.safetensors")
+        save_file(trace.parameters, folder / "parameters.safetensors")
+        for step, gradients in enumerate(trace.gradients):
+            save_file(gradients, folder / f"gradients-{step}.safetensors")
+    return trace.losses
+
+
+def _load(folder: Path, losses: list[float]) -> Trace:
+    gradients = [load_file(folder / f"gradients-{step}.safetensors") for step in range(len(losses))
+                 if (folder / f"gradients-{step}.safetensors").exists()]  # fmt: skip
+    return Trace(
+        load_file(folder / "initial.safetensors"), losses, gradients, load_file(folder / "parameters.safetensors")
+    )
+
+
+def compare(a: Trace, b: Trace, *, dtype: str) -> dict[str, Any]:
+    """Differences of `a` from `b` by the measure, with the worst tensor of each kind, and whether all are within tolerance."""
+    tolerance = TOLERANCE[dtype]
+    floors = [1e-3 * _rms(gradients) for gradients in b.gradients] or [0.0]
+    initial = _worst(a.initial, b.initial, floors[0])
+    losses = [abs(x - y) / abs(y) for x, y in zip(a.losses, b.losses, strict=True)]
+    steps = [_worst(x, y, floor) for x, y, floor in zip(a.gradients, b.gradients, floors, strict=False)]
+    gradients = max(steps, key=lambda worst: worst[0], default=(0.0, ""))
+    parameters = _worst(a.parameters, b.parameters, floors[-1])
+    loss = max(losses)
+    same_start = all(torch.equal(a.initial[name], b.initial[name]) for name in b.initial)
+    judged = [loss, gradients[0], *([parameters[0]] if dtype == "float64" else [])]
+    return {
+        "pass": same_start and all(value <= tolerance for value in judged),
+        "max_difference": {
+            "initial_parameters": initial[0], "loss": loss, "gradients": gradients[0], "parameters": parameters[0],
+        },
+        "worst": {
+            "initial_parameters": initial[1], "loss": f"step {losses.index(loss) + 1}", "gradients": gradients[1],
+            "parameters": parameters[1],
+        },
+        "tolerance": tolerance,
+        "dtype": dtype,
+    }  # fmt: skip
+
+
+def _rms(tensors: dict[str, Tensor]) -> float:
+    squares = sum(float(x.double().square().sum()) for x in tensors.values())
+    return math.sqrt(squares / sum(x.numel() for x in tensors.values()))
+
+
+def _worst(a: dict[str, Tensor], b: dict[str, Tensor], floor: float) -> tuple[float, str]:
+    """The largest difference and its tensor; a tensor that is missing or not a number differs infinitely."""
+    worst = (-1.0, "")
+    for name, y in b.items():
+        difference = math.inf
+        if name in a and a[name].shape == y.shape:
+            scale = max(float(y.abs().max()), floor)
+            gap = float((a[name].double() - y.double()).abs().max())
+            difference = 0.0 if gap == 0 else gap / scale if scale else math.inf
+        difference = math.inf if math.isnan(difference) else difference
+        if difference > worst[0]:
+            worst = (difference, name)
+    return worst
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a terminal."""
+    lines = [f"{result['layout']}  against  {result['against']}"]
+    for key, value in result["max_difference"].items():
+        limit = 0.0 if key == "initial_parameters" else result["tolerance"]
+        judged = key != "parameters" or result["dtype"] == "float64"
+        verdict = ("ok" if value <= limit else "DIFFERS") if judged else "not judged in float32"
+        lines.append(
+            f"  {key.replace('_', ' '):20} {value:9.2e}  (tolerance {limit:.0e}) {verdict:8} {result['worst'][key]}"
+        )
+    return "\n".join([*lines, "PASS" if result["pass"] else "FAIL"])

@@ -1,0 +1,321 @@
+"""The loop: steps, evaluation, checkpoints, metrics, a clean stop, and resuming under any layout.
+
+`train` runs in the launcher and starts the ranks; `_Trainer` is what one rank does. What a step computes is `job.py`'s.
+A run's directory:
+
+    run.toml facts.json metrics.jsonl logs/rank-00000.log checkpoints/step-00000100/
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+import fiveply
+from fiveply.checkpoint import store
+from fiveply.checkpoint.slices import Slice, read_flat, slices_of
+from fiveply.corpus.prepare import Prepared
+from fiveply.parallel.data_parallel import Segment
+from fiveply.report.terminal import Progress
+from fiveply.spec.errors import RunError
+from fiveply.spec.legality import resolve
+from fiveply.train import metrics, setup
+from fiveply.train.job import Job, Sums
+from fiveply.train.optimizer import learning_rate
+from fiveply.train.setup import Ready
+from fiveply.world import device
+from fiveply.world.launch import joined, launch, stop_requested
+from fiveply.world.mesh import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def train(ready: Ready) -> dict[str, Any]:
+    """Run it on `ready.layout.world` ranks; returns what `train --json` prints, on rank 0."""
+    directory = ready.run.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "run.toml").write_text(ready.run.toml())
+    except OSError as error:
+        raise RunError(f"{directory}: {error.strerror}; give another `folder`") from None
+    compute = setup.dtypes(ready.run.precision).compute
+    peak = metrics.peak_flops(compute, torch.device("cpu")) if device.find().kind == "cpu" else 0.0
+    return launch(_rank, ready.layout.world, ready, peak, log_folder=directory / "logs")
+
+
+def _rank(ready: Ready, peak: float) -> dict[str, Any]:
+    if joined():
+        # Started from outside, several processes may stand on one host: the first prepares, the others open.
+        if dist.get_rank() == 0:
+            setup.prepare_corpus(ready.run, ready.spec, ready.corpus, progress=True)
+        dist.barrier()
+    trainer = _Trainer(ready, peak)
+    with trainer.progress:
+        return trainer.run()
+
+
+class _Trainer:
+    def __init__(self, ready: Ready, peak: float) -> None:
+        run = ready.run
+        self.ready, self.settings, self.directory = ready, run, run.directory
+        self.layout = resolve(ready.layout, ready.spec, sequence=run.data.sequence, global_batch=run.train.global_batch)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if device.find().kind == "cuda" else torch.device("cpu")
+        )
+        metrics.forget_peak_memory()
+        self.mesh = Mesh(self.layout, ready.spec)
+        self.first_rank = self.mesh.rank == 0
+        self.prepared = Prepared.open(ready.corpus)
+        self.batches = setup.training_batches(run, self.prepared)
+        self.held_out = setup.held_out_batches(run, self.prepared) if self.prepared.held_out else None
+        self.dtypes = setup.dtypes(run.precision)
+        checkpoint = store.Checkpoint.open(ready.resume) if ready.resume else None
+        source = checkpoint or (setup.open_source(run.model.init_from) if run.model.init_from else None)
+        self.job = Job(run, ready.spec, self.mesh, self.dtypes, device=self.device, source=source)
+        self.done, self.cursor = 0, 0
+        self.best: dict[str, Any] = {}
+        self.since_best = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.peak = peak or metrics.peak_flops(self.dtypes.compute, self.device) * self.layout.world
+        self.flops_per_token = metrics.flops_per_token(ready.spec, run.data.sequence)
+        self.progress = Progress(run.train.steps, enabled=self.first_rank)
+        self.metrics = metrics.MetricsFile(self.directory / "metrics.jsonl", self.done) if self.first_rank else None
+        self.last_row: dict[str, Any] = {}
+        self.steps_seconds, self.steps_tokens = 0.0, 0
+
+    # the loop
+
+    def run(self) -> dict[str, Any]:
+        self._write_facts()
+        for note in self.ready.notes if self.first_rank else ():
+            self.progress.note(note)
+        ended = "steps"
+        while self.done < self.settings.train.steps:
+            stop = self._step()
+            settings = self.settings.train
+            if stop:
+                ended = "stopped"
+                break
+            if (
+                settings.evaluate_every
+                and self.done % settings.evaluate_every == 0
+                and self.done < settings.steps
+                and self._evaluate()
+            ):
+                ended = "converged"
+                break
+            if settings.checkpoint_every and self.done % settings.checkpoint_every == 0 and self.done < settings.steps:
+                self._save()
+        if ended == "steps" and not self.last_row.get("held_out_loss"):
+            self._evaluate()
+        self._save()
+        if self.first_rank:
+            self.progress.note(self._farewell(ended))
+        return self._result(ended)
+
+    def _step(self) -> bool:
+        """One optimiser step and its row; returns whether a rank was asked to stop."""
+        begun = time.perf_counter()
+        sums = self.job.gradients(self.batches, self.done, self.cursor, flag=stop_requested())
+        self.job.update(sums, self.done)
+        self.done += 1
+        self.cursor += self.batches.global_batch
+        self._record(sums, time.perf_counter() - begun)
+        return sums.flagged
+
+    def _record(self, sums: Sums, seconds: float) -> None:
+        tokens = self.batches.global_batch * self.batches.sequence
+        self.steps_seconds += seconds
+        self.steps_tokens += tokens
+        row: dict[str, Any] = {
+            "step": self.done,
+            "loss": sums.mean_loss,
+            "grad_norm": sums.norm,
+            "lr": learning_rate(self.settings.optimizer, self.done - 1, self.settings.train.steps),
+            "tokens_per_second": tokens / seconds,
+            "mfu": tokens / seconds * self.flops_per_token / self.peak,
+            "seconds": seconds,
+        }
+        if self.done % self.settings.train.log_every == 0 or self.done in (1, self.settings.train.steps):
+            row["memory_bytes"] = self._gathered(metrics.peak_memory(self.device))
+        self.last_row = row
+        self._publish()
+
+    def _publish(self) -> None:
+        """Write the last row; an evaluation after it writes the row again, and the last of a step counts."""
+        if self.metrics is not None:
+            self.metrics.write(self.last_row)
+            self.progress.update(self.last_row)
+
+    def _evaluate(self) -> bool:
+        """Held-out loss into the last row; returns whether training has converged."""
+        if self.held_out is None:
+            return False
+        loss = self.job.evaluate(self.held_out, setup.evaluation_count(self.settings, self.held_out))
+        self.last_row |= {"held_out_loss": loss, "bits_per_character": self._bits_per_character(loss)}
+        self._publish()
+        if not self.best or loss < self.best["held_out_loss"]:
+            self.best, self.since_best = {"step": self.done, "held_out_loss": loss}, 0
+            if self.settings.train.until == "converged":
+                self._save()
+        else:
+            self.since_best += 1
+        return self.settings.train.until == "converged" and self.since_best >= self.settings.train.patience
+
+    def _bits_per_character(self, loss: float) -> float:
+        return loss / math.log(2) / self.prepared.characters_per_token("held_out")
+
+    # checkpoints
+
+    def _save(self) -> None:
+        if self.job.alone:
+            # A checkpoint is one model: replicas agree before it is written.
+            self.job.average_parameters()
+        folder = self.directory / "checkpoints"
+        state = {
+            "step": self.done,
+            "cursor": self.cursor,
+            "layout": str(self.layout),
+            "seed": self.settings.seed,
+            "best": self.best,
+            "since_best": self.since_best,
+            "last_row": self.last_row,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        extra = {"config.json": msgspec.json.encode(self.ready.spec.config)}
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (self.ready.corpus / name).is_file():
+                extra[name] = (self.ready.corpus / name).read_bytes()
+        store.save(folder, self.done, self._slices(), state, extra)
+        if self.first_rank:
+            best = [folder / f"step-{self.best['step']:08d}"] if self.best else []
+            store.prune(folder, self.settings.train.keep_checkpoints, protect=best)
+
+    def _slices(self) -> Iterator[Slice]:
+        for name, segment, values in self.job.optimizer.state():
+            if self.job.whole(segment):
+                placed = segment.placed
+                prefix = "" if name == "master" else f"optimizer.{name}."
+                yield from slices_of(
+                    self.ready.spec, placed.parameter, placed.start, placed.size, segment.low, values.cpu(), prefix
+                )
+
+    def _restore(self, checkpoint: store.Checkpoint) -> None:
+        state = checkpoint.state
+        self.done, self.cursor, self.best, self.since_best = (
+            state["step"],
+            state["cursor"],
+            state["best"],
+            state["since_best"],
+        )
+
+        def read(name: str, segment: Segment) -> torch.Tensor:
+            prefix = "" if name == "master" else f"optimizer.{name}."
+            placed = segment.placed
+            return read_flat(
+                lambda start, size: checkpoint.read(placed.name, start, size, prefix=prefix),
+                placed.start, placed.size, segment.low, segment.high,
+            )  # fmt: skip
+
+        self.job.optimizer.load(self.done, read)
+
+    # what others read
+
+    def _gathered(self, value: Any) -> list[Any]:
+        return [value] if self.mesh.world is None else self.mesh.world.gather_objects(value)
+
+    def _write_facts(self) -> None:
+        """`facts.json`: what the run is and what each rank holds, for the report."""
+        spec, layout, run, found = self.ready.spec, self.layout, self.settings, device.find()
+        ranks = self._gathered(self._own_facts())
+        if not self.first_rank:
+            return
+        path = self.directory / "facts.json"
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        segments: list[Any] = []
+        if path.is_file() and self.done:
+            segments = [s for s in msgspec.json.decode(path.read_bytes())["segments"] if s["from_step"] < self.done]
+        segments.append({"from_step": self.done, "layout": str(layout), "world": layout.world, "started": now})
+        held_out = sum(len(file.tokens) for file in self.prepared.held_out)
+        facts = {
+            "version": fiveply.__version__,
+            "started": segments[0]["started"],
+            "segments": segments,
+            "layout": str(layout),
+            "world": layout.world,
+            "oversubscribed": layout.world > found.count,
+            "model": {
+                key: getattr(spec, key)
+                for key in ("family", "layers", "hidden", "heads", "kv_heads", "vocabulary", "ffn")
+            } | {"parameters": metrics.parameter_count(spec)},
+            "corpus": {
+                "sources": [source.path for source in setup.sources(run)],
+                "train_tokens": sum(len(file.tokens) for file in self.prepared.train),
+                "held_out_tokens": held_out,
+                "characters_per_token": self.prepared.characters_per_token("held_out" if held_out else "train"),
+                "vocabulary": self.prepared.vocabulary,
+            },
+            "machine": {
+                key: getattr(found, key) for key in ("kind", "name", "count", "cores", "memory_bytes", "fast_bf16")
+            } | {"peak_flops": self.peak},
+            "precision": setup.describe(self.dtypes),
+            "schedule": {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks,
+                         "micro_batches": run.train.global_batch // layout.dp // layout.micro_batch},
+            "tokens_per_step": run.train.global_batch * run.data.sequence,
+            "flops_per_token": self.flops_per_token,
+            "ranks": ranks,
+        }  # fmt: skip
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
+
+    def _own_facts(self) -> dict[str, Any]:
+        at, model = self.mesh.at, self.job.model
+        chunks: list[dict[str, Any]] = []
+        for chunk in model.chunks:
+            layers = [int(name) for name in chunk.decoder.model.layers]
+            chunks.append({
+                "stage": chunk.stage,
+                "layers": [layers[0], layers[-1]] if layers else None,
+                "units": list(chunk.units),
+            })  # fmt: skip
+        return {
+            "rank": self.mesh.rank,
+            **msgspec.structs.asdict(at),
+            "chunks": chunks,
+            "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
+            "bytes": metrics.bytes_by_category(model),
+        }
+
+    def _farewell(self, ended: str) -> str:
+        row = self.last_row
+        text = {"steps": "done", "converged": "converged", "stopped": "stopped as asked"}[
+            ended
+        ] + f" at step {self.done}"
+        if "loss" in row:
+            text += f": loss {row['loss']:.4f}"
+        if "held_out_loss" in row:
+            text += f", held-out {row['held_out_loss']:.4f} nats per token = {row['bits_per_character']:.3f} bits per character"
+        if ended == "converged":
+            text += f"; the best checkpoint is step {self.best['step']}"
+        return text + (f"; go on with --resume ({self.directory})" if ended == "stopped" else "")
+
+    def _result(self, ended: str) -> dict[str, Any]:
+        row = self.last_row
+        return {
+            "run": str(self.directory),
+            "step": self.done,
+            "loss": row.get("loss"),
+            "held_out_loss": row.get("held_out_loss"),
+            "bits_per_character": row.get("bits_per_character"),
+            "tokens_per_second": self.steps_tokens / self.steps_seconds if self.steps_seconds else None,
+            "layout": str(self.layout),
+            "ended": ended,
+            "best": self.best or None,
+        }
