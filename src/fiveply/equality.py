@@ -71,7 +71,7 @@ def verify(
         resolve(one, spec, sequence=min(SEQUENCE, spec.positions), global_batch=rows, where=where)
         for one, where in zip(layouts, ("--layout", "--against"), strict=True)
     ]
-    run = verification_run(rows, steps, seed, sync_every)
+    run = verification_run(rows, steps, seed, dtype, sync_every)
     with tempfile.TemporaryDirectory() as folder:
         traces: list[Trace] = []
         for index, one in enumerate(resolved):
@@ -81,25 +81,37 @@ def verify(
     return compare(*traces, dtype=dtype) | {"layout": str(resolved[0]), "against": str(resolved[1])}
 
 
-def verification_run(rows: int, steps: int, seed: int, sync_every: int = 0) -> RunSpec:
-    """Clipping bites and the rate warms up, so both are compared too; replicas that step alone take plain gradient steps."""
-    optimizer = Optimizer(clip=0.5, warmup=1) if not sync_every else Optimizer(name="sgd", lr=0.1, clip=0, warmup=0)
-    return RunSpec(
-        name="verify",
-        seed=seed,
-        train=Train(steps=max(steps, 4), global_batch=rows, sync_every=sync_every),
-        optimizer=optimizer,
-    )
+def verification_run(rows: int, steps: int, seed: int, dtype: str = "float64", sync_every: int = 0) -> RunSpec:
+    """A run in which clipping bites and the rate warms up, so both are compared too.
+
+    AdamW with a tiny epsilon moves an element by a full learning rate even where its gradient is rounding noise; float64
+    bears that, float32 gets an epsilon of the gradients' size. Replicas that step alone take plain gradient steps.
+    """
+    optimizer = Optimizer(clip=0.5, warmup=1, eps=1e-8 if dtype == "float64" else 1e-3)
+    if sync_every:
+        optimizer = Optimizer(name="sgd", lr=0.1, clip=0, warmup=0)
+    train = Train(steps=max(steps, 4), global_batch=rows, sync_every=sync_every)
+    return RunSpec(name="verify", seed=seed, train=train, optimizer=optimizer)
 
 
-def verification_batches(spec: ModelSpec, rows: int, seed: int) -> Batches:
-    """Random tokens in documents of 1 to 40 tokens, which attention and targets respect."""
+def verification_batches(spec: ModelSpec, run: RunSpec) -> Batches:
+    """Random tokens in documents of 1 to 40 tokens, which attention and targets respect.
+
+    Where replicas step alone they don't: the mean of their means is the global mean for equal numbers of targets only.
+    """
+    rows, seed = run.train.global_batch, run.seed
     random = np.random.Generator(np.random.Philox(key=seed))
     tokens = random.integers(0, spec.vocabulary, 40 * rows * SEQUENCE)
     ends = np.cumsum(random.integers(1, 41, len(tokens)))
     documents = np.concatenate(([0], ends[ends < len(tokens)], [len(tokens)])).astype(np.int64)
     file = TokenFile("random tokens", tokens.astype(np.uint32), documents)
-    return Batches([file], sequence=min(SEQUENCE, spec.positions), global_batch=rows, seed=seed, respect_documents=True)
+    return Batches(
+        [file],
+        sequence=min(SEQUENCE, spec.positions),
+        global_batch=rows,
+        seed=seed,
+        respect_documents=not run.train.sync_every,
+    )
 
 
 def record(
@@ -109,7 +121,7 @@ def record(
     kind = getattr(torch, dtype)
     mesh = Mesh(layout, spec, groups)
     job = Job(run, spec, mesh, Dtypes(kind, kind, kind))
-    batches = verification_batches(spec, run.train.global_batch, run.seed)
+    batches = verification_batches(spec, run)
     trace = Trace(initial=whole_tensors(job, "parameters"))
     for step in range(steps):
         sums = job.gradients(batches, step)

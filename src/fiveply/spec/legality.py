@@ -1,7 +1,7 @@
 """Which layouts are legal for a model and a batch: each rule stands here once and refuses with its arithmetic.
 
-`resolve` fills the defaults that depend on model and batch (`stages`, `micro_batch`) and returns a Layout in which every
-choice is explicit; everything below the command line works with resolved layouts only.
+`resolve` fills the defaults that depend on model and batch (`stages`, `micro_batch`); Layout's own properties answer for
+the others. Everything below the command line works with resolved layouts only.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ def resolve(layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int
         layout,
         stages=tuple(stages),
         micro_batch=_micro_batch(layout, global_batch // layout.dp, where),
-        vp=layout.chunks,
-        sp=int(layout.sequence_parallel),
-        dp_shard=layout.shard_ranks if layout.zero else 0,
     )
 
 
