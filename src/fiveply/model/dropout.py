@@ -23,7 +23,7 @@ class KeyedDropout:
         rows_T1 = _mix((self.tokens_T[:, None] & 0xFFFFFFFF) ^ low) ^ (self.tokens_T[:, None] >> 32)
         bits_TD = _mix((rows_T1 * 0x9E3779B1 + columns_D + high) & 0xFFFFFFFF)
         keep_TD = bits_TD >= int(self.rate * 2**32)
-        return x_TD * (keep_TD / (1 - self.rate)).to(x_TD.dtype)
+        return x_TD * (keep_TD.to(x_TD.dtype) / (1 - self.rate))
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -27,11 +27,16 @@ def head_loss(
     targets_T: Tensor,
     *,
     first_row: int = 0,
+    largest_slice: int = 0,
     reduce_max: Reduce | None = None,
     reduce_sum: Reduce | None = None,
 ) -> Tensor:
-    """Sum over targets of -log softmax(hidden W^T)[target]; targets of -100 count nothing. Returns a scalar, float32 or float64."""
-    return _HeadLoss.apply(hidden_TD, weight_VD, targets_T, first_row, reduce_max, reduce_sum)  # type: ignore[no-any-return]
+    """Sum over targets of -log softmax(hidden W^T)[target]; targets of -100 count nothing. Returns a scalar, float32 or float64.
+
+    largest_slice: rows of the largest slice on any rank, where slices differ: all must cut the tokens into the same chunks.
+    """
+    chunk = max(1, CHUNK_ELEMENTS // (largest_slice or weight_VD.shape[0]))
+    return _HeadLoss.apply(hidden_TD, weight_VD, targets_T, first_row, chunk, reduce_max, reduce_sum)  # type: ignore[no-any-return]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -42,6 +47,7 @@ class _HeadLoss(torch.autograd.Function):
         weight_VD: Tensor,
         targets_T: Tensor,
         first_row: int,
+        chunk: int,
         reduce_max: Reduce | None,
         reduce_sum: Reduce | None,
     ) -> Tensor:
@@ -51,7 +57,6 @@ class _HeadLoss(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD) if wants_weight else None
-        chunk = max(1, CHUNK_ELEMENTS // stored)
         for start in range(0, tokens, chunk):
             hidden_CD, targets_C = hidden_TD[start : start + chunk], targets_T[start : start + chunk]
             counts_C = targets_C != IGNORE
@@ -87,4 +92,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight = (None if x is None else x.mul_(grads[0]) for x in ctx.grads)
         ctx.grads = None
-        return hidden, weight, None, None, None, None
+        return hidden, weight, None, None, None, None, None

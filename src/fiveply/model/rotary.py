@@ -15,7 +15,8 @@ from fiveply.spec.architecture import Rope
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
     """Rotation per token of each pair of columns, (head_dim / 2,) float32, and the factor on cosine and sine."""
-    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    inverse = 1.0 / powers
     if rope.kind == "linear":
         return inverse / rope.factor, 1.0
     if rope.kind == "llama3":
@@ -28,11 +29,11 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
         scaled = torch.where(wavelength > low, inverse / rope.factor, inverse)
         return torch.where((wavelength <= low) & (wavelength >= high), between, scaled), 1.0
     if rope.kind == "yarn":
-        return _yarn(rope, head_dim, inverse)
+        return _yarn(rope, head_dim, powers)
     return inverse, 1.0
 
 
-def _yarn(rope: Rope, head_dim: int, inverse: Tensor) -> tuple[Tensor, float]:
+def _yarn(rope: Rope, head_dim: int, powers: Tensor) -> tuple[Tensor, float]:
     def column(rotations: float) -> float:
         return head_dim * math.log(rope.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
@@ -40,7 +41,8 @@ def _yarn(rope: Rope, head_dim: int, inverse: Tensor) -> tuple[Tensor, float]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    width = high - low or 0.001
+    kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
 
     def scale(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
@@ -49,7 +51,8 @@ def _yarn(rope: Rope, head_dim: int, inverse: Tensor) -> tuple[Tensor, float]:
     if factor is None:
         both = rope.mscale and rope.mscale_all_dim
         factor = scale(rope.mscale or 1.0) / scale(rope.mscale_all_dim or 1.0) if both else scale(1.0)
-    return inverse / rope.factor * ramp + inverse * (1 - ramp), float(factor)
+    # In the oracle's own order of operations: a last bit of a frequency grows with the position.
+    return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept, float(factor)
 
 
 def tables(rope: Rope, head_dim: int, positions_T: Tensor) -> tuple[Tensor, Tensor]:

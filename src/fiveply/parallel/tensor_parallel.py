@@ -64,6 +64,7 @@ class VocabularyHead:
             self.decoder.head_weight,
             targets_T,
             first_row=self.first_row,
+            largest_slice=part(self.decoder.spec.vocabulary, self.axis.size, 0)[1],
             reduce_max=self._maximum,
             reduce_sum=self._sum,
         )

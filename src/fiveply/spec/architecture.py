@@ -6,9 +6,10 @@ reads the fields and asks for no family. Sizes are counts, not bytes.
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -21,6 +22,7 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -28,7 +30,21 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
+ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
+"""The numbers that each needs; yarn's factor follows from the positions."""
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
+              "head_dim": 128},
+}  # fmt: skip
+"""What `transformers` takes for keys that a configuration leaves out, where it is not what follows from the others."""
 
 
 class Rope(msgspec.Struct, frozen=True):
@@ -98,7 +114,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
         name = str(source)
         if name in presets():
             text = resources.files("fiveply.spec").joinpath(f"presets/{name}.json").read_text()
-            return cls.from_config(_decode(text, name), where=f"preset {name}")
+            return cls.from_config(_decode(text.encode(), name), where=f"preset {name}")
         path = Path(source)
         if path.is_dir():
             path = path / "config.json"
@@ -108,12 +124,12 @@ class ModelSpec(msgspec.Struct, frozen=True):
                 where=name,
                 fix=f"presets are {', '.join(presets())}; else give a Hugging Face directory",
             )
-        return cls.from_config(_decode(path.read_text(), str(path)), where=str(path))
+        return cls.from_config(_decode(path.read_bytes(), str(path)), where=str(path))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> ModelSpec:
         """Translate a Hugging Face configuration; raises InputError for what this decoder does not compute."""
-        family = config.get("model_type", "")
+        family = str(config.get("model_type", ""))
         if family not in FAMILIES:
             raise InputError(
                 f"model_type '{family}' is not supported",
@@ -141,13 +157,27 @@ class ModelSpec(msgspec.Struct, frozen=True):
         if self.rope is not None and self.head_dim % 2:
             raise InputError(f"rotary positions need an even head size, not {self.head_dim}", where=where, key="head_dim",
                              fix="make hidden_size / num_attention_heads even")  # fmt: skip
+        if self.rope is not None and not (
+            1 < self.rope.theta < math.inf and 0 < self.rope.factor < math.inf and self.rope.original_positions >= 0
+        ):
+            raise InputError(
+                f"theta {self.rope.theta} with factor {self.rope.factor} rotates nothing",
+                where=where,
+                key="rope_parameters",
+                fix="give a theta above 1 and a factor above 0",
+            )
+        for key in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise InputError(
+                    f"{getattr(self, key)} is not a rate", where=where, key=key, fix="give 0 or more and less than 1"
+                )
 
 
 def presets() -> list[str]:
     """Names of the shipped presets, smallest first."""
     folder = resources.files("fiveply.spec").joinpath("presets")
     sized = [
-        (_decode(f.read_text(), f.name), f.name.removesuffix(".json"))
+        (_decode(f.read_bytes(), f.name), f.name.removesuffix(".json"))
         for f in folder.iterdir()
         if f.name.endswith(".json")
     ]
@@ -157,10 +187,10 @@ def presets() -> list[str]:
     ]
 
 
-def _decode(text: str, where: str) -> dict[str, Any]:
+def _decode(text: bytes, where: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"not a JSON object ({error})", where=where, fix="give a Hugging Face config.json") from None
 
 
@@ -176,8 +206,26 @@ def _take(config: dict[str, Any], key: str, where: str, default: Any = None) -> 
     return value
 
 
+def _number(config: dict[str, Any], key: str, where: str, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise InputError(f"{value!r} is not a number from 0", where=where, key=key, fix=f"give one, such as {default}")
+    return float(value)
+
+
+def _flag(config: dict[str, Any], key: str, where: str, default: bool = False) -> bool:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InputError(f"{value!r} is neither true nor false", where=where, key=key, fix="give true or false")
+    return value
+
+
 def _activation(config: dict[str, Any], key: str, where: str, default: str) -> Any:
-    name = config.get(key) or default
+    name = str(config.get(key) or default)
     if name not in ACTIVATIONS:
         raise InputError(
             f"activation '{name}' is not supported", where=where, key=key, fix=f"supported: {', '.join(ACTIVATIONS)}"
@@ -187,7 +235,12 @@ def _activation(config: dict[str, Any], key: str, where: str, default: str) -> A
 
 def _rope(config: dict[str, Any], where: str) -> Rope:
     # transformers 5 writes `rope_parameters`; before it, `rope_theta` stood alone beside `rope_scaling`.
-    raw: dict[str, Any] = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    raw: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value: Any = config.get(key) or {}
+        if not isinstance(value, dict):
+            raise InputError(f"{value!r} is not an object", where=where, key=key, fix="give rope_type and its numbers")
+        raw |= cast(dict[str, Any], value)
     kind = raw.get("rope_type") or raw.get("type") or "default"
     if kind not in ROPE_SCALINGS:
         raise InputError(
@@ -206,19 +259,25 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
     fields = {key: raw[key] for key in Rope.__struct_fields__ if raw.get(key) is not None} | {
         "theta": raw.get("rope_theta") or config.get("rope_theta") or 10000.0,
         "kind": kind,
-        "original_positions": raw.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
-        or config.get("max_position_embeddings")
-        or 2048,
+        "original_positions": config.get("original_max_position_embeddings")
+        or raw.get("original_max_position_embeddings")
+        or config["max_position_embeddings"],
     }
+    for key in ROPE_SCALINGS[kind]:
+        if key not in fields:
+            raise InputError(f"{kind} scaling needs {key}", where=where, key="rope_parameters", fix="add it")
     try:
-        return msgspec.convert(fields, Rope)
+        rope = msgspec.convert(fields, Rope)
+        if kind == "yarn" and "factor" not in fields:
+            rope = msgspec.structs.replace(rope, factor=config["max_position_embeddings"] / rope.original_positions)
+        return rope
     except msgspec.ValidationError as error:
         raise InputError(str(error), where=where, key="rope_parameters", fix="give numbers") from None
 
 
-def _llama_like(config: dict[str, Any], where: str) -> ModelSpec:
-    family = config["model_type"]
+def _llama_like(given: dict[str, Any], where: str) -> ModelSpec:
+    family = given["model_type"]
+    config = LEFT_OUT[family] | given
     hidden, heads, layers = (
         _take(config, k, where) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
@@ -229,19 +288,9 @@ def _llama_like(config: dict[str, Any], where: str) -> ModelSpec:
             key="num_attention_heads",
             fix="give head_dim, or sizes that divide",
         )
-    attention_bias = bool(config.get("attention_bias", False))
-    window = config.get("sliding_window") or 0
-    layer_types = config.get("layer_types")
-    if family in ("qwen2", "qwen3"):
-        window = window if config.get("use_sliding_window") else 0
-        first = int(config.get("max_window_layers") or 0)
-        windowed = tuple(i for i in range(layers) if i >= first)
-    else:
-        windowed = tuple(range(layers)) if family == "mistral" else ()
-    if layer_types:
-        windowed = tuple(i for i, kind in enumerate(layer_types) if kind == "sliding_attention")
-    if not window or not windowed:
-        window, windowed = 0, ()
+    positions = _take(config, "max_position_embeddings", where)
+    biased = _flag(config, "attention_bias", where) and family in ("llama", "qwen3")
+    window, windowed = _window(config, layers, where)
     return ModelSpec(
         family=family,
         vocabulary=_take(config, "vocab_size", where),
@@ -251,37 +300,67 @@ def _llama_like(config: dict[str, Any], where: str) -> ModelSpec:
         kv_heads=_take(config, "num_key_value_heads", where, heads),
         head_dim=_take(config, "head_dim", where, hidden // heads),
         ffn=_take(config, "intermediate_size", where),
-        positions=_take(config, "max_position_embeddings", where, 2048),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        positions=positions,
+        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
         qk_norm=family == "qwen3",
-        qkv_bias=True if family == "qwen2" else attention_bias,
-        out_bias=attention_bias if family in ("llama", "qwen3") else False,
-        mlp_bias=bool(config.get("mlp_bias", False)) if family == "llama" else False,
+        qkv_bias=biased or family == "qwen2",
+        out_bias=biased,
+        mlp_bias=_flag(config, "mlp_bias", where) and family == "llama",
         activation=_activation(config, "hidden_act", where, "silu"),
         rope=_rope(config, where),
-        window=int(window),
+        window=window,
         window_layers=windowed,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention_dropout=float(config.get("attention_dropout") or 0.0),
-        init_std=float(config.get("initializer_range", 0.02)),
-        config=config,
+        tied=_flag(config, "tie_word_embeddings", where),
+        attention_dropout=_number(config, "attention_dropout", where, 0.0),
+        init_std=_number(config, "initializer_range", where, 0.02),
+        config=given,
     )
+
+
+def _window(config: dict[str, Any], layers: int, where: str) -> tuple[int, tuple[int, ...]]:
+    """The sliding window and the layers that have it."""
+    family = config["model_type"]
+    window = _take(config, "sliding_window", where, 0)
+    if family == "mistral":
+        windowed = tuple(range(layers))
+    elif family in ("qwen2", "qwen3") and _flag(config, "use_sliding_window", where):
+        kinds: Any = config.get("layer_types")
+        first = _take(config, "max_window_layers", where)
+        if kinds is None:
+            kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+        if (
+            not isinstance(kinds, list)
+            or len(kinds := cast(list[Any], kinds)) != layers
+            or not set(map(str, kinds)) <= LAYER_TYPES
+        ):
+            raise InputError(
+                f"does not say for each of {layers} layers which attention it has",
+                where=where,
+                key="layer_types",
+                fix=f"list {layers} of {', '.join(sorted(LAYER_TYPES))}",
+            )
+        windowed = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    else:
+        windowed = ()
+    if window < 0:
+        raise InputError(f"{window} is not a window", where=where, key="sliding_window", fix="give a number of tokens")
+    return (window, windowed) if window and windowed else (0, ())
 
 
 def _gpt2(config: dict[str, Any], where: str) -> ModelSpec:
     hidden, heads = _take(config, "n_embd", where, 768), _take(config, "n_head", where, 12)
-    if hidden % heads:
+    if heads < 1 or hidden % heads:
         raise InputError(
             f"{heads} heads do not divide hidden size {hidden}", where=where, key="n_head", fix="give sizes that divide"
         )
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if config.get(key):
+        if _flag(config, key, where):
             raise InputError("is not supported", where=where, key=key, fix="set it to false")
     if config.get("scale_attn_weights") is False:
         raise InputError(
             "unscaled attention is not supported", where=where, key="scale_attn_weights", fix="set it to true"
         )
-    rates = {float(config.get(key, 0.1) or 0.0) for key in ("embd_pdrop", "resid_pdrop")}
+    rates = {_number(config, key, where, 0.1) for key in ("embd_pdrop", "resid_pdrop")}
     if len(rates) > 1:
         raise InputError(
             f"embd_pdrop and resid_pdrop differ ({sorted(rates)})",
@@ -300,16 +379,16 @@ def _gpt2(config: dict[str, Any], where: str) -> ModelSpec:
         ffn=_take(config, "n_inner", where, 4 * hidden),
         positions=_take(config, "n_positions", where, 1024),
         norm="layer",
-        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=_number(config, "layer_norm_epsilon", where, 1e-5),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         gated_mlp=False,
         activation=_activation(config, "activation_function", where, "gelu_new"),
         rope=None,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=_flag(config, "tie_word_embeddings", where, True),
         dropout=rates.pop(),
-        attention_dropout=float(config.get("attn_pdrop", 0.1) or 0.0),
-        init_std=float(config.get("initializer_range", 0.02)),
+        attention_dropout=_number(config, "attn_pdrop", where, 0.1),
+        init_std=_number(config, "initializer_range", where, 0.02),
         config=config,
     )

@@ -14,6 +14,7 @@ Keys are overridden on the command line by `--set train.steps=100`. It is data o
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -137,14 +138,12 @@ class RunSpec(Table, frozen=True):
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise InputError(f"not valid TOML ({error})", where=where, fix="mend that line") from None
             values.setdefault("name", file.stem)
+            written = _converted(values, where)
+            if settings and _checks(written):
+                where = "--set"  # what is wrong from here on came with the settings
         for setting in settings or []:
             _apply(values, setting)
-        try:
-            run = msgspec.convert(values, cls)
-        except msgspec.ValidationError as error:
-            problem, _, at = str(error).partition(" - at ")
-            key = at.strip("`").removeprefix("$.").removeprefix("$")
-            raise InputError(problem, where=where, key=key, fix="see `fiveply train --help` for the keys") from None
+        run = _converted(values, where)
         run.check(where)
         return run
 
@@ -170,11 +169,27 @@ class RunSpec(Table, frozen=True):
             ("optimizer.warmup", self.optimizer.warmup, 0),
             ("optimizer.lr", self.optimizer.lr, 0),
             ("optimizer.clip", self.optimizer.clip, 0),
+            ("optimizer.eps", self.optimizer.eps, 0),
+            ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
         ):
-            if value < least:
-                refuse(key, f"{value} is too small", f"give {least} or more")
-        if not 0 <= self.data.held_out < 1:
-            refuse("data.held_out", f"{self.data.held_out} is not a share", "give 0 or more and less than 1")
+            if not least <= value < math.inf:
+                refuse(
+                    key,
+                    f"{value} is {'too small' if value < least else 'not a finite number'}",
+                    f"give {least} or more",
+                )
+        for key, share in (
+            ("data.held_out", self.data.held_out),
+            *(("optimizer.betas", beta) for beta in self.optimizer.betas),
+        ):
+            if not 0 <= share < 1:
+                refuse(key, f"{share} is not a share", "give 0 or more and less than 1")
+        for key, share in (
+            ("optimizer.decay_share", self.optimizer.decay_share),
+            ("optimizer.final_share", self.optimizer.final_share),
+        ):
+            if not 0 <= share <= 1:
+                refuse(key, f"{share} is not a share", "give 0 to 1")
         if self.train.until == "converged" and (self.train.evaluate_every == 0 or self.data.held_out == 0):
             refuse(
                 "train.until",
@@ -199,6 +214,23 @@ class RunSpec(Table, frozen=True):
                 fix=f"keys are {', '.join(sorted(spec.config))}",
             )
         return ModelSpec.from_config(spec.config | self.model.overrides, where="model.overrides")
+
+
+def _converted(values: Values, where: str) -> RunSpec:
+    try:
+        return msgspec.convert(values, RunSpec)
+    except msgspec.ValidationError as error:
+        problem, _, at = str(error).partition(" - at ")
+        key = at.strip("`").removeprefix("$.").removeprefix("$")
+        raise InputError(problem, where=where, key=key, fix="see `fiveply train --help` for the keys") from None
+
+
+def _checks(run: RunSpec) -> bool:
+    try:
+        run.check()
+    except InputError:
+        return False
+    return True
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

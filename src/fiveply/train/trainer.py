@@ -23,7 +23,7 @@ from fiveply.checkpoint import store
 from fiveply.checkpoint.slices import Slice, read_flat, slices_of
 from fiveply.corpus.prepare import Prepared
 from fiveply.parallel.data_parallel import Segment
-from fiveply.report.terminal import Progress
+from fiveply.report.terminal import Progress, layout_table
 from fiveply.spec.errors import RunError
 from fiveply.spec.legality import resolve
 from fiveply.train import metrics, setup
@@ -33,8 +33,6 @@ from fiveply.train.setup import Ready
 from fiveply.world import device
 from fiveply.world.launch import joined, launch, stop_requested
 from fiveply.world.mesh import Mesh
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def train(ready: Ready) -> dict[str, Any]:
@@ -86,7 +84,7 @@ class _Trainer:
             self._restore(checkpoint)
         self.peak = peak or metrics.peak_flops(self.dtypes.compute, self.device) * self.layout.world
         self.flops_per_token = metrics.flops_per_token(ready.spec, run.data.sequence)
-        self.progress = Progress(run.train.steps, enabled=self.first_rank)
+        self.progress = Progress(run.train.steps, enabled=self.first_rank, log_every=run.train.log_every)
         self.metrics = metrics.MetricsFile(self.directory / "metrics.jsonl", self.done) if self.first_rank else None
         self.last_row: dict[str, Any] = {}
         self.steps_seconds, self.steps_tokens = 0.0, 0
@@ -95,27 +93,22 @@ class _Trainer:
 
     def run(self) -> dict[str, Any]:
         self._write_facts()
+        if self.first_rank:
+            self.progress.show(layout_table(msgspec.json.decode((self.directory / "facts.json").read_bytes())))
         for note in self.ready.notes if self.first_rank else ():
             self.progress.note(note)
         ended = "steps"
         while self.done < self.settings.train.steps:
             stop = self._step()
-            settings = self.settings.train
-            if stop:
-                ended = "stopped"
+            last = self.done == self.settings.train.steps
+            if not stop and (last or due(self.settings.train.evaluate_every, self.done)):
+                self._evaluate()
+            self._publish()
+            if stop or self._converged():
+                ended = "stopped" if stop else "converged"
                 break
-            if (
-                settings.evaluate_every
-                and self.done % settings.evaluate_every == 0
-                and self.done < settings.steps
-                and self._evaluate()
-            ):
-                ended = "converged"
-                break
-            if settings.checkpoint_every and self.done % settings.checkpoint_every == 0 and self.done < settings.steps:
+            if not last and due(self.settings.train.checkpoint_every, self.done):
                 self._save()
-        if ended == "steps" and not self.last_row.get("held_out_loss"):
-            self._evaluate()
         self._save()
         if self.first_rank:
             self.progress.note(self._farewell(ended))
@@ -147,27 +140,26 @@ class _Trainer:
         if self.done % self.settings.train.log_every == 0 or self.done in (1, self.settings.train.steps):
             row["memory_bytes"] = self._gathered(metrics.peak_memory(self.device))
         self.last_row = row
-        self._publish()
 
     def _publish(self) -> None:
-        """Write the last row; an evaluation after it writes the row again, and the last of a step counts."""
         if self.metrics is not None:
             self.metrics.write(self.last_row)
             self.progress.update(self.last_row)
 
-    def _evaluate(self) -> bool:
-        """Held-out loss into the last row; returns whether training has converged."""
+    def _evaluate(self) -> None:
+        """Held-out loss into the last row; when convergence is sought, the best is kept as a checkpoint."""
         if self.held_out is None:
-            return False
+            return
         loss = self.job.evaluate(self.held_out, setup.evaluation_count(self.settings, self.held_out))
         self.last_row |= {"held_out_loss": loss, "bits_per_character": self._bits_per_character(loss)}
-        self._publish()
-        if not self.best or loss < self.best["held_out_loss"]:
-            self.best, self.since_best = {"step": self.done, "held_out_loss": loss}, 0
-            if self.settings.train.until == "converged":
-                self._save()
-        else:
+        if self.best and loss >= self.best["held_out_loss"]:
             self.since_best += 1
+            return
+        self.best, self.since_best = {"step": self.done, "held_out_loss": loss}, 0
+        if self.settings.train.until == "converged":
+            self._save()
+
+    def _converged(self) -> bool:
         return self.settings.train.until == "converged" and self.since_best >= self.settings.train.patience
 
     def _bits_per_character(self, loss: float) -> float:
@@ -319,3 +311,7 @@ class _Trainer:
             "ended": ended,
             "best": self.best or None,
         }
+
+
+def due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
