@@ -61,7 +61,8 @@ def train(
 
     Keys of the file, all with defaults: name, folder, seed, layout; [model] preset, init_from, overrides; [data] corpus,
     tokenizer, sequence, held_out, respect_documents, folder; [train] steps, until, patience, global_batch, sync_every,
-    compile, evaluate_every, evaluate_batches, checkpoint_every, keep_checkpoints, log_every; [optimizer] name, lr, betas,
+    compile, evaluate_every, evaluate_batches, checkpoint_every, stop_at, keep_checkpoints,
+    log_every; [optimizer] name, lr, betas,
     eps, weight_decay, decay_all, clip, warmup, schedule, decay_share, final_share; [precision] parameters, reduce, optimizer.
 
     Args:

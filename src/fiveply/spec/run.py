@@ -75,6 +75,8 @@ class Train(Table, frozen=True):
     evaluate_batches: int = 8
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 for the end (and Ctrl-C) alone."""
+    stop_at: int = 0
+    """Leave off after this step with a checkpoint, to be resumed; 0 to go on to the end."""
     keep_checkpoints: int = 2
     log_every: int = 10
 
@@ -163,6 +165,7 @@ class RunSpec(Table, frozen=True):
             ("train.evaluate_every", self.train.evaluate_every, 0),
             ("train.evaluate_batches", self.train.evaluate_batches, 1),
             ("train.checkpoint_every", self.train.checkpoint_every, 0),
+            ("train.stop_at", self.train.stop_at, 0),
             ("train.keep_checkpoints", self.train.keep_checkpoints, 1),
             ("train.log_every", self.train.log_every, 1),
             ("data.sequence", self.data.sequence, 1),

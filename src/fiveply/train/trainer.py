@@ -99,15 +99,17 @@ class _Trainer:
             self.progress.note(note)
         ended = "steps"
         while self.done < self.settings.train.steps:
-            stop = self._step()
+            stop = self._step() or self.done == self.settings.train.stop_at
             last = self.done == self.settings.train.steps
-            if not stop and (last or due(self.settings.train.evaluate_every, self.done)):
+            if last or (not stop and due(self.settings.train.evaluate_every, self.done)):
                 self._evaluate()
             self._publish()
+            if last:
+                break
             if stop or self._converged():
                 ended = "stopped" if stop else "converged"
                 break
-            if not last and due(self.settings.train.checkpoint_every, self.done):
+            if due(self.settings.train.checkpoint_every, self.done):
                 self._save()
         self._save()
         if self.first_rank:
