@@ -17,7 +17,7 @@ from pathlib import Path
 RUN = Path("runs/demo")
 FILE = Path(__file__).with_name("demo.toml")
 FIVEPLY = [sys.executable, "-m", "fiveply.cli"]
-LEAVE_OFF, RESUMED_LAYOUT = 150, "dp=2,tp=2,zero=1"
+LEAVE_OFF, RESUMED_LAYOUT = 240, "dp=2,tp=2,zero=1"
 
 
 def main() -> None:
@@ -29,7 +29,17 @@ def main() -> None:
     last = fiveply("train", str(FILE), "--resume", "--layout", RESUMED_LAYOUT, "--json")
     say("3. Generate from the checkpoint, on one process")
     answer = fiveply(
-        "generate", str(RUN), "--prompt", "ROMEO.\n", "--max-tokens", "120", "--temperature", "0.7", "--seed", "1", "--json"
+        "generate",
+        str(RUN),
+        "--prompt",
+        "ROMEO.\n",
+        "--max-tokens",
+        "120",
+        "--temperature",
+        "0.7",
+        "--seed",
+        "1",
+        "--json",
     )
     print("ROMEO.\n" + answer["completions"][0]["text"])
     say("4. Report")
@@ -38,7 +48,9 @@ def main() -> None:
     vocabulary = json.loads((RUN / "facts.json").read_text())["model"]["vocabulary"]
     print(f"loss            {math.log(vocabulary):.2f} nats per token at random, {first['loss']:.3f} at step {first['step']}, "
           f"{last['loss']:.3f} at step {last['step']}")  # fmt: skip
-    print(f"held-out text   {last['held_out_loss']:.3f} nats per token, {last['bits_per_character']:.3f} bits per character")
+    print(
+        f"held-out text   {last['held_out_loss']:.3f} nats per token, {last['bits_per_character']:.3f} bits per character"
+    )
     print(f"layouts         {first['layout']} at {first['tokens_per_second']:,.0f} tokens/s, then")
     print(f"                {last['layout']} at {last['tokens_per_second']:,.0f} tokens/s")
     print(f"report          {report}")

@@ -46,6 +46,7 @@ def train(
     resume: Flag = False,
     set: UseAppendAction[tuple[str, ...]] = (),
     model: str = "",
+    init_from: str = "",
     data: str = "",
     steps: int = 0,
     name: str = "",
@@ -71,6 +72,7 @@ def train(
         resume: Go on from the run's newest intact checkpoint, under its recorded layout unless --layout is given.
         set: Override a key of the file, as train.steps=100; may be given several times.
         model: A preset (tiny, 2m, 15m, 60m, 150m, 1b), a config.json, or a Hugging Face directory.
+        init_from: A Hugging Face directory or a checkpoint whose model and weights training starts from.
         data: A .txt, a .jsonl, a directory, `shakespeare`, or datasets:NAME.
         steps: Optimiser steps.
         name: Names the run's directory, runs/NAME.
@@ -81,15 +83,16 @@ def train(
 
     given: dict[str, Any] = {
         "model.preset": model,
+        "model.init_from": init_from,
         "data.corpus": data,
         "train.steps": steps,
         "name": name,
         "layout": layout,
     }
-    if not run and not (model or data):
+    if not run and not (model or init_from or data):
         raise InputError("nothing to train", where="fiveply train", fix="give a RUN.toml, or --model and --data")
     settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value)]
-    defaults = {} if run else {"name": f"{Path(model or 'model').stem}-{Path(data or 'shakespeare').stem}"}
+    defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
     _finish(trainer.train(setup.ready(spec, resume=resume, layout=layout or None)), json)
 

@@ -108,7 +108,7 @@ def verification_batches(spec: ModelSpec, run: RunSpec) -> Batches:
     Where replicas step alone they don't: the mean of their means is the global mean for equal numbers of targets only.
     """
     rows, seed = run.train.global_batch, run.seed
-    random = np.random.Generator(np.random.Philox(key=seed))
+    random = np.random.Generator(np.random.Philox(key=seed % 2**64))
     tokens = random.integers(0, spec.vocabulary, 40 * rows * SEQUENCE)
     ends = np.cumsum(random.integers(1, 41, len(tokens)))
     documents = np.concatenate(([0], ends[ends < len(tokens)], [len(tokens)])).astype(np.int64)

@@ -91,7 +91,7 @@ class Job:
         self.optimizer.zero_grad()
         first = step * batches.global_batch if first is None else first
         if self.spec.attention_dropout:
-            torch.manual_seed((self.run.seed << 32) + step)
+            torch.manual_seed(((self.run.seed << 32) + step) % 2**63)
         mine = first + self.mesh.at.dp * self.replica_rows
         local = self.executor.step(self._micro_batches(batches, mine, self.replica_rows), step)
         here = torch.stack((self._once(local).double(), self.optimizer.square_norm().to(self.device)))

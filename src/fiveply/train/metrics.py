@@ -41,10 +41,11 @@ def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.15) 
     """Operations a second of a large matrix product on this device with the current threads: MFU's denominator."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, dtype=dtype, device=device)
+    out = torch.empty_like(a)
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < seconds or best == float("inf"):
         start = time.perf_counter()
-        a @ a
+        torch.mm(a, a, out=out)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)

@@ -23,7 +23,7 @@ from fiveply.checkpoint import store
 from fiveply.checkpoint.slices import Slice, read_flat, slices_of
 from fiveply.corpus.prepare import Prepared
 from fiveply.parallel.data_parallel import Segment
-from fiveply.report.terminal import Progress, layout_table
+from fiveply.report.terminal import Progress, layout_table, schedule_picture
 from fiveply.spec.errors import RunError
 from fiveply.spec.legality import resolve
 from fiveply.train import metrics, setup
@@ -33,6 +33,9 @@ from fiveply.train.setup import Ready
 from fiveply.world import device
 from fiveply.world.launch import joined, launch, stop_requested
 from fiveply.world.mesh import Mesh
+
+MOST_DRAWN = 16
+"""Micro-batches up to which the schedule is drawn in the terminal; the report draws all."""
 
 
 def train(ready: Ready) -> dict[str, Any]:
@@ -95,6 +98,9 @@ class _Trainer:
         self._write_facts()
         if self.first_rank:
             self.progress.show(layout_table(msgspec.json.decode((self.directory / "facts.json").read_bytes())))
+            schedule = self.job.executor.schedule
+            if schedule.pp > 1 and schedule.micro_batches <= MOST_DRAWN:
+                schedule_picture(schedule)
         for note in self.ready.notes if self.first_rank else ():
             self.progress.note(note)
         ended = "steps"
