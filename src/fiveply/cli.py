@@ -68,7 +68,8 @@ def train(
 
     Args:
         run: The run's TOML file; leave it out to train with the flags below.
-        layout: How to split, as dp=2,tp=2,pp=2 (keys: dp tp pp zero dp_shard schedule vp stages micro_batch recompute sp).
+        layout: How to split, as dp=2,tp=2,pp=2 (keys: dp tp pp zero dp_shard schedule vp stages micro_batch recompute sp),
+            or a .plan file.
         resume: Go on from the run's newest intact checkpoint, under its recorded layout unless --layout is given.
         set: Override a key of the file, as train.steps=100; may be given several times.
         model: A preset (tiny, 2m, 15m, 60m, 150m, 1b), a config.json, or a Hugging Face directory.

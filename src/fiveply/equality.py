@@ -25,6 +25,7 @@ from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
+from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Optimizer, RunSpec, Train
 from fiveply.train.job import Job, pieces
 from fiveply.world.launch import launch
@@ -65,7 +66,7 @@ def verify(
             where="verify", key="sync_every", fix="verify sync_every=1 or 0",
         )  # fmt: skip
     spec = model if isinstance(model, ModelSpec) else ModelSpec.load(model)
-    layouts = [Layout.parse(layout, "--layout"), Layout.parse(against, "--against")]
+    layouts = [Layout.parse(layout_text(layout), "--layout"), Layout.parse(layout_text(against), "--against")]
     if sync_every and any(one.zero for one in layouts):
         raise InputError(
             "replicas that step alone hold all their state, so zero has nothing to share",

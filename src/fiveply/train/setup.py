@@ -25,6 +25,7 @@ from fiveply.spec.architecture import ModelSpec, presets
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
+from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Precision, RunSpec
 from fiveply.world import device
 
@@ -48,7 +49,7 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
     notes: list[str] = []
     spec = run.model_spec()
     checkpoint = _checkpoint_to_resume(run, resume, notes)
-    text = layout or (checkpoint.state["layout"] if checkpoint else run.layout)
+    text = layout_text(layout or (checkpoint.state["layout"] if checkpoint else run.layout))
     where = "--layout" if layout else "layout"
     resolved = resolve(
         Layout.parse(text, where), spec, sequence=run.data.sequence, global_batch=run.train.global_batch, where=where
