@@ -163,10 +163,10 @@ class Job:
         if bad:
             rank, value, row = bad[0]
             raise RunError(
-                f"step {step}: the loss is {value} on rank {rank}, in the batch of rows {row} to {row + self.replica_rows - 1}; "
+                f"step {step + 1}: the loss is {value} on rank {rank}, in the batch of rows {row} to {row + self.replica_rows - 1}; "
                 "lower optimizer.lr, or look at those rows"
             )
-        raise RunError(f"step {step}: the gradient norm is {math.sqrt(square_norm) if square_norm >= 0 else square_norm} "
+        raise RunError(f"step {step + 1}: the gradient norm is {math.sqrt(square_norm) if square_norm >= 0 else square_norm} "
                        f"while the loss is {loss}; lower optimizer.lr, or use float32")  # fmt: skip
 
 

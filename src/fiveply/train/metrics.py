@@ -83,6 +83,10 @@ def bytes_by_category(model: ParallelModel) -> dict[str, int]:
     return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
 
 
+class _Row(msgspec.Struct):
+    step: int
+
+
 class MetricsFile:
     """`metrics.jsonl`, appended to and flushed a row at a time; a row that a crash cut short is dropped on resume."""
 
@@ -92,10 +96,10 @@ class MetricsFile:
         if path.exists():
             for line in path.read_bytes().splitlines():
                 try:
-                    row = msgspec.json.decode(line)
+                    row = msgspec.json.decode(line, type=_Row)
                 except msgspec.DecodeError:
                     continue
-                if row["step"] <= after_step:
+                if row.step <= after_step:
                     kept.append(line)
         path.write_bytes(b"".join(line + b"\n" for line in kept))
         self._file: TextIO = path.open("a")
