@@ -95,7 +95,8 @@ def train(
     settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value)]
     defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
-    _finish(trainer.train(setup.ready(spec, resume=resume, layout=layout or None)), json)
+    ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty())
+    _finish(trainer.train(ready), json)
 
 
 @command

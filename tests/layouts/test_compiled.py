@@ -21,8 +21,10 @@ from fiveply.equality import Trace, compare
 # torch's tracer looks at `.grad` of whatever a block takes.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
-AXES = ["dp=2", "tp=2", "pp=2", "dp=2,zero=3"]
-PAIRS = [
+# The two that failed elsewhere; with the others they are every axis and every pair of axes.
+RISKY = ["dp=2,zero=3", "tp=2"]
+OTHERS = [
+    "dp=2", "pp=2",
     "dp=2,tp=2", "dp=2,pp=2,schedule=interleaved", "tp=2,pp=2", "dp=2,zero=3,tp=2", "dp=2,zero=3,pp=2",
     "dp=2,zero=2,tp=2,sp=0,recompute=full", "dp=2,tp=2,recompute=selective,micro_batch=2",
 ]  # fmt: skip
@@ -67,13 +69,13 @@ def check(cases: list[Case]) -> None:
         assert not result["limits"], f"{case} fell back to plain code: {result['limits']}"
 
 
-def test_compiled_blocks_under_each_axis() -> None:
-    check([Case("small", layout, rows=8, compile=True) for layout in AXES])
+def test_compiled_blocks_sharded_and_tensor_parallel() -> None:
+    check([Case("small", layout, rows=8, compile=True) for layout in RISKY])
 
 
 @pytest.mark.slow
-def test_compiled_blocks_under_pairs_of_axes() -> None:
-    check([Case("small", layout, rows=8, compile=True) for layout in PAIRS])
+def test_compiled_blocks_under_other_axes_and_pairs() -> None:
+    check([Case("small", layout, rows=8, compile=True) for layout in OTHERS])
 
 
 @pytest.mark.slow

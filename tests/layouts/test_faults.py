@@ -88,7 +88,7 @@ def test_gradients_averaged_over_replicas_instead_of_added(layout: str, monkeypa
 
     result = found(Case("llama", layout), plant, monkeypatch)
     factor = 1 - 1 / Case("llama", layout).resolved().dp
-    assert result["max_difference"]["gradients"] == pytest.approx(factor, rel=1e-6)
+    assert result["max_difference"]["gradients"] == pytest.approx(factor, rel=1e-2)
     # Clipping divides the fault out again, so losses and parameters hardly tell: gradients must be compared.
     assert max(result["max_difference"][kind] for kind in ("loss", "parameters")) < 1e-6
 
@@ -108,7 +108,7 @@ def test_scaled_by_shard_groups_under_hybrid_sharding(monkeypatch: pytest.Monkey
         patch.setattr(Axis, "all_reduce", faulty)
 
     result = found(Case("llama", "dp=4,zero=3,dp_shard=2"), plant, monkeypatch)
-    assert result["max_difference"]["gradients"] == pytest.approx(0.5, rel=1e-6)
+    assert result["max_difference"]["gradients"] == pytest.approx(0.5, rel=1e-2)
 
 
 def test_divided_by_all_tokens_instead_of_targets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,15 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
     notes: list[str] = []
     spec = run.model_spec()
     checkpoint = _checkpoint_to_resume(run, resume, notes)
+    if checkpoint is not None:
+        checkpoint.check(spec)  # before its recorded layout is held against the model
+        if checkpoint.spec.layers != spec.layers:  # every parameter of a shallower model is there too
+            raise InputError(
+                f"it has {checkpoint.spec.layers} layers, the model {spec.layers}", where=str(checkpoint.path),
+                fix="this is a checkpoint of another model; give its own config",
+            )  # fmt: skip
+    elif run.model.init_from:
+        open_source(run.model.init_from).check(spec)
     text = layout_text(layout or (checkpoint.state["layout"] if checkpoint else run.layout))
     where = "--layout" if layout else "layout"
     resolved = resolve(
@@ -66,10 +75,6 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
         notes.append(
             f"{resolved.world} ranks share {found.count} cores: this shows that it works, not how fast it can be"
         )
-    if checkpoint is not None:
-        checkpoint.check(spec)
-    elif run.model.init_from:
-        open_source(run.model.init_from).check(spec)
     corpus = corpus_folder(run, spec)
     prepared = prepare_corpus(run, spec, corpus, progress=progress)
     _check_corpus(run, spec, prepared)

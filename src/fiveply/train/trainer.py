@@ -24,7 +24,7 @@ from fiveply.checkpoint.slices import Slice, read_flat, slices_of
 from fiveply.corpus.prepare import Prepared
 from fiveply.parallel.data_parallel import Segment
 from fiveply.report.terminal import Progress, layout_table, schedule_picture
-from fiveply.spec.errors import RunError
+from fiveply.spec.errors import InputError
 from fiveply.spec.legality import resolve
 from fiveply.train import metrics, setup
 from fiveply.train.job import Job, Sums
@@ -45,7 +45,9 @@ def train(ready: Ready) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "run.toml").write_text(ready.run.toml())
     except OSError as error:
-        raise RunError(f"{directory}: {error.strerror}; give another `folder`") from None
+        raise InputError(
+            f"can't be written ({error.strerror})", where=str(directory), fix="give another folder"
+        ) from None
     compute = setup.dtypes(ready.run.precision).compute
     peak = metrics.peak_flops(compute, torch.device("cpu")) if device.find().kind == "cpu" else 0.0
     return launch(_rank, ready.layout.world, ready, peak, log_folder=directory / "logs")
@@ -83,13 +85,13 @@ class _Trainer:
         self.done, self.cursor = 0, 0
         self.best: dict[str, Any] = {}
         self.since_best = 0
+        self.last_row: dict[str, Any] = {}
         if checkpoint is not None:
             self._restore(checkpoint)
         self.peak = peak or metrics.peak_flops(self.dtypes.compute, self.device) * self.layout.world
         self.flops_per_token = metrics.flops_per_token(ready.spec, run.data.sequence)
         self.progress = Progress(run.train.steps, enabled=self.first_rank, log_every=run.train.log_every)
         self.metrics = metrics.MetricsFile(self.directory / "metrics.jsonl", self.done) if self.first_rank else None
-        self.last_row: dict[str, Any] = {}
         self.steps_seconds, self.steps_tokens = 0.0, 0
 
     # the loop
@@ -216,6 +218,7 @@ class _Trainer:
             state["best"],
             state["since_best"],
         )
+        self.last_row = state["last_row"]
 
         def read(name: str, segment: Segment) -> torch.Tensor:
             prefix = "" if name == "master" else f"optimizer.{name}."
