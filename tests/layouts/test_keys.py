@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 import torch.distributed as dist
-from prover import MODELS, Case, assert_equal, one_process, prove_each
+from prover import MODELS, Case, assert_equal, one_process, prove, prove_each
 
 from fiveply.equality import SEQUENCE, TOLERANCE, Trace, record, verification_batches, whole_tensors
 from fiveply.parallel.data_parallel import Dtypes
@@ -297,3 +297,10 @@ def test_another_seed_is_another_run_and_as_equal(seed: int) -> None:
     other, one = launch(trace, 2, "dp=2"), launch(trace, 1, "dp=1")
     assert other == pytest.approx(one, rel=TOLERANCE["float64"])
     assert not math.isclose(one[0], one_process(case).losses[0], rel_tol=1e-6)
+
+
+def test_tied_embeddings_at_several_depths_share_one_world() -> None:
+    """Ranks between the ends make groups of their own; cached ones of another depth once left ranks out of step."""
+    cases = [Case("few-kv", layout) for layout in ("dp=2,pp=3", "pp=6", "dp=3,pp=2", "tp=2,pp=3")]
+    for case, result in zip(cases, prove(cases), strict=True):
+        assert_equal(case, result)

@@ -34,6 +34,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [  # layout, model and bat
     ("tp=4", {"heads": 12}, "tp",
      "tp=4 neither divides 3 key-value heads nor is a multiple of them; tp in {1, 3, 6, 12} is legal"),
     ("tp=8", {"heads": 12, "kv_heads": 4}, "tp", "tp=8 does not divide 12 heads; tp in {1, 2, 4, 12} does"),
+    ("dp=1,recompute=full", {"attention_dropout": 0.1}, "recompute",
+     "dropout inside attention would draw another mask when recomputed; leave recompute out, or set the model's attention "
+     "dropout to 0"),
     ("tp=9", {"ffn": 8}, "tp", "tp=9 exceeds the MLP's 8 columns or 1003 tokens; lower tp"),
     ("tp=9", {"vocabulary": 5}, "tp", "tp=9 exceeds the MLP's 131 columns or 5 tokens; lower tp"),
     ("pp=2,stages=4+4", {}, "stages", "stages 4+4 = 8 layers, the model has 7; make them add up, or leave stages out"),

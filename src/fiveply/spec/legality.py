@@ -93,6 +93,11 @@ def _check_runtime(layout: Layout, spec: ModelSpec, where: str) -> None:
             f"dropout inside attention ({spec.attention_dropout}) is not keyed by token, so it would differ by layout",
             where=where, key="attention_dropout", fix="set it to 0 in config.json, or run on one rank",
         )  # fmt: skip
+    if spec.attention_dropout and layout.recompute != "none":
+        raise InputError(
+            "dropout inside attention would draw another mask when recomputed", where=where, key="recompute",
+            fix="leave recompute out, or set the model's attention dropout to 0",
+        )  # fmt: skip
 
 
 def _kv_fits(spec: ModelSpec, tp: int) -> bool:

@@ -107,9 +107,6 @@ def _check_run(run: RunSpec, spec: ModelSpec, layout: Layout) -> None:
     if run.train.compile and layout.schedule in ("zb", "zbv") and layout.pp > 1:
         raise InputError("a compiled block has one fused backward, which zero-bubble schedules split", where="run",
                          key="train.compile", fix="set schedule=1f1b, or compile=false")  # fmt: skip
-    if spec.attention_dropout and layout.recompute != "none":
-        raise InputError("dropout inside attention would draw another mask when recomputed", where="layout", key="recompute",
-                         fix="leave recompute out, or set the model's attention dropout to 0")  # fmt: skip
 
 
 def _check_corpus(run: RunSpec, spec: ModelSpec, prepared: Prepared) -> None:

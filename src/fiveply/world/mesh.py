@@ -69,5 +69,8 @@ class Mesh:
         if spec.tied and len(layout.end_ranks) > 1:
             # Ranks between the ends make a group too, of themselves alone: gloo numbers groups by process, and members of a
             # later one must have made equally many.
+            # A lane for each depth keeps one layout's lone groups from standing in for another's.
             mine = layout.end_ranks if at.pp in layout.end_ranks else {at.pp}
-            self.tied = axis("tied", lambda p: (p.tp, p.dp) == (at.tp, at.dp) and p.pp in mine, lane=2)
+            self.tied = axis(
+                "tied", lambda p: (p.tp, p.dp) == (at.tp, at.dp) and p.pp in mine, lane=2 + max(layout.end_ranks)
+            )
