@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, get_args
 
 import msgspec
+import torch
 import torch.distributed as dist
 
 from fiveply.equality import SEQUENCE, Trace, compare, record, verification_run
@@ -113,6 +114,8 @@ def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout
             except Exception as error:
                 raise RuntimeError(f"under {case}: {error}") from error
             judged.append(judge(case, trace) if dist.get_rank() == 0 else None)
+            if case.compile:  # else shapes of one layout make the next one's graphs dynamic
+                torch.compiler.reset()
         return judged
 
     return launch(ranks, world, timeout_seconds=timeout_seconds)

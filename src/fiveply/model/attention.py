@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fiveply.model import flash_backward
+
 
 class Attention(Protocol):
     """Causal attention over packed tokens. `window` > 0 limits it to that many tokens, the own one included."""
@@ -33,6 +35,9 @@ class RowsAttention:
     def __call__(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, layer: int, window: int) -> Tensor:
         q_BHSd, k_BKSd, v_BKSd = (x.view(self.rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q_THd, k_TKd, v_TKd))
         mask = self._mask(q_BHSd.shape[2], window, q_THd.device)
+        if flash_backward.is_slow(q_THd) and not self.dropout:
+            out_BHSd = flash_backward.attention(q_BHSd, k_BKSd, v_BKSd, mask)
+            return out_BHSd.transpose(1, 2).reshape(q_THd.shape)
         out_BHSd = F.scaled_dot_product_attention(
             q_BHSd,
             k_BKSd,

@@ -10,9 +10,6 @@ Shape suffixes: T tokens, D hidden, H query heads, K key-value heads, d head siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,13 +17,9 @@ from torch import Tensor, nn
 from fiveply.model import rotary
 from fiveply.model.attention import Attention
 from fiveply.model.dropout import KeyedDropout
+from fiveply.model.elementwise import ACTIVATIONS, gated, rms_norm, rotate
+from fiveply.model.products import Products
 from fiveply.spec.architecture import ModelSpec
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 class Boundary:
@@ -46,20 +39,32 @@ class Boundary:
 
 
 class Linear(nn.Module):
-    """y = x W^T, and a bias that the caller adds where the sum over ranks is complete. `product` is a seam for split backward."""
+    """The weight (and bias) of a linear layer. `Products` multiplies; the bias is added where the sum over ranks is complete."""
 
     def __init__(self, columns: int, rows: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns))
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
-        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """For column-parallel use: the bias is split like the rows."""
-        return self.add_bias(self.product(x, self.weight))
 
     def add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
+
+
+class Layer(nn.Module):
+    """What attention and MLP share: the boundary at which they are split, and the products they compute with."""
+
+    def __init__(self, boundary: Boundary, products: Products) -> None:
+        super().__init__()
+        self.boundary, self.products = boundary, products
+
+    def columns(self, x_TD: Tensor, *linears: Linear) -> list[Tensor]:
+        """Column-parallel products of one input: each bias is split like the rows."""
+        outputs = self.products.linears(x_TD, [linear.weight for linear in linears])
+        return [linear.add_bias(y) for linear, y in zip(linears, outputs, strict=True)]
+
+    def row(self, x_TI: Tensor, linear: Linear) -> Tensor:
+        """A row-parallel product, summed over tensor ranks before its bias."""
+        return linear.add_bias(self.boundary.leave(self.products.linear(x_TI, linear.weight)))
 
 
 class Norm(nn.Module):
@@ -74,7 +79,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):
@@ -94,10 +99,10 @@ class Embedding(nn.Module):
         return F.embedding(index_T.masked_fill(elsewhere_T, 0), self.weight).masked_fill(elsewhere_T[:, None], 0)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary) -> None:
-        super().__init__()
-        self.layer, self.head_dim, self.boundary = layer, spec.head_dim, boundary
+class SelfAttention(Layer):
+    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary, products: Products) -> None:
+        super().__init__(boundary, products)
+        self.layer, self.head_dim = layer, spec.head_dim
         self.window = spec.window if layer in spec.window_layers else 0
         self.q_proj = Linear(spec.hidden, spec.q_size, spec.qkv_bias)
         self.k_proj = Linear(spec.hidden, spec.kv_size, spec.qkv_bias)
@@ -108,47 +113,45 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, tables: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
         x_TD = self.boundary.enter(x_TD)
-        q_THd = self.q_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        k_TKd = self.k_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        v_TKd = self.v_proj(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        projected = self.columns(x_TD, self.q_proj, self.k_proj, self.v_proj)
+        q_THd, k_TKd, v_TKd = (y.view(x_TD.shape[0], -1, self.head_dim) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_THd, k_TKd = self.q_norm(q_THd), self.k_norm(k_TKd)
         if tables is not None:
-            q_THd, k_TKd = rotary.rotate(q_THd, *tables), rotary.rotate(k_TKd, *tables)
+            q_THd, k_TKd = rotate(q_THd, *tables), rotate(k_TKd, *tables)
         out_THd = attention(q_THd, k_TKd, v_TKd, layer=self.layer, window=self.window)
-        partial_TD = self.o_proj.product(out_THd.flatten(1), self.o_proj.weight)
-        return self.o_proj.add_bias(self.boundary.leave(partial_TD))
+        return self.row(out_THd.flatten(1), self.o_proj)
 
 
-class Mlp(nn.Module):
-    def __init__(self, spec: ModelSpec, boundary: Boundary) -> None:
-        super().__init__()
-        self.boundary, self.activation = boundary, ACTIVATIONS[spec.activation]
+class Mlp(Layer):
+    def __init__(self, spec: ModelSpec, boundary: Boundary, products: Products) -> None:
+        super().__init__(boundary, products)
+        self.activation = ACTIVATIONS[spec.activation]
         self.gate_proj = Linear(spec.hidden, spec.ffn, spec.mlp_bias) if spec.gated_mlp else None
         self.up_proj = Linear(spec.hidden, spec.ffn, spec.mlp_bias)
         self.down_proj = Linear(spec.ffn, spec.hidden, spec.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = self.boundary.enter(x_TD)
-        inner_TF = self.up_proj(x_TD)
         if self.gate_proj is None:
-            inner_TF = self.activation(inner_TF)
+            (up_TF,) = self.columns(x_TD, self.up_proj)
+            inner_TF = self.activation.forward(up_TF)
         else:
-            inner_TF = self.activation(self.gate_proj(x_TD)) * inner_TF
-        partial_TD = self.down_proj.product(inner_TF, self.down_proj.weight)
-        return self.down_proj.add_bias(self.boundary.leave(partial_TD))
+            gate_TF, up_TF = self.columns(x_TD, self.gate_proj, self.up_proj)
+            inner_TF = gated(gate_TF, up_TF, self.activation)
+        return self.row(inner_TF, self.down_proj)
 
 
 class Block(nn.Module):
     """Norm, attention, norm, MLP, each pair added to the residual stream."""
 
-    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary, products: Products) -> None:
         super().__init__()
         self.layer = layer
         self.input_layernorm = Norm(spec.hidden, spec)
-        self.self_attn = SelfAttention(spec, layer, boundary)
+        self.self_attn = SelfAttention(spec, layer, boundary, products)
         self.post_attention_layernorm = Norm(spec.hidden, spec)
-        self.mlp = Mlp(spec, boundary)
+        self.mlp = Mlp(spec, boundary, products)
 
     def forward(
         self,
@@ -166,11 +169,13 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """What Hugging Face calls `model`: everything but the head. Parts that a pipeline stage lacks are None or absent."""
 
-    def __init__(self, spec: ModelSpec, boundary: Boundary) -> None:
+    def __init__(self, spec: ModelSpec, boundary: Boundary, products: Products) -> None:
         super().__init__()
         self.embed_tokens: Embedding | None = Embedding(spec.vocabulary, spec.hidden)
         self.embed_positions = Embedding(spec.positions, spec.hidden) if spec.rope is None else None
-        self.layers = nn.ModuleDict({str(layer): Block(spec, layer, boundary) for layer in range(spec.layers)})
+        self.layers = nn.ModuleDict(
+            {str(layer): Block(spec, layer, boundary, products) for layer in range(spec.layers)}
+        )
         self.norm: Norm | None = Norm(spec.hidden, spec)
 
 
@@ -179,16 +184,23 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.spec, self.boundary = spec, Boundary()
+        self.spec, self.boundary, self.products = spec, Boundary(), Products()
         self.first = True
         """Whether the input is tokens (the first stage) or another stage's hidden states."""
-        self.model = Trunk(spec, self.boundary)
+        self.model = Trunk(spec, self.boundary, self.products)
         self.lm_head = None if spec.tied else Linear(spec.hidden, spec.vocabulary, False)
 
     def set_boundary(self, boundary: Boundary) -> None:
         for module in self.modules():
-            if isinstance(module, Decoder | SelfAttention | Mlp):
+            if isinstance(module, Decoder | Layer):
                 module.boundary = boundary
+
+    def set_products(self, products: Products, head: Products) -> None:
+        """Those of the blocks, and those of the head."""
+        self.products = head
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.products = products
 
     def forward(
         self, input_T: Tensor, positions_T: Tensor, attention: Attention, dropout: KeyedDropout | None = None
@@ -221,4 +233,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) on one rank; training never forms them whole (see `model/loss.py`)."""
-        return F.linear(hidden_TD, self.head_weight)
+        return self.products.forward(hidden_TD, self.head_weight)

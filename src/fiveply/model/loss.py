@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fiveply.model.products import Products
+
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 22
 """Logits formed at a time: 16 MiB in float32."""
@@ -26,6 +28,7 @@ def head_loss(
     weight_VD: Tensor,
     targets_T: Tensor,
     *,
+    products: Products | None = None,
     first_row: int = 0,
     largest_slice: int = 0,
     reduce_max: Reduce | None = None,
@@ -36,7 +39,9 @@ def head_loss(
     largest_slice: rows of the largest slice on any rank, where slices differ: all must cut the tokens into the same chunks.
     """
     chunk = max(1, CHUNK_ELEMENTS // (largest_slice or weight_VD.shape[0]))
-    return _HeadLoss.apply(hidden_TD, weight_VD, targets_T, first_row, chunk, reduce_max, reduce_sum)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(  # type: ignore[no-any-return]
+        hidden_TD, weight_VD, targets_T, products or Products(), first_row, chunk, reduce_max, reduce_sum
+    )
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -46,6 +51,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         targets_T: Tensor,
+        products: Products,
         first_row: int,
         chunk: int,
         reduce_max: Reduce | None,
@@ -64,27 +70,30 @@ class _HeadLoss(torch.autograd.Function):
             here_C = counts_C & (index_C >= 0) & (index_C < stored)
             index_C1 = index_C.masked_fill(~here_C, 0)[:, None]
 
-            logits_CV = (hidden_CD @ weight_VD.T).to(exact)
-            top_C = logits_CV.amax(-1)
-            if reduce_max is not None:
-                reduce_max(top_C)
-            logits_CV -= top_C[:, None]
-            target_C = logits_CV.gather(1, index_C1).squeeze(1).masked_fill(~here_C, 0)
-            logits_CV.exp_()
-            sums_2C = torch.stack((logits_CV.sum(-1), target_C))
-            if reduce_sum is not None:
+            logits_CV = products.forward(hidden_CD, weight_VD)
+            target_C = logits_CV.gather(1, index_C1).squeeze(1).to(exact).masked_fill_(~here_C, 0)
+            chances_CV = torch.softmax(logits_CV, -1, dtype=exact)
+            # The likeliest token's chance is 1 / sum(exp(logit - largest logit)).
+            log_sum_C = logits_CV.amax(-1).to(exact) - chances_CV.amax(-1).log_()
+            del logits_CV
+            if reduce_max is not None and reduce_sum is not None:
+                slice_C, largest_C = log_sum_C, log_sum_C.clone()
+                reduce_max(largest_C)
+                sums_2C = torch.stack(((slice_C - largest_C).exp_(), target_C))
                 reduce_sum(sums_2C)
-            loss += torch.where(counts_C, sums_2C[0].log() - sums_2C[1], 0).sum()
+                log_sum_C, target_C = largest_C + sums_2C[0].log(), sums_2C[1]
+                chances_CV *= (slice_C - log_sum_C).exp_()[:, None]
+            loss += torch.where(counts_C, log_sum_C - target_C, 0).sum()
 
             if grad_hidden_TD is None and grad_weight_VD is None:
                 continue
-            logits_CV *= (counts_C / sums_2C[0])[:, None]
-            logits_CV.scatter_add_(1, index_C1, -here_C.to(exact)[:, None])
-            grad_CV = logits_CV.to(hidden_TD.dtype)
+            chances_CV *= counts_C[:, None]
+            chances_CV.scatter_add_(1, index_C1, -here_C.to(exact)[:, None])
+            grad_CV = chances_CV.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[start : start + chunk])
+                grad_hidden_TD[start : start + chunk] = products.grad_input([grad_CV], [weight_VD])
             if grad_weight_VD is not None:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
+                grad_weight_VD += products.grad_weights([grad_CV], hidden_CD)[0]
         ctx.grads = grad_hidden_TD, grad_weight_VD
         return loss
 
@@ -92,4 +101,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight = (None if x is None else x.mul_(grads[0]) for x in ctx.grads)
         ctx.grads = None
-        return hidden, weight, None, None, None, None, None
+        return hidden, weight, *[None] * 6

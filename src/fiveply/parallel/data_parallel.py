@@ -139,7 +139,7 @@ class Unit:
         """Move a gradient that was just accumulated into the flat buffer, where the types differ."""
         parameter = entry.parameter
         if self.full_grad is not None and self.dtypes.reduce != self.dtypes.compute and parameter.grad is not None:
-            self.full_grad[entry.low : entry.high].add_(parameter.grad.view(-1))
+            self.full_grad[entry.low : entry.high].add_(parameter.grad.reshape(-1))
             parameter.grad = None
 
     def flat_gradients(self) -> Tensor:
@@ -149,7 +149,7 @@ class Unit:
         flat = torch.zeros(self.full.shape, dtype=self.dtypes.reduce, device=self.grad.device)
         for entry in self.entries:
             if entry.parameter.grad is not None:
-                flat[entry.low : entry.high].copy_(entry.parameter.grad.view(-1))
+                flat[entry.low : entry.high].copy_(entry.parameter.grad.reshape(-1))
                 entry.parameter.grad = None
         return flat
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fiveply.model.decoder import Decoder, Linear
+from fiveply.model.decoder import Decoder
+from fiveply.model.products import OneDnnProducts, Products
 from fiveply.parallel.data_parallel import Dtypes, GradientReducer, Unit
 from fiveply.parallel.initialize import initial_value
 from fiveply.parallel.pipeline_stages import stage_of_decoder
@@ -24,6 +25,7 @@ from fiveply.parallel.split_backward import WeightQueue
 from fiveply.parallel.tensor_parallel import VocabularyHead, apply_tensor_parallel
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.placement import Placed, place, stage_units
+from fiveply.world.device import find
 from fiveply.world.mesh import Mesh
 
 
@@ -103,9 +105,15 @@ def parallelize(
         )
         chunks.append(chunk)
     for chunk in chunks:
-        _dress(chunk, mesh, compile=compile)
+        _dress(chunk, mesh, products_on(device, dtypes.compute), compile=compile)
     units = list(made.values())
     return ParallelModel(spec, mesh, chunks, units, GradientReducer(units, mesh, average_gradients=average_gradients))
+
+
+def products_on(device: torch.device, dtype: torch.dtype) -> Products:
+    """The fastest products for a type: a rule, not a timing, so that a resumed run computes the same bits."""
+    onednn = device.type == "cpu" and dtype == torch.float32 and find().mkl_held_back
+    return OneDnnProducts() if onednn else Products()
 
 
 def longest_of(spec: ModelSpec, mesh: Mesh, stage: int) -> dict[str, int]:
@@ -149,7 +157,7 @@ def _make_units(
     assert not missing, f"the parameter table lacks {missing}"
 
 
-def _dress(chunk: Chunk, mesh: Mesh, *, compile: bool) -> None:
+def _dress(chunk: Chunk, mesh: Mesh, products: Products, *, compile: bool) -> None:
     """Put everything around the plain modules: boundaries, split backward, compile, recompute, gathering."""
     layout, decoder = mesh.layout, chunk.decoder
     if mesh.tp is not None:
@@ -157,10 +165,8 @@ def _dress(chunk: Chunk, mesh: Mesh, *, compile: bool) -> None:
     if chunk.last:
         chunk.head = VocabularyHead(decoder, mesh.tp)
     if layout.schedule in ("zb", "zbv") and layout.pp > 1:
-        chunk.weights = WeightQueue()
-        for module in decoder.model.layers.modules():
-            if isinstance(module, Linear):
-                module.product = chunk.weights.linear
+        chunk.weights = WeightQueue(products)
+    decoder.set_products(chunk.weights or products, head=products)
     for block in decoder.model.layers.values():
         forward: Any = block.forward
         if compile:

@@ -8,27 +8,30 @@ Norms, biases and embeddings are cheap and stay with the input gradient. Qi et a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Work = tuple[Tensor, Tensor, Tensor]
+from fiveply.model.products import Products
+
+_Work = tuple[Sequence[Tensor], Tensor, Sequence[Tensor]]
 
 
-class WeightQueue:
-    """Weight gradients of one chunk that wait, by micro-batch in the order of their input gradients."""
+class WeightQueue(Products):
+    """Weight gradients of one chunk that wait, by micro-batch in the order of their input gradients; multiplies by `products`."""
 
-    def __init__(self) -> None:
-        self._current: list[Work] = []
-        self._waiting: deque[list[Work]] = deque()
+    def __init__(self, products: Products) -> None:
+        self.products = products
+        self._current: list[_Work] = []
+        self._waiting: deque[list[_Work]] = deque()
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return _DeferredLinear.apply(x, weight, self)  # type: ignore[no-any-return]
+    def linears(self, x_TI: Tensor, weights_OI: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return _DeferredLinears.apply(self, x_TI, *weights_OI)  # type: ignore[no-any-return]
 
-    def put(self, weight: Tensor, x: Tensor, grad: Tensor) -> None:
-        self._current.append((weight, x, grad))
+    def put(self, weights_OI: Sequence[Tensor], x_TI: Tensor, grads_TO: Sequence[Tensor]) -> None:
+        self._current.append((weights_OI, x_TI, grads_TO))
 
     def close_micro_batch(self) -> None:
         """The input gradients of a micro-batch are complete."""
@@ -38,20 +41,21 @@ class WeightQueue:
     @torch.no_grad()
     def run(self, add: Callable[[Tensor, Tensor], None]) -> None:
         """Compute the weight gradients of the oldest waiting micro-batch; `add(weight, gradient)` accumulates each."""
-        for weight, x, grad in self._waiting.popleft():
-            add(weight, grad.flatten(0, -2).T @ x.flatten(0, -2))
+        for weights_OI, x_TI, grads_TO in self._waiting.popleft():
+            for weight_OI, grad_OI in zip(weights_OI, self.products.grad_weights(grads_TO, x_TI), strict=True):
+                add(weight_OI, grad_OI)
 
 
-class _DeferredLinear(torch.autograd.Function):
+class _DeferredLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, queue: WeightQueue) -> Tensor:
-        ctx.save_for_backward(x)
-        # Kept as it is: under recomputation a saved tensor comes back as another object, and the queue needs the parameter.
-        ctx.weight, ctx.queue = weight, queue
-        return x @ weight.T
+    def forward(ctx: Any, queue: WeightQueue, x_TI: Tensor, *weights_OI: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_TI)
+        # Kept as they are: under recomputation a saved tensor comes back as another object, and the queue needs the parameter.
+        ctx.weights, ctx.queue = weights_OI, queue
+        return tuple(queue.products.forward(x_TI, weight_OI) for weight_OI in weights_OI)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        ctx.queue.put(ctx.weight, x, grad)
-        return grad @ ctx.weight, None, None
+        (x_TI,) = ctx.saved_tensors
+        ctx.queue.put(ctx.weights, x_TI, grads)
+        return None, ctx.queue.products.grad_input(grads, ctx.weights), *[None] * len(ctx.weights)

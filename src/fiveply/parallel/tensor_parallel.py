@@ -58,11 +58,12 @@ class VocabularyHead:
     def __call__(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """Sum of cross-entropy over the targets, the same on every tensor rank."""
         if self.axis is None:
-            return head_loss(hidden_TD, self.decoder.head_weight, targets_T)
+            return head_loss(hidden_TD, self.decoder.head_weight, targets_T, products=self.decoder.products)
         return head_loss(
             self.decoder.boundary.enter(hidden_TD),
             self.decoder.head_weight,
             targets_T,
+            products=self.decoder.products,
             first_row=self.first_row,
             largest_slice=part(self.decoder.spec.vocabulary, self.axis.size, 0)[1],
             reduce_max=self._maximum,

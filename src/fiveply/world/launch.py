@@ -39,6 +39,7 @@ import torch.distributed as dist
 
 from fiveply.spec.errors import FiveplyError, InputError, RunError
 from fiveply.world import process as own
+from fiveply.world.allocator import keep_freed_memory
 from fiveply.world.device import find
 from fiveply.world.process import stop_requested
 
@@ -112,6 +113,7 @@ def _run_here(job: _Job, place: own.Place | None) -> Any:
         try:
             # Slurm can bind each task to cores of its own, so its own count is the better one.
             torch.set_num_threads(own.number("SLURM_CPUS_PER_TASK", share) if place else share)
+            keep_freed_memory()
             _take_device(job, place.local_rank if place else 0)
             if place:
                 _meet(job, place)
@@ -263,6 +265,7 @@ def _rank_main(job: _Job, rank: int, port: int, report: Connection, launcher: in
 def _run_rank(job: _Job, rank: int, port: int, report: Connection, failed: threading.Event) -> None:
     with own.logging_to(job.log(rank), tee=rank == 0) as log:
         try:
+            keep_freed_memory()
             torch.set_num_threads(find().threads_for(job.ranks))
             # What libraries expect to find under any launcher. Gloo would look for this machine's name in the network.
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
