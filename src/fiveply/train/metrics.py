@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import msgspec
 import torch
 
-from fiveply.parallel.parallelize import ParallelModel
+from fiveply.parallel.parallelize import ParallelModel, products_on
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.placement import declare
 
@@ -40,12 +40,11 @@ def flops_per_token(spec: ModelSpec, sequence: int) -> float:
 def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.15) -> float:
     """Operations a second of a large matrix product on this device with the current threads: MFU's denominator."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    out = torch.empty_like(a)
+    a, products = torch.ones(size, size, dtype=dtype, device=device), products_on(device, dtype)
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < seconds or best == float("inf"):
         start = time.perf_counter()
-        torch.mm(a, a, out=out)
+        products.forward(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
