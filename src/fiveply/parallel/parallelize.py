@@ -10,18 +10,27 @@ Nothing above asks how the model is split: the trainer sees chunks, units and a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fiveply.model.attention import RowsAttention
 from fiveply.model.decoder import Decoder, Linear
+from fiveply.model.dropout import KeyedDropout
 from fiveply.parallel.data_parallel import Dtypes, GradientReducer, Unit
 from fiveply.parallel.initialize import initial_value
 from fiveply.parallel.pipeline_stages import stage_of_decoder
 from fiveply.parallel.recompute import recomputed_block
 from fiveply.parallel.split_backward import WeightQueue
-from fiveply.parallel.tensor_parallel import VocabularyHead, apply_tensor_parallel
+from fiveply.parallel.tensor_parallel import (
+    VocabularyHead,
+    apply_tensor_parallel,
+    begin_step,
+    hidden_shape,
+    token_indices,
+)
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.placement import Placed, place, stage_units
 from fiveply.world.mesh import Mesh
@@ -33,8 +42,24 @@ class TensorSource(Protocol):
     def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one replica that flow through the pipeline together, packed: T = rows x sequence.
+
+    targets_T: -100 where nothing is predicted. documents_T: the document of each token, or None to attend over whole rows.
+    first_token: global index of the first token, for keyed dropout.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    targets_T: Tensor
+    rows: int
+    documents_T: Tensor | None = None
+    first_token: int = 0
+
+
 class Chunk:
-    """One stage's part of the decoder on this rank."""
+    """One stage's part of the decoder on this rank: a `pipeline_parallel.Stage`."""
 
     def __init__(self, decoder: Decoder, stage: int, units: dict[str, Unit], reduces: list[Unit], last: bool) -> None:
         self.decoder, self.stage, self.last = decoder, stage, last
@@ -46,6 +71,33 @@ class Chunk:
         self.weights: WeightQueue | None = None
         """Weight gradients put off by a split backward."""
 
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        begin_step(self.decoder, micro_batches[0].tokens_T.shape[0])
+
+    def arriving(self, batch: MicroBatch) -> tuple[Tensor, ...]:
+        unit = next(iter(self.units.values()))
+        shape = hidden_shape(batch.tokens_T.shape[0], self.decoder.spec.hidden, self.decoder)
+        return (torch.empty(shape, dtype=unit.dtypes.compute, device=unit.grad.device),)
+
+    leaving = arriving  # the residual stream has one shape throughout
+
+    def forward(
+        self, received: tuple[Tensor, ...], batch: MicroBatch, seed: int, step: int | None
+    ) -> tuple[Tensor, ...]:
+        decoder, spec, training = self.decoder, self.decoder.spec, step is not None
+        dropout = None
+        if training and spec.dropout:
+            indices_T = token_indices(decoder, batch.first_token, batch.tokens_T.shape[0], batch.tokens_T.device)
+            dropout = KeyedDropout(spec.dropout, seed, step, indices_T)
+        attention = RowsAttention(batch.rows, batch.documents_T, spec.attention_dropout if training else 0.0)
+        output = decoder(*(received or (batch.tokens_T,)), batch.positions_T, attention, dropout)
+        if self.head is not None:
+            unit = self.units["embed" if spec.tied else "head"]
+            unit.wait_gather()
+            output = self.head(output, batch.targets_T)
+            unit.release()
+        return (output,)
+
 
 class ParallelModel:
     """A decoder under a resolved Layout, as this rank holds it."""
@@ -55,6 +107,14 @@ class ParallelModel:
     ) -> None:
         self.spec, self.mesh, self.chunks, self.units, self.reducer = spec, mesh, chunks, units, reducer
         self.layout = mesh.layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.units[0].dtypes.compute
+
+    @property
+    def device(self) -> torch.device:
+        return self.units[0].grad.device
 
     def updated(self) -> None:
         """After the optimiser's step: refresh the parameters that the chunks compute with."""
