@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fiveply.model.attention import RowsAttention
 from fiveply.model.decoder import Decoder, Linear
@@ -84,12 +85,12 @@ class Chunk:
     def forward(
         self, received: tuple[Tensor, ...], batch: MicroBatch, seed: int, step: int | None
     ) -> tuple[Tensor, ...]:
-        decoder, spec, training = self.decoder, self.decoder.spec, step is not None
+        decoder, spec = self.decoder, self.decoder.spec
         dropout = None
-        if training and spec.dropout:
+        if step is not None and spec.dropout:
             indices_T = token_indices(decoder, batch.first_token, batch.tokens_T.shape[0], batch.tokens_T.device)
             dropout = KeyedDropout(spec.dropout, seed, step, indices_T)
-        attention = RowsAttention(batch.rows, batch.documents_T, spec.attention_dropout if training else 0.0)
+        attention = RowsAttention(batch.rows, batch.documents_T, spec.attention_dropout if step is not None else 0.0)
         output = decoder(*(received or (batch.tokens_T,)), batch.positions_T, attention, dropout)
         if self.head is not None:
             unit = self.units["embed" if spec.tied else "head"]
@@ -247,19 +248,24 @@ def _gather_around_units(chunk: Chunk) -> None:
         # Backward needs the weights of blocks and norms; an embedding's needs the indices alone.
         preceding = [unit for unit in order[max(0, index - 1) : index] if unit.name not in ("embed", "positions")]
         again = name not in ("embed", "positions")
-        _gather_around(module, units[name], following, preceding, again)
+        gather_around(module, units[name], following, preceding, again)
 
 
-def _gather_around(module: nn.Module, unit: Unit, following: list[Unit], preceding: list[Unit], again: bool) -> None:
+def gather_around(module: nn.Module, unit: Unit, following: list[Unit], preceding: list[Unit], again: bool) -> None:
+    """Hooks on `module`, which may return tensors in any nesting; `again`: backward needs the parameters too."""
+
     def before(_module: nn.Module, _args: Any) -> None:
         unit.wait_gather()
         for ahead in following:
             ahead.start_gather()
 
-    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # computed again in backward, which needs the parameters right after
         unit.release()
-        if again and output.requires_grad:
-            output.register_hook(before_backward)
+        for x in tree_leaves(output) if again else ():
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(before_backward)
 
     def before_backward(_grad: Tensor) -> None:
         unit.wait_gather()

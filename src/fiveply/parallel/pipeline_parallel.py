@@ -185,7 +185,7 @@ class Executor:
         pairs = zip((x for x in outputs if x.is_floating_point()), gradients, strict=True)
         wanted = [(x, grad) for x, grad in pairs if x.requires_grad]
         if wanted:
-            torch.autograd.backward(*(list(each) for each in zip(*wanted, strict=True)))
+            torch.autograd.backward([x for x, _ in wanted], [grad for _, grad in wanted])
         if chunk.weights is not None:
             chunk.weights.close_micro_batch()
         for unit in chunk.units.values():
@@ -193,9 +193,7 @@ class Executor:
         previous = self.schedule.adjacent(self.model.mesh.at.pp, key[0], -1)
         if previous is not None:
             # What no output of this stage depends on has no gradient, but the other side waits for one.
-            back = tuple(
-                torch.zeros_like(x) if x.grad is None else x.grad for x in received if x.is_floating_point()
-            )
+            back = tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in received if x.is_floating_point())
             self._gradients[key if previous[0] != self.model.mesh.at.pp else (previous[1], key[1])] = back
 
     def _weight(self, chunk: Stage) -> None:
@@ -215,7 +213,7 @@ class Executor:
 
     def _send(self, values: Values, lane: Axis, peer: int) -> None:
         for x in values:
-            x = x.detach().contiguous()
+            x = _sendable(x.detach().contiguous())
             self._sends.append((lane.send(x, peer), x))
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
@@ -240,7 +238,7 @@ class Executor:
             else:
                 buffers = tuple(x for x in chunk.leaving(batch) if x.is_floating_point())
             lane = self._lane(action)
-            self._posted[action] = ([lane.receive(buffer, peer) for buffer in buffers], buffers)
+            self._posted[action] = ([lane.receive(_sendable(buffer), peer) for buffer in buffers], buffers)
 
     def _receive(self, action: Action) -> Values:
         works, buffers = self._posted.pop(action)
@@ -253,3 +251,8 @@ class Executor:
 def _leaves(values: Values) -> Values:
     """Received values as leaves of this stage's graph; whole numbers have no gradient."""
     return tuple(x.requires_grad_(torch.is_grad_enabled() and x.is_floating_point()) for x in values)
+
+
+def _sendable(x: Tensor) -> Tensor:
+    """gloo knows no truth values."""
+    return x.view(torch.uint8) if x.dtype is torch.bool else x

@@ -44,7 +44,7 @@ class Mesh:
 
     def __init__(self, layout: Layout, spec: ModelSpec | None, groups: Groups | None = None) -> None:
         """`spec=None`: a user's own module, which has neither key-value heads nor a tied embedding that we know of."""
-        self.layout, self.rank = layout, dist.get_rank()
+        self.layout, self.rank = layout, dist.get_rank() if dist.is_initialized() else 0
         self.at = at = layout.coordinates(self.rank)
         self._groups = groups or Groups()
         places = [layout.coordinates(rank) for rank in range(layout.world)]
