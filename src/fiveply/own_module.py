@@ -234,7 +234,7 @@ class Job:
         loss = self.gradients(mine)
         if self.clip:
             self._optimizer.scale(min(1.0, self.clip / (self.norm + 1e-6)))
-        self._stepping()
+        self.update()
         if self._record is not None:
             self._record.step(self.steps, loss, self.norm, self._optimizer.torch, mine.total,
                               self._micro_batches(mine.total), time.perf_counter() - begun)  # fmt: skip
@@ -256,7 +256,8 @@ class Job:
         self.cursor = mine.cursor or self.cursor + mine.total
         return StepLoss(loss / count if count else 0.0)
 
-    def _stepping(self) -> None:
+    def update(self) -> None:
+        """The optimiser's step on the gradients that stand."""
         with _Paused(self._loop):
             self._optimizer.torch.step()
         self.steps += 1
@@ -371,7 +372,12 @@ class Job:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole module's parameters and buffers by name, on the CPU of every rank. Collective."""
-        return gathered(self.model, self._optimizer, "values")
+        tensors = gathered(self.model, self._optimizer, "values")
+        return tensors | {name: tensors[first] for name, first in self.model.aliases.items()}
+
+    def gradient_dict(self) -> dict[str, Tensor]:
+        """The whole gradient by name, after `gradients`, on the CPU of every rank. Collective."""
+        return gathered(self.model, self._optimizer, "gradients")
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/step-XXXXXXXX`: parameters, buffers, optimiser state, cursor. Collective; raises RunError."""

@@ -23,6 +23,7 @@ from fiveply.parallel.data_parallel import Dtypes, GradientReducer, Unit
 from fiveply.parallel.module_layers import Now, Watch, key_layers
 from fiveply.parallel.module_tensor_parallel import SPLITS, check_names, split_linears
 from fiveply.parallel.parallelize import gather_around
+from fiveply.parallel.split_backward import WeightQueue
 from fiveply.parallel.trace import Cut, StageForward
 from fiveply.spec.errors import InputError
 from fiveply.spec.placement import Parameter, Placed, Split, part
@@ -50,7 +51,7 @@ class ModuleBatch:
 class ModuleChunk:
     """One stage of a user's module: a `pipeline_parallel.Stage`."""
 
-    weights = None
+    weights: WeightQueue | None = None
 
     def __init__(
         self, model: ParallelModule, stage: int, forwards: dict[bool, Any], modules: dict[str, nn.Module]
@@ -150,6 +151,8 @@ class ParallelModule:
         """Persistent buffers and frozen parameters, whole or this rank's slice as `placed` says."""
         self.placed: dict[str, Placed] = {}
         """Of everything that this rank holds, by name."""
+        self.aliases: dict[str, str] = {}
+        """Further names of tied parameters, and the name that stands for them here."""
 
     def enter(self, batch: ModuleBatch, step: int, calls: dict[str, int]) -> None:
         now = self.now
@@ -189,6 +192,9 @@ def parallelize_module(
     key_layers(module, model.now, mesh.dp, micro_batches=layout.pp > 1 or layout.micro_batch > 0, strict=strict)
     tensors = [*((n, p) for n, p in module.named_parameters()), *_persistent_buffers(module)]
     shapes = {name: tuple(x.shape) for name, x in tensors}
+    names = {id(p): name for name, p in tensors}
+    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    model.aliases = {name: names[id(x)] for name, x in every if names.get(id(x), name) != name}
     splits = _slice_linears(module, mesh, tp)
     numbers = [layout.stage_of(mesh.at.pp, index) for index in range(layout.chunks)]
     cuts = {mode: Cut(module.train(mode), stages) for mode in (False, True)} if layout.stage_count > 1 else {}
