@@ -52,9 +52,11 @@ def train(
     name: str = "",
     json: Flag = False,
 ) -> None:
-    """Train a language model under a layout, from a run's TOML file or from flags alone.
+    """Train a language model under a layout, from a run's TOML file or from flags alone; or start a script of your own.
 
     fiveply train run.toml --layout dp=2,pp=2
+
+    fiveply train script.py --layout dp=2,tp=2,pp=2 [the script's arguments]
 
     fiveply train --model 15m --data my.txt --layout dp=2,tp=2 --steps 200
 
@@ -67,7 +69,7 @@ def train(
     eps, weight_decay, decay_all, clip, warmup, schedule, decay_share, final_share; [precision] parameters, reduce, optimizer.
 
     Args:
-        run: The run's TOML file; leave it out to train with the flags below.
+        run: The run's TOML file; leave it out to train with the flags below. A .py file is started on each rank.
         layout: How to split, as dp=2,tp=2,pp=2 (keys: dp tp pp zero dp_shard schedule vp stages micro_batch recompute sp),
             or a .plan file.
         resume: Go on from the run's newest intact checkpoint, under its recorded layout unless --layout is given.
@@ -257,6 +259,12 @@ def main(args: list[str] | None = None) -> None:
 
 def _parse(args: list[str]) -> Callable[[], None]:
     """The verb bound to its flags; bad usage raises InputError with the parser's box folded into one line."""
+    if args[:1] == ["train"] and any(arg.endswith(".py") for arg in args):
+        from fiveply import script
+
+        if (place := script.find(args[1:])) is not None:
+            own = args[1:]
+            return functools.partial(script.run, own.pop(place), own)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

@@ -191,10 +191,10 @@ def _load(folder: Path, losses: list[float]) -> Trace:
 def compare(a: Trace, b: Trace, *, dtype: str) -> dict[str, Any]:
     """Differences of `a` from `b` by the measure, with the worst tensor of each kind, and whether all are within tolerance."""
     tolerance = TOLERANCE[dtype]
-    floors = [1e-3 * _rms(gradients) for gradients in b.gradients] or [0.0]
+    floors = [floor(gradients) for gradients in b.gradients] or [0.0]
     initial = _worst(a.initial, b.initial, floors[0])
-    losses = [abs(x - y) / abs(y) for x, y in zip(a.losses, b.losses, strict=True)]
-    steps = [_worst(x, y, floor) for x, y, floor in zip(a.gradients, b.gradients, floors, strict=False)]
+    losses = [abs(x - y) / max(abs(y), 1e-300) for x, y in zip(a.losses, b.losses, strict=True)]
+    steps = [_worst(x, y, least) for x, y, least in zip(a.gradients, b.gradients, floors, strict=False)]
     gradients = max(steps, key=lambda worst: worst[0], default=(0.0, ""))
     parameters = _worst(a.parameters, b.parameters, floors[-1])
     loss = max(losses)
@@ -214,23 +214,30 @@ def compare(a: Trace, b: Trace, *, dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rms(tensors: dict[str, Tensor]) -> float:
+def floor(tensors: dict[str, Tensor]) -> float:
+    """1e-3 x RMS of all: no difference is measured against less."""
     squares = sum(float(x.double().square().sum()) for x in tensors.values())
-    return math.sqrt(squares / sum(x.numel() for x in tensors.values()))
+    return 1e-3 * math.sqrt(squares / max(1, sum(x.numel() for x in tensors.values())))
 
 
-def _worst(a: dict[str, Tensor], b: dict[str, Tensor], floor: float) -> tuple[float, str]:
-    """The largest difference and its tensor; a tensor that is missing or not a number differs infinitely."""
+def difference(a: Tensor | None, b: Tensor, least: float) -> float:
+    """By the measure; infinite for a tensor that is missing, of another shape, or not a number."""
+    if a is None or a.shape != b.shape:
+        return math.inf
+    if not b.numel():
+        return 0.0
+    scale = max(float(b.abs().max()), least)
+    gap = float((a.double() - b.double()).abs().max())
+    return math.inf if math.isnan(gap) else 0.0 if gap == 0 else gap / scale if scale else math.inf
+
+
+def _worst(a: dict[str, Tensor], b: dict[str, Tensor], least: float) -> tuple[float, str]:
+    """The largest difference and its tensor."""
     worst = (-1.0, "")
     for name, y in b.items():
-        difference = math.inf
-        if name in a and a[name].shape == y.shape:
-            scale = max(float(y.abs().max()), floor)
-            gap = float((a[name].double() - y.double()).abs().max())
-            difference = 0.0 if gap == 0 else gap / scale if scale else math.inf
-        difference = math.inf if math.isnan(difference) else difference
-        if difference > worst[0]:
-            worst = (difference, name)
+        found = difference(a.get(name), y, least)
+        if found > worst[0]:
+            worst = (found, name)
     return worst
 
 

@@ -159,7 +159,7 @@ class Batches:
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """A block's file of each draw, and the draws of the same file before it in the block; the last two are kept."""
         if block not in self._blocks:
-            file_b = np.repeat(np.arange(len(self.files)), self._draws)[_permutation(_BLOCK, self._seed, 0, block)]
+            file_b = np.repeat(np.arange(len(self.files)), self._draws)[permutation(_BLOCK, self._seed, 0, block)]
             earlier_b = np.empty_like(file_b)
             for number, draws in enumerate(self._draws.tolist()):
                 earlier_b[file_b == number] = np.arange(draws)
@@ -172,12 +172,12 @@ class Batches:
         """A file's order of windows in one of its epochs; the last one used is kept (8 bytes a window)."""
         kept = self._permutations.get(number)
         if kept is None or kept[0] != epoch:
-            kept = epoch, _permutation(int(self._windows[number]), self._seed, 1, number, epoch)
+            kept = epoch, permutation(int(self._windows[number]), self._seed, 1, number, epoch)
             self._permutations[number] = kept
         return kept[1]
 
 
-def _permutation(length: int, *key: int) -> np.ndarray:
+def permutation(length: int, *key: int) -> np.ndarray:
     """A permutation of 0..length-1 by a counter-based generator. Sorting raw bits, not `Generator.permutation`: NumPy
     promises that only the former stay the same from version to version (NEP 19), and a cursor must outlive one."""
     bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(length)

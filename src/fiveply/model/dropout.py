@@ -14,11 +14,12 @@ class KeyedDropout:
     def __init__(self, rate: float, seed: int, step: int, tokens_T: Tensor) -> None:
         self.rate, self.seed, self.step, self.tokens_T = rate, seed, step, tokens_T
 
-    def __call__(self, x_TD: Tensor, site: str) -> Tensor:
-        """Zero a share `rate` of x_TD and scale the rest by 1 / (1 - rate). `site` names the place in the model."""
+    def __call__(self, x_TD: Tensor, site: str, columns_D: Tensor | None = None) -> Tensor:
+        """Zero a share `rate` of x_TD and scale the rest by 1 / (1 - rate). `site` names the place in the model,
+        `columns_D` the global columns where a rank holds only some."""
         digest = hashlib.blake2b(f"{self.seed}/{self.step}/{site}".encode(), digest_size=8).digest()
         low, high = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-        columns_D = torch.arange(x_TD.shape[1], device=x_TD.device)
+        columns_D = torch.arange(x_TD.shape[1], device=x_TD.device) if columns_D is None else columns_D
         # Two rounds of a 32-bit finaliser (murmur3's) in 64-bit integers, the upper half masked off after each product.
         rows_T1 = _mix((self.tokens_T[:, None] & 0xFFFFFFFF) ^ low) ^ (self.tokens_T[:, None] >> 32)
         bits_TD = _mix((rows_T1 * 0x9E3779B1 + columns_D + high) & 0xFFFFFFFF)

@@ -89,7 +89,7 @@ class Unit:
         exact = torch.zeros(self.part * shards, dtype=dtypes.optimizer, device=device)
         offset = 0
         for _, value in ordered:
-            exact[offset : offset + value.numel()].copy_(value.reshape(-1))
+            exact[offset : offset + value.numel()].copy_(value.detach().reshape(-1))
             offset += value.numel()
         own = slice(*self.owned)
         self.full = exact.to(dtypes.compute)
@@ -99,7 +99,12 @@ class Unit:
         offset = 0
         for placed, value in ordered:
             low, high = offset, offset + value.numel()
-            self.entries.append(Entry(placed, nn.Parameter(self.full[low:high].view(value.shape)), low, high))
+            view, parameter = self.full[low:high].view(value.shape), value
+            if isinstance(parameter, nn.Parameter):
+                parameter.data = view  # a user's own: whatever refers to it keeps doing so
+            else:
+                parameter = nn.Parameter(view)
+            self.entries.append(Entry(placed, parameter, low, high))
             offset = high
 
         self.full_grad: Tensor | None = None
@@ -193,9 +198,9 @@ class GradientReducer:
         """`average_gradients=False`: replicas step alone and nothing is reduced over dp (`train.sync_every`)."""
         self.units, self.mesh, self.average = list(units), mesh, average_gradients
         # Units whose gradients this backward completes: each is reduced as its last gradient arrives, beside the rest of it.
-        self._completing: set[str] = set()
+        # All ranks start them in one order, backward through the model, whatever order gradients arrive in; None: not told.
+        self._waiting: list[Unit] | None = None
         self._missing: dict[str, int] = {}
-        self._started: set[str] = set()
         self._pending: list[tuple[Unit, dist.Work, Tensor, Tensor]] = []
         for unit in self.units:
             for entry in unit.entries:
@@ -204,10 +209,10 @@ class GradientReducer:
     def _hook(self, unit: Unit, entry: Entry) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
             unit.store(entry)
-            if unit.name in self._completing:
-                self._missing[unit.name] -= 1
-                if self._missing[unit.name] == 0:
-                    self._start(unit)
+            if self._waiting:
+                self._missing[unit.name] = self._missing.get(unit.name, 0) - 1
+                while self._waiting and self._missing[self._waiting[0].name] == 0:
+                    self._start(self._waiting.pop(0))
 
         return arrived
 
@@ -221,20 +226,17 @@ class GradientReducer:
         unit.store(entry)
 
     def completes(self, units: Iterable[Unit]) -> None:
-        """The next backward completes these units' gradients."""
-        self._completing = {unit.name for unit in units}
-        self._missing = {unit.name: len(unit.entries) for unit in units}
+        """The next backward completes the gradients of these units, given in forward order."""
+        self._waiting = list(units)[::-1]
+        self._missing = {unit.name: len(unit.entries) for unit in self._waiting}
 
     def start(self, units: Iterable[Unit]) -> None:
         """The gradients of these units are complete: start reducing those that were not started during backward."""
-        for unit in units:
-            if unit.name not in self._started:
-                self._start(unit)
-        self._completing = set()
-        self._started = set()
+        for unit in list(units)[::-1] if self._waiting is None else self._waiting:
+            self._start(unit)
+        self._waiting = None
 
     def _start(self, unit: Unit) -> None:
-        self._started.add(unit.name)
         if unit.zero >= 2:
             # One transfer in flight bounds the transient buffers to two units.
             self._drain(keep=1)

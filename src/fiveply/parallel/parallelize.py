@@ -10,19 +10,29 @@ Nothing above asks how the model is split: the trainer sees chunks, units and a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from fiveply.model.attention import RowsAttention
 from fiveply.model.decoder import Decoder
+from fiveply.model.dropout import KeyedDropout
 from fiveply.model.products import OneDnnProducts, Products
 from fiveply.parallel.data_parallel import Dtypes, GradientReducer, Unit
 from fiveply.parallel.initialize import initial_value
 from fiveply.parallel.pipeline_stages import stage_of_decoder
 from fiveply.parallel.recompute import recomputed_block
 from fiveply.parallel.split_backward import WeightQueue
-from fiveply.parallel.tensor_parallel import VocabularyHead, apply_tensor_parallel
+from fiveply.parallel.tensor_parallel import (
+    VocabularyHead,
+    apply_tensor_parallel,
+    begin_step,
+    hidden_shape,
+    token_indices,
+)
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.placement import Placed, place, stage_units
 from fiveply.world.device import find
@@ -35,8 +45,24 @@ class TensorSource(Protocol):
     def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one replica that flow through the pipeline together, packed: T = rows x sequence.
+
+    targets_T: -100 where nothing is predicted. documents_T: the document of each token, or None to attend over whole rows.
+    first_token: global index of the first token, for keyed dropout.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    targets_T: Tensor
+    rows: int
+    documents_T: Tensor | None = None
+    first_token: int = 0
+
+
 class Chunk:
-    """One stage's part of the decoder on this rank."""
+    """One stage's part of the decoder on this rank: a `pipeline_parallel.Stage`."""
 
     def __init__(self, decoder: Decoder, stage: int, units: dict[str, Unit], reduces: list[Unit], last: bool) -> None:
         self.decoder, self.stage, self.last = decoder, stage, last
@@ -48,6 +74,33 @@ class Chunk:
         self.weights: WeightQueue | None = None
         """Weight gradients put off by a split backward."""
 
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        begin_step(self.decoder, micro_batches[0].tokens_T.shape[0])
+
+    def arriving(self, batch: MicroBatch) -> tuple[Tensor, ...]:
+        unit = next(iter(self.units.values()))
+        shape = hidden_shape(batch.tokens_T.shape[0], self.decoder.spec.hidden, self.decoder)
+        return (torch.empty(shape, dtype=unit.dtypes.compute, device=unit.grad.device),)
+
+    leaving = arriving  # the residual stream has one shape throughout
+
+    def forward(
+        self, received: tuple[Tensor, ...], batch: MicroBatch, seed: int, step: int | None
+    ) -> tuple[Tensor, ...]:
+        decoder, spec = self.decoder, self.decoder.spec
+        dropout = None
+        if step is not None and spec.dropout:
+            indices_T = token_indices(decoder, batch.first_token, batch.tokens_T.shape[0], batch.tokens_T.device)
+            dropout = KeyedDropout(spec.dropout, seed, step, indices_T)
+        attention = RowsAttention(batch.rows, batch.documents_T, spec.attention_dropout if step is not None else 0.0)
+        output = decoder(*(received or (batch.tokens_T,)), batch.positions_T, attention, dropout)
+        if self.head is not None:
+            unit = self.units["embed" if spec.tied else "head"]
+            unit.wait_gather()
+            output = self.head(output, batch.targets_T)
+            unit.release()
+        return (output,)
+
 
 class ParallelModel:
     """A decoder under a resolved Layout, as this rank holds it."""
@@ -57,6 +110,14 @@ class ParallelModel:
     ) -> None:
         self.spec, self.mesh, self.chunks, self.units, self.reducer = spec, mesh, chunks, units, reducer
         self.layout = mesh.layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.units[0].dtypes.compute
+
+    @property
+    def device(self) -> torch.device:
+        return self.units[0].grad.device
 
     def updated(self) -> None:
         """After the optimiser's step: refresh the parameters that the chunks compute with."""
@@ -193,19 +254,24 @@ def _gather_around_units(chunk: Chunk) -> None:
         # Backward needs the weights of blocks and norms; an embedding's needs the indices alone.
         preceding = [unit for unit in order[max(0, index - 1) : index] if unit.name not in ("embed", "positions")]
         again = name not in ("embed", "positions")
-        _gather_around(module, units[name], following, preceding, again)
+        gather_around(module, units[name], following, preceding, again)
 
 
-def _gather_around(module: nn.Module, unit: Unit, following: list[Unit], preceding: list[Unit], again: bool) -> None:
+def gather_around(module: nn.Module, unit: Unit, following: list[Unit], preceding: list[Unit], again: bool) -> None:
+    """Hooks on `module`, which may return tensors in any nesting; `again`: backward needs the parameters too."""
+
     def before(_module: nn.Module, _args: Any) -> None:
         unit.wait_gather()
         for ahead in following:
             ahead.start_gather()
 
-    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # computed again in backward, which needs the parameters right after
         unit.release()
-        if again and output.requires_grad:
-            output.register_hook(before_backward)
+        for x in tree_leaves(output) if again else ():
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(before_backward)
 
     def before_backward(_grad: Tensor) -> None:
         unit.wait_gather()

@@ -2,41 +2,71 @@
 
 At pp = 1 the same loop runs forward and backward of one micro-batch after the other. The executor owns what is in flight
 (inputs, outputs, received tensors) and tells the reducer when a chunk's gradients are complete; it knows no model beyond
-`Chunk` and no optimiser.
+`Stage`, whatever a micro-batch is, and no optimiser.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fiveply.model.attention import RowsAttention
-from fiveply.model.dropout import KeyedDropout
-from fiveply.parallel.parallelize import Chunk, ParallelModel
-from fiveply.parallel.tensor_parallel import begin_step, hidden_shape, token_indices
+from fiveply.parallel.data_parallel import GradientReducer, Unit
+from fiveply.parallel.split_backward import WeightQueue
 from fiveply.pipeline_schedule import Action, Kind, Schedule
 from fiveply.world.collectives import Axis
+from fiveply.world.mesh import Mesh
+
+Values = tuple[Tensor, ...]
+"""What one stage hands to the next for one micro-batch."""
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one replica that flow through the pipeline together, packed: T = rows x sequence.
+class Stage(Protocol):
+    """One stage's part of a model on this rank."""
 
-    targets_T: -100 where nothing is predicted. documents_T: the document of each token, or None to attend over whole rows.
-    first_token: global index of the first token, for keyed dropout.
-    """
+    last: bool
+    units: dict[str, Unit]
+    reduces: list[Unit]
+    weights: WeightQueue | None
 
-    tokens_T: Tensor
-    positions_T: Tensor
-    targets_T: Tensor
-    rows: int
-    documents_T: Tensor | None = None
-    first_token: int = 0
+    def begin(self, micro_batches: Sequence[Any]) -> None:
+        """A step over these micro-batches begins."""
+        ...
+
+    def arriving(self, batch: Any) -> Values:
+        """Empty tensors for what the stage before hands on."""
+        ...
+
+    def leaving(self, batch: Any) -> Values:
+        """Empty tensors like what this stage hands on: its gradients come back in them."""
+        ...
+
+    def forward(self, received: Values, batch: Any, seed: int, step: int | None) -> Values:
+        """What it hands on, or on the last stage the sum of the loss. `step` keys dropout; None evaluates."""
+        ...
+
+
+class Model(Protocol):
+    """All stages of this rank."""
+
+    mesh: Mesh
+    reducer: GradientReducer
+
+    @property
+    def chunks(self) -> Sequence[Stage]: ...
+
+    @property
+    def units(self) -> Sequence[Unit]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
@@ -45,11 +75,10 @@ FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
 class Executor:
     """Runs the actions of this rank for one model; `schedule` is for the whole pipeline."""
 
-    def __init__(self, model: ParallelModel, schedule: Schedule, *, seed: int = 0) -> None:
+    def __init__(self, model: Model, schedule: Schedule, *, seed: int = 0) -> None:
         self.model, self.schedule, self.seed = model, schedule, seed
         self.actions = schedule.ranks[model.mesh.at.pp]
-        self.dtype = model.units[0].dtypes.compute
-        self.device = model.units[0].grad.device
+        self.dtype, self.device = model.dtype, model.device
         self._places = {id(entry.parameter): (unit, entry) for unit in model.units for entry in unit.entries}
         last: dict[int, int] = {}
         for action in self.actions:
@@ -57,7 +86,7 @@ class Executor:
                 last[action.chunk] = action.micro_batch
         self._last_backward = last
 
-    def step(self, micro_batches: Sequence[MicroBatch], step: int) -> Tensor:
+    def step(self, micro_batches: Sequence[Any], step: int) -> Tensor:
         """Forward and backward of all micro-batches. Gradients end as sums over the world; returns the sum of the loss over
         this rank's micro-batches: zero except on the rank of the last stage."""
         self._begin(micro_batches, step)
@@ -66,7 +95,7 @@ class Executor:
         return self._end()
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def evaluate(self, micro_batches: Sequence[Any]) -> Tensor:
         """The sum of the loss over this rank's micro-batches, by the forward actions of the same schedule."""
         self._begin(micro_batches, None)
         for action in self.actions:
@@ -74,19 +103,18 @@ class Executor:
                 self._do(action)
         return self._end()
 
-    def _begin(self, micro_batches: Sequence[MicroBatch], step: int | None) -> None:
+    def _begin(self, micro_batches: Sequence[Any], step: int | None) -> None:
         assert len(micro_batches) == self.schedule.micro_batches
         self._micro_batches, self._step = micro_batches, step
         self._loss = torch.zeros(
             (), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=self.device
         )
-        self._arrived: dict[Action, Tensor] = {}
-        self._inputs: dict[tuple[int, int], Tensor] = {}
-        self._outputs: dict[tuple[int, int], Tensor] = {}
-        self._gradients: dict[tuple[int, int], Tensor] = {}
+        self._inputs: dict[tuple[int, int], Values] = {}
+        self._outputs: dict[tuple[int, int], Values] = {}
+        self._gradients: dict[tuple[int, int], Values] = {}
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         for chunk in self.model.chunks:
-            begin_step(chunk.decoder, micro_batches[0].tokens_T.shape[0])
+            chunk.begin(micro_batches)
         self._post_receives()
 
     def _end(self) -> Tensor:
@@ -108,79 +136,67 @@ class Executor:
                 assert chunk is not None
                 self._weight(chunk)
             case Kind.SEND_FORWARD:
-                self._send(self._outputs[key].detach(), self._lane(action), action.peer)
+                self._send(self._outputs[key], self._lane(action), action.peer)
                 if not torch.is_grad_enabled():
                     del self._outputs[key]
             case Kind.SEND_BACKWARD:
                 self._send(self._gradients.pop(key), self._lane(action), action.peer)
             case Kind.RECEIVE_FORWARD:
-                self._inputs[key] = self._receive(action).requires_grad_(torch.is_grad_enabled())
+                self._inputs[key] = _leaves(self._receive(action))
             case Kind.RECEIVE_BACKWARD:
                 self._gradients[key] = self._receive(action)
             case Kind.GATHER:
                 assert chunk is not None
-                next(iter(chunk.units.values())).start_gather()
+                for unit in list(chunk.units.values())[:1]:
+                    unit.start_gather()
             case Kind.REDUCE:
                 assert chunk is not None
                 self.model.reducer.start(chunk.reduces)
             case Kind.FINISH:
                 self.model.reducer.finish()
 
-    def _forward(self, chunk: Chunk, key: tuple[int, int]) -> None:
-        batch, decoder = self._micro_batches[key[1]], chunk.decoder
-        source = batch.tokens_T if decoder.first else self._input(key)
-        spec, training = decoder.spec, self._step is not None
-        dropout = None
-        if training and spec.dropout:
-            assert self._step is not None
-            indices_T = token_indices(decoder, batch.first_token, batch.tokens_T.shape[0], self.device)
-            dropout = KeyedDropout(spec.dropout, self.seed, self._step, indices_T)
-        attention = RowsAttention(batch.rows, batch.documents_T, spec.attention_dropout if training else 0.0)
-        output = decoder(source, batch.positions_T, attention, dropout)
-        if chunk.head is not None:
-            unit = chunk.units["embed" if spec.tied else "head"]
-            unit.wait_gather()
-            output = chunk.head(output, batch.targets_T)
-            unit.release()
-            self._loss += output.detach()
+    def _forward(self, chunk: Stage, key: tuple[int, int]) -> None:
+        outputs = chunk.forward(self._input(key), self._micro_batches[key[1]], self.seed, self._step)
+        if chunk.last:
+            self._loss += outputs[0].detach()
         if torch.is_grad_enabled() or not chunk.last:
-            self._outputs[key] = output
+            self._outputs[key] = outputs
         if not torch.is_grad_enabled():
             self._inputs.pop(key, None)
 
-    def _input(self, key: tuple[int, int]) -> Tensor:
+    def _input(self, key: tuple[int, int]) -> Values:
         """What the previous stage handed on: received, or left by another chunk of this rank (the turn of a V)."""
+        previous = self.schedule.adjacent(self.model.mesh.at.pp, key[0], -1)
+        if previous is None:
+            return ()
         if key not in self._inputs:
-            previous = self.schedule.adjacent(self.model.mesh.at.pp, key[0], -1)
-            assert previous is not None
             handed = self._outputs[previous[1], key[1]]
             if not torch.is_grad_enabled():
                 del self._outputs[previous[1], key[1]]
-            self._inputs[key] = handed.detach().requires_grad_(torch.is_grad_enabled())
+            self._inputs[key] = _leaves(tuple(x.detach() for x in handed))
         return self._inputs[key]
 
-    def _backward(self, chunk: Chunk, key: tuple[int, int], *, whole: bool) -> None:
+    def _backward(self, chunk: Stage, key: tuple[int, int], *, whole: bool) -> None:
         reducer = self.model.reducer
         if whole and (self.schedule.reduce_each or self._last_backward[key[0]] == key[1]):
             reducer.completes(chunk.reduces)
-        output, received = self._outputs.pop(key), self._inputs.pop(key, None)
-        if chunk.last:
-            output.backward()
-        else:
-            torch.autograd.backward(output, self._gradients.pop(key))
+        outputs, received = self._outputs.pop(key), self._inputs.pop(key, ())
+        gradients = self._gradients.pop(key) if not chunk.last else (torch.ones_like(outputs[0]),)
+        pairs = zip((x for x in outputs if x.is_floating_point()), gradients, strict=True)
+        wanted = [(x, grad) for x, grad in pairs if x.requires_grad]
+        if wanted:
+            torch.autograd.backward([x for x, _ in wanted], [grad for _, grad in wanted])
         if chunk.weights is not None:
             chunk.weights.close_micro_batch()
         for unit in chunk.units.values():
             unit.release()
-        if received is not None:
-            assert received.grad is not None
-            self._gradients[key] = received.grad
-            previous = self.schedule.adjacent(self.model.mesh.at.pp, key[0], -1)
-            assert previous is not None
-            if previous[0] == self.model.mesh.at.pp:
-                self._gradients[previous[1], key[1]] = self._gradients.pop(key)
+        previous = self.schedule.adjacent(self.model.mesh.at.pp, key[0], -1)
+        if previous is not None:
+            # What no output of this stage depends on has no gradient, but the other side waits for one.
+            back = tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in received if x.is_floating_point())
+            self._gradients[key if previous[0] != self.model.mesh.at.pp else (previous[1], key[1])] = back
 
-    def _weight(self, chunk: Chunk) -> None:
+    def _weight(self, chunk: Stage) -> None:
         assert chunk.weights is not None
         chunk.weights.run(lambda weight, grad: self.model.reducer.add(*self._places[id(weight)], grad))
 
@@ -195,9 +211,10 @@ class Executor:
         assert lane is not None
         return lane
 
-    def _send(self, x: Tensor, lane: Axis, peer: int) -> None:
-        x = x.contiguous()
-        self._sends.append((lane.send(x, peer), x))
+    def _send(self, values: Values, lane: Axis, peer: int) -> None:
+        for x in values:
+            x = _sendable(x.detach().contiguous())
+            self._sends.append((lane.send(x, peer), x))
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
 
@@ -205,7 +222,7 @@ class Executor:
         """Receives are posted one ahead for each peer and lane, in the order of the schedule."""
         kinds = (Kind.RECEIVE_FORWARD,) if self._step is None else (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
         self._to_post: dict[int, deque[Action]] = {}
-        self._posted: dict[Action, tuple[dist.Work, Tensor]] = {}
+        self._posted: dict[Action, tuple[list[dist.Work], Values]] = {}
         for action in self.actions:
             if action.kind in kinds:
                 self._to_post.setdefault(action.peer, deque()).append(action)
@@ -215,15 +232,27 @@ class Executor:
     def _post_next(self, peer: int) -> None:
         if self._to_post[peer]:
             action = self._to_post[peer].popleft()
-            chunk = self.model.chunks[action.chunk]
-            tokens = self._micro_batches[action.micro_batch].tokens_T.shape[0]
-            buffer = torch.empty(
-                hidden_shape(tokens, self.model.spec.hidden, chunk.decoder), dtype=self.dtype, device=self.device
-            )
-            self._posted[action] = (self._lane(action).receive(buffer, peer), buffer)
+            chunk, batch = self.model.chunks[action.chunk], self._micro_batches[action.micro_batch]
+            if action.kind is Kind.RECEIVE_FORWARD:
+                buffers = chunk.arriving(batch)
+            else:
+                buffers = tuple(x for x in chunk.leaving(batch) if x.is_floating_point())
+            lane = self._lane(action)
+            self._posted[action] = ([lane.receive(_sendable(buffer), peer) for buffer in buffers], buffers)
 
-    def _receive(self, action: Action) -> Tensor:
-        work, buffer = self._posted.pop(action)
+    def _receive(self, action: Action) -> Values:
+        works, buffers = self._posted.pop(action)
         self._post_next(action.peer)
-        work.wait()
-        return buffer
+        for work in works:
+            work.wait()
+        return buffers
+
+
+def _leaves(values: Values) -> Values:
+    """Received values as leaves of this stage's graph; whole numbers have no gradient."""
+    return tuple(x.requires_grad_(torch.is_grad_enabled() and x.is_floating_point()) for x in values)
+
+
+def _sendable(x: Tensor) -> Tensor:
+    """gloo knows no truth values."""
+    return x.view(torch.uint8) if x.dtype is torch.bool else x

@@ -42,6 +42,39 @@ def resolve(layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int
     )
 
 
+def check_module(layout: Layout, stages: int, where: str = "layout") -> Layout:
+    """Check `layout` for a user's own module that names `stages` stages; returns it with sequence parallel off."""
+    layout.check(where)
+    for key in ("cp", "ep", "etp"):
+        if getattr(layout, key) > 1:
+            raise InputError(f"{key}={getattr(layout, key)} needs to know what a module computes", where=where, key=key,
+                             fix=f"leave {key} out for a module of your own")  # fmt: skip
+    if layout.sp == 1:
+        raise InputError(
+            "sequence parallel needs to know which dimension holds tokens", where=where, key="sp", fix="leave sp out"
+        )
+    if layout.recompute != "none" or layout.offload != "none":
+        key = "recompute" if layout.recompute != "none" else "offload"
+        raise InputError(f"{key}={getattr(layout, key)} is for fiveply's own decoder", where=where, key=key,
+                         fix="call torch.utils.checkpoint in the module" if key == "recompute" else "leave offload out")  # fmt: skip
+    if layout.schedule in ("zb", "zbv"):
+        raise InputError(f"{layout.schedule} splits the backward of each linear, which a module of your own does not offer",
+                         where=where, key="schedule", fix="set schedule=1f1b, gpipe or interleaved")  # fmt: skip
+    if layout.stages:
+        raise InputError(
+            "counts layers of fiveply's decoder",
+            where=where,
+            key="stages",
+            fix="name modules in parallelize(stages=...)",
+        )
+    if layout.stage_count > 1 and layout.stage_count != stages:
+        raise InputError(
+            f"pp={layout.pp} x {layout.chunks} chunks = {layout.stage_count} stages, {stages} are named", where=where, key="pp",
+            fix=f"name {layout.stage_count} modules in parallelize(stages=...)",
+        )  # fmt: skip
+    return msgspec.structs.replace(layout, sp=0) if layout.tp > 1 else layout
+
+
 def _check_model(layout: Layout, spec: ModelSpec, where: str) -> None:
     tp, stages = layout.tp, layout.stage_count
     if spec.heads % tp:

@@ -16,8 +16,8 @@ from torch import Tensor
 from fiveply import pipeline_schedule
 from fiveply.corpus.batches import Batches, Rows
 from fiveply.parallel.data_parallel import Dtypes, Segment
-from fiveply.parallel.parallelize import TensorSource, parallelize
-from fiveply.parallel.pipeline_parallel import Executor, MicroBatch
+from fiveply.parallel.parallelize import MicroBatch, TensorSource, parallelize
+from fiveply.parallel.pipeline_parallel import Executor
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import RunError
 from fiveply.spec.run import RunSpec

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 import msgspec
 import torch
 
-from fiveply.parallel.parallelize import ParallelModel, products_on
+from fiveply.parallel.parallelize import products_on
+from fiveply.parallel.pipeline_parallel import Model
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.placement import declare
 
@@ -70,7 +71,7 @@ def forget_peak_memory() -> None:
         return
 
 
-def bytes_by_category(model: ParallelModel) -> dict[str, int]:
+def bytes_by_category(model: Model) -> dict[str, int]:
     """This rank's standing bytes; a transient gathered unit of zero 3 counts as a parameter while it stands."""
     parameters = gradients = optimizer = 0
     for unit in model.units:

@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+
+from fiveply.spec.placement import part
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -145,6 +148,58 @@ class _ScatterSumRows(torch.autograd.Function):
         return _gather(grads[0], ctx.axis, ctx.rows), None
 
 
+def _gather_columns(x: Tensor, axis: Axis, columns: int) -> Tensor:
+    widest = part(columns, axis.size, 0)[1]
+    x_RC = x.reshape(-1, x.shape[-1])
+    x_RC = F.pad(x_RC, (0, widest - x_RC.shape[1])).contiguous()
+    out = x.new_empty(axis.size * x_RC.shape[0], widest)
+    axis.all_gather(out, x_RC)
+    parts = out.view(axis.size, -1, widest)
+    whole = torch.cat([parts[rank, :, : part(columns, axis.size, rank)[1]] for rank in range(axis.size)], dim=1)
+    return whole.view(*x.shape[:-1], columns)
+
+
+def _own_columns(x: Tensor, axis: Axis) -> Tensor:
+    return x.narrow(-1, *part(x.shape[-1], axis.size, axis.index)).contiguous()
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, columns: int) -> Tensor:
+        ctx.axis = axis
+        return _gather_columns(x, axis, columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _own_columns(grads[0], ctx.axis), None, None
+
+
+class _TakeColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.columns = axis, x.shape[-1]
+        return _own_columns(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _gather_columns(grads[0], ctx.axis, ctx.columns), None
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, share: float) -> Tensor:
+        ctx.axis, ctx.share = axis, share
+        total = x.clone(memory_format=torch.contiguous_format)
+        axis.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad = grads[0] * ctx.share
+        ctx.axis.all_reduce(grad)
+        return grad / ctx.share if ctx.share else torch.zeros_like(grad), None, None
+
+
 def _eager(function: Function) -> Function:
     """Keep a collective out of compiled graphs: the graph breaks there, and both sides stay compiled."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
@@ -172,3 +227,22 @@ def gather_rows(x: Tensor, axis: Axis, rows: int) -> Tensor:
 def scatter_sum_rows(x: Tensor, axis: Axis) -> Tensor:
     """(T, ...) to (T / n, ...): reduce-scatter forward, all-gather backward."""
     return _ScatterSumRows.apply(x, axis)  # type: ignore[no-any-return]
+
+
+@_eager
+def gather_columns(x: Tensor, axis: Axis, columns: int) -> Tensor:
+    """(..., this rank's part of `columns`) to (..., columns): all-gather forward, own slice backward."""
+    return _GatherColumns.apply(x, axis, columns)  # type: ignore[no-any-return]
+
+
+@_eager
+def take_columns(x: Tensor, axis: Axis) -> Tensor:
+    """(..., C) to (..., this rank's part of C): own slice forward, all-gather backward."""
+    return _TakeColumns.apply(x, axis)  # type: ignore[no-any-return]
+
+
+@_eager
+def sum_over(x: Tensor, axis: Axis, share: float) -> Tensor:
+    """Sum over ranks whose losses differ: forward and backward sum. A rank's loss counts `share` in the global one, and its
+    gradients are multiplied by that later."""
+    return _SumOver.apply(x, axis, share)  # type: ignore[no-any-return]

@@ -43,7 +43,7 @@ from fiveply.world.allocator import keep_freed_memory
 from fiveply.world.device import find
 from fiveply.world.process import stop_requested
 
-__all__ = ["joined", "launch", "stop_requested"]
+__all__ = ["joined", "launch", "leave", "meet", "stop_requested"]
 
 _LOOPBACK = "127.0.0.1"
 _GRACE_SECONDS = 1.0  # from the first sign of a failure until the rest are killed: time for the cause to be reported
@@ -65,6 +65,22 @@ class _Job:
 def joined() -> bool:
     """Whether torchrun or Slurm has started this process as one rank of several."""
     return own.place() is not None
+
+
+def meet(timeout_seconds: float = 600.0) -> None:
+    """Join the ranks that torchrun or Slurm started, for the rest of this process: device, threads, default group."""
+    place = own.place()
+    assert place is not None
+    backend = "cpu:gloo,cuda:nccl" if find().kind == "cuda" else "gloo"
+    job = _Job(meet, (), place.ranks, backend, timedelta(seconds=timeout_seconds), None)
+    torch.set_num_threads(own.number("SLURM_CPUS_PER_TASK", find().threads_for(place.local_ranks)))
+    _take_device(job, place.local_rank)
+    _meet(job, place)
+
+
+def leave() -> None:
+    """Leave the group that `meet` made."""
+    _leave(patience_seconds=5.0)
 
 
 def launch(

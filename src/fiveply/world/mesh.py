@@ -42,8 +42,9 @@ class Mesh:
     tied: first and last stage where both hold the embedding. model: the ranks of one replica. world: all.
     """
 
-    def __init__(self, layout: Layout, spec: ModelSpec, groups: Groups | None = None) -> None:
-        self.layout, self.rank = layout, dist.get_rank()
+    def __init__(self, layout: Layout, spec: ModelSpec | None, groups: Groups | None = None) -> None:
+        """`spec=None`: a user's own module, which has neither key-value heads nor a tied embedding that we know of."""
+        self.layout, self.rank = layout, dist.get_rank() if dist.is_initialized() else 0
         self.at = at = layout.coordinates(self.rank)
         self._groups = groups or Groups()
         places = [layout.coordinates(rank) for rank in range(layout.world)]
@@ -57,7 +58,7 @@ class Mesh:
 
         self.world = axis("world", lambda _: True)
         self.tp = axis("tp", lambda p: (p.dp, p.pp) == (at.dp, at.pp))
-        alike = max(1, layout.tp // spec.kv_heads)
+        alike = max(1, layout.tp // spec.kv_heads) if spec else 1
         self.kv = axis("kv", lambda p: (p.dp, p.pp, p.tp // alike) == (at.dp, at.pp, at.tp // alike))
         self.dp = axis("dp", lambda p: (p.tp, p.pp) == (at.tp, at.pp))
         self.shard = axis("shard", lambda p: (p.tp, p.pp, p.replica) == (at.tp, at.pp, at.replica))
@@ -66,7 +67,7 @@ class Mesh:
         self.up = axis("pp", lambda p: (p.tp, p.dp) == (at.tp, at.dp), lane=1) if layout.pp > 1 else None
         self.model = axis("model", lambda p: p.dp == at.dp)
         self.tied = None
-        if spec.tied and len(layout.end_ranks) > 1:
+        if spec and spec.tied and len(layout.end_ranks) > 1:
             # Ranks between the ends make a group too, of themselves alone: gloo numbers groups by process, and members of a
             # later one must have made equally many.
             # A lane for each depth keeps one layout's lone groups from standing in for another's.

@@ -1,0 +1,143 @@
+"""A map-style data set -> this rank's rows of each global batch, by a global cursor.
+
+Global batch b of an epoch is entries b x global_batch onwards of the epoch's order, whatever the layout; a replica takes an
+equal part of it, in order, give or take one row. The last batch of an epoch is short where it must be. Nothing is padded by
+duplicates: a replica without rows gets one stand-in row, so that it takes part in every collective, and its weight is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, default_collate
+
+from fiveply.corpus.batches import permutation
+from fiveply.parallel.parallelize_module import ModuleBatch
+from fiveply.spec.errors import InputError
+from fiveply.spec.placement import part
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a global batch; `input, target = batch` unpacks it.
+
+    rows: how many of its rows count (0: the one row there is a stand-in). first: index of its first row in the global
+    batch, of `total` rows. cursor: global sample index after the batch.
+    """
+
+    input: Any
+    target: Any
+    rows: int
+    first: int
+    total: int
+    cursor: int = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.input, self.target))
+
+    @property
+    def held(self) -> int:
+        """Rows that the tensors have."""
+        return max(1, self.rows)
+
+    def to(self, device: torch.device) -> Batch:
+        input, target = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), (self.input, self.target))
+        return Batch(input, target, self.rows, self.first, self.total, self.cursor)
+
+    def micro_batches(self, count: int) -> list[ModuleBatch]:
+        """Its rows in `count` parts that differ by at most one; one without rows is the first row with weight 0."""
+        batches: list[ModuleBatch] = []
+        for index in range(count):
+            low, rows = part(self.rows, count, index)
+            take = slice(low, low + rows) if rows else slice(0, 1)
+            input, target = tree_map_only(Tensor, lambda x, take=take: x[take], (self.input, self.target))
+            batches.append(ModuleBatch(input, target, max(1, rows), rows, self.first + low))
+        return batches
+
+
+def replica_part(total: int, replicas: int, index: int) -> tuple[int, int]:
+    """First row and number of rows of a replica's part of a global batch."""
+    return part(total, replicas, index)
+
+
+def split_global(pair: Any, replicas: int, index: int) -> Batch:
+    """A replica's part of a whole global batch (input, target); raises InputError where rows don't stand first."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise InputError(f"a batch is (input, target), not {type(pair).__name__}", where="batch",
+                         fix="give a pair, rows first, or what world.loader gives")  # fmt: skip
+    leaves = [x for x in tree_leaves(tuple(pair)) if isinstance(x, Tensor)]
+    counts = {x.shape[0] if x.dim() else 0 for x in leaves}
+    if len(counts) != 1 or 0 in counts:
+        raise InputError(f"rows must stand first and be as many in every tensor; first dimensions are {sorted(counts)}",
+                         where="batch", fix="give (input, target), rows first, 1 or more")  # fmt: skip
+    total = counts.pop()
+    first, rows = replica_part(total, replicas, index)
+    take = slice(first, first + rows) if rows else slice(0, 1)
+    input, target = tree_map_only(Tensor, lambda x: x[take], tuple(pair))
+    return Batch(input, target, rows, first, total)
+
+
+class Loader:
+    """Each pass is an epoch: of the data set in order, or in an order that follows from (seed, epoch) alone."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        global_batch: int,
+        *,
+        replica: Callable[[], tuple[int, int]],
+        shuffle: bool,
+        seed: int,
+        start: int,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        workers: int = 0,
+        entered: Callable[[Batch], None] = lambda _: None,
+    ) -> None:
+        """`replica`: this rank's index and number of replicas. `start`: global sample index to go on from. `entered` is
+        told of each batch before it is handed out."""
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
+            raise InputError(f"{type(dataset).__name__} has no entries by index", where="loader", key="dataset",
+                             fix="give a map-style data set with __len__ and __getitem__")  # fmt: skip
+        if global_batch < 1:
+            raise InputError(
+                f"{global_batch} rows are no batch", where="loader", key="global_batch", fix="give 1 or more"
+            )
+        self.dataset, self.global_batch, self.shuffle, self.seed = dataset, global_batch, shuffle, seed
+        self.collate, self.workers = collate, workers
+        self._replica, self._entered = replica, entered
+        self.epoch, self._skip = divmod(start, len(dataset))
+        """The epoch that the next pass is, from 0."""
+
+    def __len__(self) -> int:
+        """Global batches of an epoch."""
+        return -(-len(self.dataset) // self.global_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        size, epoch, skip = len(self.dataset), self.epoch, self._skip
+        self.epoch, self._skip = epoch + 1, 0
+        order = permutation(size, self.seed % 2**64, epoch).tolist() if self.shuffle else range(size)
+        index, replicas = self._replica()
+        places: list[tuple[int, int, int]] = []
+        indices: list[list[int]] = []
+        for begin in range(skip, size, self.global_batch):
+            total = min(self.global_batch, size - begin)
+            first, rows = replica_part(total, replicas, index)
+            places.append((rows, first, total))
+            indices.append([order[i] for i in range(begin + first, begin + first + rows)] or [order[begin]])
+        # torch's loader draws from the default generator unless it has one of its own.
+        loaded = DataLoader(self.dataset, batch_sampler=indices, collate_fn=self.collate, num_workers=self.workers,
+                            generator=torch.Generator())  # fmt: skip
+        cursor = epoch * size + skip
+        for (rows, first, total), pair in zip(places, loaded, strict=True):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise InputError("its entries are no pairs of (input, target)", where="loader", key="dataset",
+                                 fix="give pairs, or collate=... that makes them")  # fmt: skip
+            cursor += total
+            batch = Batch(*pair, rows=rows, first=first, total=total, cursor=cursor)
+            self._entered(batch)
+            yield batch

@@ -1,0 +1,111 @@
+"""The record of a user's module in training: the same files as a decoder's run, so that the same report draws them."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+import fiveply
+from fiveply.parallel.parallelize_module import ParallelModule
+from fiveply.spec.errors import InputError
+from fiveply.spec.run import Data, Model, RunSpec, Train
+from fiveply.train import metrics
+from fiveply.world import device
+
+
+class ModuleRecord:
+    """Writes `run.toml`, `facts.json` and `metrics.jsonl` of a run's directory, on rank 0; collective where it says so."""
+
+    def __init__(self, directory: Path, model: ParallelModule, name: str, seed: int) -> None:
+        """Collective."""
+        self.directory, self.model, self.name, self.seed = directory, model, name, seed
+        self.first_rank = model.mesh.rank == 0
+        self._file: metrics.MetricsFile | None = None
+        self._last: dict[str, Any] = {}
+        metrics.forget_peak_memory()
+        self._ranks = self._gathered(self._own_facts())
+        if self.first_rank:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"can't be written ({error.strerror})", where=str(directory), key="run", fix="give another"
+                ) from None
+
+    def step(
+        self,
+        step: int,
+        loss: float,
+        norm: float,
+        optimizer: torch.optim.Optimizer,
+        rows: int,
+        micro_batches: int,
+        seconds: float,
+    ) -> None:
+        """A row of `metrics.jsonl`; the files begin with the first. Collective every tenth step."""
+        memory = self._gathered(metrics.peak_memory(self.model.device)) if step == 1 or step % 10 == 0 else None
+        if not self.first_rank:
+            return
+        if self._file is None:
+            self._begin(step, rows, micro_batches)
+        self._last = {
+            "step": step, "loss": _finite(loss), "grad_norm": _finite(norm), "lr": float(optimizer.param_groups[0].get("lr", 0)),
+            "tokens_per_second": None, "mfu": None, "seconds": seconds,
+        } | ({"memory_bytes": memory} if memory else {})  # fmt: skip
+        assert self._file is not None
+        self._file.write(self._last)
+
+    def held_out(self, loss: float) -> None:
+        """The loss of an evaluation, beside the last step's row."""
+        if self._file is not None and self._last:
+            self._last |= {"held_out_loss": _finite(loss)}
+            self._file.write(self._last)
+
+    def _begin(self, step: int, rows: int, micro_batches: int) -> None:
+        layout, found = self.model.layout, device.find()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        path = self.directory / "facts.json"
+        segments: list[Any] = []
+        if path.is_file() and step > 1:
+            segments = [s for s in msgspec.json.decode(path.read_bytes())["segments"] if s["from_step"] < step - 1]
+        segments.append({"from_step": step - 1, "layout": str(layout), "world": layout.world, "started": now})
+        run = RunSpec(
+            name=self.directory.name, folder=str(self.directory.parent), seed=self.seed, layout=str(layout),
+            model=Model(preset=self.name), data=Data(corpus="own data set"), train=Train(global_batch=rows),
+        )  # fmt: skip
+        (self.directory / "run.toml").write_text(run.toml())
+        kind = str(self.model.dtype).removeprefix("torch.")
+        facts = {
+            "version": fiveply.__version__, "started": segments[0]["started"], "segments": segments, "layout": str(layout),
+            "world": layout.world, "oversubscribed": layout.world > found.count,
+            "model": {"family": self.name, "parameters": sum(
+                rank["parameters"] for rank in self._ranks if (rank["dp"], rank["tp"]) == (0, 0))},
+            "machine": {key: getattr(found, key) for key in ("kind", "name", "count", "cores", "memory_bytes", "fast_bf16")},
+            "precision": dict.fromkeys(("parameters", "reduce", "optimizer"), kind),
+            "schedule": {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks, "micro_batches": micro_batches},
+            "ranks": self._ranks,
+        }  # fmt: skip
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
+        self._file = metrics.MetricsFile(self.directory / "metrics.jsonl", step - 1)
+
+    def _own_facts(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "rank": model.mesh.rank,
+            **msgspec.structs.asdict(model.mesh.at),
+            "chunks": [{"stage": c.stage, "layers": None, "units": list(c.units)} for c in model.chunks],
+            "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
+            "bytes": metrics.bytes_by_category(model),
+        }
+
+    def _gathered(self, value: Any) -> list[Any]:
+        return [value] if self.model.mesh.world is None else self.model.mesh.world.gather_objects(value)
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

@@ -1,0 +1,135 @@
+"""A user's module as state without a layout: gathered whole, saved, and loaded under any other layout.
+
+Names are the module's own. Optimiser state stands beside them as `optimizer.KEY.NAME`: a tensor like the parameter, or a
+single number for each parameter, such as Adam's step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fiveply.checkpoint import store
+from fiveply.checkpoint.slices import Slice, read_flat, rectangles, slices_of, window
+from fiveply.parallel.data_parallel import Segment
+from fiveply.parallel.parallelize_module import ParallelModule
+from fiveply.spec.errors import InputError
+from fiveply.train.module_optimizer import ModuleOptimizer
+
+PREFIX = "optimizer."
+
+
+def gathered(
+    model: ParallelModule, optimizer: ModuleOptimizer, kind: Literal["values", "gradients"]
+) -> dict[str, Tensor]:
+    """Whole tensors by name on every rank, buffers among the values. Collective."""
+    own = [
+        (s.placed.name, s.placed.parameter.shape, start, size, block)
+        for s in optimizer.segments if _whole(model, s)
+        for start, size, block in _pieces(s, s.value if kind == "values" else s.grad)
+    ]  # fmt: skip
+    if kind == "values":
+        own += [(p.name, p.shape, p.start, tuple(p.tensor.shape), p.tensor.cpu()) for p in _constants(model)]
+    ranks = [own] if model.mesh.world is None else model.mesh.world.gather_objects(own)
+    tensors: dict[str, Tensor] = {}
+    for name, shape, start, size, block in (piece for rank in ranks for piece in rank):
+        if name not in tensors:
+            tensors[name] = torch.empty(shape, dtype=block.dtype)
+        tensors[name][window(start, size, (0,) * len(start))] = block.view(size)
+    return tensors
+
+
+def _pieces(segment: Segment, flat: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:
+    values = flat.detach().cpu()
+    for start, size, low, high in rectangles(segment.placed.start, segment.placed.size, segment.low, segment.high):
+        yield start, size, values[low - segment.low : high - segment.low].clone()
+
+
+def _whole(model: ParallelModule, segment: Segment) -> bool:
+    """Whether this rank speaks for the segment: every element of the module is spoken for once in the world."""
+    return segment.placed.counted and model.mesh.at.replica == 0
+
+
+def _constants(model: ParallelModule) -> Iterator[Slice]:
+    """Buffers and frozen parameters that this rank speaks for."""
+    for name, x in model.constants.items():
+        placed = model.placed[name]
+        if placed.counted and model.mesh.at.dp == 0:
+            yield Slice(name, placed.parameter.shape, placed.start, x.detach())
+
+
+def save(folder: Path, model: ParallelModule, optimizer: ModuleOptimizer, steps: int, cursor: int, seed: int) -> Path:
+    """Write `folder/step-XXXXXXXX`. Collective."""
+    groups = [{key: x for key, x in group.items() if _plain(x)} for group in optimizer.torch.param_groups]
+    state = {"step": steps, "cursor": cursor, "layout": str(model.layout), "seed": seed, "groups": groups,
+             "numbers": optimizer.numbers()}  # fmt: skip
+    return store.save(folder, steps, _slices(model, optimizer), state)
+
+
+def _plain(x: Any) -> bool:
+    return isinstance(x, (bool, int, float, str)) and (not isinstance(x, float) or math.isfinite(x))
+
+
+def _slices(model: ParallelModule, optimizer: ModuleOptimizer) -> Iterator[Slice]:
+    yield from _constants(model)
+    for segment in optimizer.segments:
+        if _whole(model, segment):
+            yield from _slices_of(segment, segment.value.detach(), "")
+    for key, segment, values in optimizer.state():
+        if not _whole(model, segment):
+            continue
+        if values.dim():
+            yield from _slices_of(segment, values, f"{PREFIX}{key}.")
+        elif segment.low == 0 and not any(segment.placed.start):
+            yield Slice(f"{PREFIX}{key}.{segment.placed.name}", (), (), values)
+
+
+def _slices_of(segment: Segment, values: Tensor, prefix: str) -> list[Slice]:
+    placed = segment.placed
+    return slices_of(None, placed.parameter, placed.start, placed.size, segment.low, values.cpu(), prefix)
+
+
+def load(checkpoint: store.Checkpoint, model: ParallelModule, optimizer: ModuleOptimizer) -> tuple[int, int]:
+    """Fill module and optimiser; returns step and cursor. Raises InputError naming the first tensor that doesn't fit."""
+    stored = checkpoint.stored
+    for name, placed in model.placed.items():
+        if stored.get(name) != placed.parameter.shape:
+            has = f"has it as {stored[name]}" if name in stored else "does not have it"
+            raise InputError(f"the module's is {placed.parameter.shape}, the checkpoint {has}", where=str(checkpoint.path),
+                             key=name, fix="this is a checkpoint of another module")  # fmt: skip
+    for name, x in model.constants.items():
+        placed = model.placed[name]
+        with torch.no_grad():
+            x.copy_(checkpoint.read_stored(name, placed.start, placed.size))
+    keys: dict[str, list[str]] = {}
+    for full in stored:
+        key, _, name = full.removeprefix(PREFIX).partition(".")
+        if full.startswith(PREFIX) and name in model.placed:
+            keys.setdefault(name, []).append(key)
+    numbers = set(checkpoint.state.get("numbers", ()))
+
+    def flat(segment: Segment, name: str) -> Tensor:
+        placed = segment.placed
+        return read_flat(lambda start, size: checkpoint.read_stored(name, start, size), placed.start, placed.size,
+                         segment.low, segment.high).to(model.device)  # fmt: skip
+
+    def held(segment: Segment) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for key in keys.get(segment.placed.name, ()):
+            name = f"{PREFIX}{key}.{segment.placed.name}"
+            if stored[name] == segment.placed.parameter.shape and segment.placed.parameter.shape != ():
+                state[key] = flat(segment, name)
+            else:
+                number = checkpoint.read_stored(name, (), ())
+                state[key] = number.item() if key in numbers else number
+        return state
+
+    optimizer.load(lambda segment: flat(segment, segment.placed.name), held)
+    for group, saved in zip(optimizer.torch.param_groups, checkpoint.state.get("groups", ()), strict=False):
+        group.update(saved)
+    return int(checkpoint.state["step"]), int(checkpoint.state["cursor"])
