@@ -21,7 +21,8 @@ lint: .venv/test.stamp
 	$(BIN)/lint-imports
 
 bench: .venv/test.stamp
-	$(BIN)/python benchmarks/one_process.py
+	-$(PIP) install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/training.py
 
 install: .venv/demo.stamp
 

@@ -1,0 +1,456 @@
+"""fiveply's training step beside its peers' at the same split: one process, and data, tensor and pipeline parallel on two ranks.
+
+    python benchmarks/training.py [--dtype float32] [--rounds 5] [--json FILE] [--only tp=2]
+    python benchmarks/training.py --growth              how fiveply's cost grows with sequence, layers and micro-batches
+
+The `15m` preset, 16 rows of 256 tokens, AdamW, clipping, the same batches. All contenders of one world stand in one set of
+processes and step in turn, so that a machine that slows down slows all; ranks x threads = cores. Each is also set beside the
+bound that the matrix products of its linear layers and head alone give, at its ranks' own shapes, by the quicker library,
+measured in the same rounds. Peak memory is of each alone in fresh processes. Below float32, peers use autocast over float32
+parameters (fully_shard its own mixed precision). A peer that is not installed is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from plain_llama import Llama, loss_of
+from torch import Tensor, nn
+
+from fiveply.corpus.batches import Batches, TokenFile
+from fiveply.parallel.data_parallel import Dtypes
+from fiveply.parallel.parallelize import products_on
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve
+from fiveply.spec.run import Optimizer, RunSpec, Train
+from fiveply.train.job import Job
+from fiveply.world import device
+from fiveply.world.launch import launch
+from fiveply.world.mesh import Groups, Mesh
+
+ROWS, SEQUENCE = 16, 256
+Step = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all contenders share on this rank."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    sequence: int
+    batches: Batches
+    groups: Groups
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def rows(self, index: int, parts: int = 1, part: int = 0) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of one part of the global batch."""
+        rows, size = self.batches.batch(index), ROWS // parts
+        own = slice(part * size, (part + 1) * size)
+        return torch.from_numpy(rows.tokens[own]), torch.from_numpy(rows.targets[own])
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+
+
+def ours(layout: str) -> Callable[[Bench], Step]:
+    def make(bench: Bench) -> Step:
+        resolved = resolve(Layout.parse(layout), bench.spec, sequence=bench.sequence, global_batch=ROWS)
+        run = RunSpec(name="benchmark", train=Train(global_batch=ROWS), optimizer=Optimizer(lr=1e-4))
+        mesh = Mesh(resolved, bench.spec, bench.groups)
+        job = Job(run, bench.spec, mesh, Dtypes(bench.dtype, torch.float32, torch.float32))
+        return lambda index: job.step(bench.batches, index)
+
+    return make
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def usual_step(bench: Bench, model: nn.Module, parts: int = 1) -> Step:
+    """Zero, forward, loss, backward, clip, step: the loop that most people write."""
+    optimizer = adamw(model)
+
+    def step(index: int) -> None:
+        tokens, targets = bench.rows(index, parts, bench.rank if parts > 1 else 0)
+        optimizer.zero_grad()
+        with bench.autocast():
+            output = model(tokens)
+        loss_of(getattr(output, "logits", output), targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def plain(bench: Bench) -> Step:
+    return usual_step(bench, Llama(bench.spec, bench.sequence))
+
+
+def compiled(bench: Bench) -> Step:
+    return usual_step(bench, torch.compile(Llama(bench.spec, bench.sequence)))  # type: ignore[arg-type]
+
+
+def transformers(bench: Bench) -> Step:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(bench.spec.config)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    return usual_step(bench, made.float().train())
+
+
+def ddp(bench: Bench) -> Step:
+    return usual_step(bench, nn.parallel.DistributedDataParallel(Llama(bench.spec, bench.sequence)), parts=2)
+
+
+def fully_sharded(bench: Bench) -> Step:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = Llama(bench.spec, bench.sequence)
+    mixed = bench.dtype != torch.float32
+    policy = MixedPrecisionPolicy(bench.dtype, torch.float32) if mixed else MixedPrecisionPolicy()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    plain_autocast = Bench(bench.spec, torch.float32, bench.sequence, bench.batches, bench.groups)
+    return usual_step(plain_autocast, model, parts=2)
+
+
+def zero_optimizer(bench: Bench) -> Step:
+    """DDP with torch's ZeroRedundancyOptimizer: stage 1."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(Llama(bench.spec, bench.sequence))
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1
+    )
+
+    def step(index: int) -> None:
+        tokens, targets = bench.rows(index, 2, bench.rank)
+        optimizer.zero_grad()
+        with bench.autocast():
+            output = model(tokens)
+        loss_of(output, targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def accelerated(bench: Bench) -> Step:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bench.dtype == torch.bfloat16 else "no")
+    model = Llama(bench.spec, bench.sequence)
+    model, optimizer = accelerator.prepare(model, adamw(model))
+
+    def step(index: int) -> None:
+        tokens, targets = bench.rows(index, 2, bench.rank)
+        optimizer.zero_grad()
+        loss = loss_of(model(tokens), targets)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def deepspeed(stage: int) -> Callable[[Bench], Step]:
+    def make(bench: Bench) -> Step:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed as library
+
+        model = Llama(bench.spec, bench.sequence)
+        config = {
+            "train_micro_batch_size_per_gpu": ROWS // 2,
+            "zero_optimization": {"stage": stage},
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": bench.dtype == torch.bfloat16},
+            "zero_allow_untested_optimizer": True,
+        }
+        engine, *_ = library.initialize(model=model, optimizer=adamw(model), config=config, dist_init_required=False)  # type: ignore[misc]
+
+        def step(index: int) -> None:
+            tokens, targets = bench.rows(index, 2, bench.rank)
+            engine.backward(loss_of(engine(tokens), targets))
+            engine.step()
+
+        return step
+
+    return make
+
+
+def dtensor(bench: Bench) -> Step:
+    """Tensor parallel with sequence parallel and a vocabulary-parallel loss, as torch's tutorial and torchtitan plan it."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        loss_parallel,
+        parallelize_module,
+    )
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = Llama(bench.spec, bench.sequence)
+    enter = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    enter3 = PrepareModuleInput(input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None))
+    for block in model.layers.values():
+        plan = {
+            "attention_norm": SequenceParallel(),
+            "attention": enter3,
+            **{f"attention.w{name}": ColwiseParallel() for name in "qkv"},
+            "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+            "ffn_norm": SequenceParallel(),
+            "feed_forward": enter,
+            "feed_forward.w1": ColwiseParallel(),
+            "feed_forward.w3": ColwiseParallel(),
+            "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+        }
+        parallelize_module(block, mesh, plan)
+    parallelize_module(
+        model,
+        mesh,
+        {
+            "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+            "norm": SequenceParallel(),
+            "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+        },
+    )
+    optimizer = adamw(model)
+
+    def step(index: int) -> None:
+        tokens, targets = bench.rows(index)
+        optimizer.zero_grad()
+        with loss_parallel():
+            with bench.autocast():
+                output = model(tokens)
+            loss_of(output, targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def pipelined(bench: Bench) -> Step:
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    half = bench.spec.layers // 2
+    own = range(half) if bench.rank == 0 else range(half, bench.spec.layers)
+    model = Llama(bench.spec, bench.sequence, own)
+    schedule = Schedule1F1B(PipelineStage(model, bench.rank, 2, torch.device("cpu")), 4, loss_fn=loss_of)
+    optimizer = adamw(model)
+
+    def step(index: int) -> None:
+        tokens, targets = bench.rows(index)
+        optimizer.zero_grad()
+        with bench.autocast():
+            if bench.rank == 0:
+                schedule.step(tokens)
+            else:
+                schedule.step(target=targets, losses=[])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+# (ranks, layout) -> contenders, fiveply first.
+FIELD: dict[tuple[int, str], dict[str, Callable[[Bench], Step]]] = {
+    (1, "dp=1"): {
+        "fiveply": ours("dp=1"),
+        "PyTorch": plain,
+        "PyTorch compiled": compiled,
+        "transformers": transformers,
+    },
+    (2, "dp=2"): {"fiveply": ours("dp=2"), "DistributedDataParallel": ddp, "accelerate": accelerated,
+                  "DeepSpeed": deepspeed(0)},
+    (2, "dp=2,zero=1"): {"fiveply": ours("dp=2,zero=1"), "ZeroRedundancyOptimizer": zero_optimizer,
+                         "DeepSpeed": deepspeed(1)},
+    (2, "dp=2,zero=3"): {"fiveply": ours("dp=2,zero=3"), "fully_shard": fully_sharded, "DeepSpeed": deepspeed(3)},
+    (2, "tp=2"): {"fiveply": ours("tp=2"), "DTensor": dtensor},
+    (2, "pp=2"): {"fiveply": ours("pp=2"), "torch pipelining": pipelined},
+}  # fmt: skip
+
+
+def products_alone(bench: Bench, layout: str) -> Step:
+    """The products of this rank's linear layers and head, forward and both gradients, at the shapes of the layout."""
+    spec, tp = bench.spec, 2 if layout == "tp=2" else 1
+    tokens = ROWS * bench.sequence // (2 if layout.startswith("dp=2") else 1)
+    layers = spec.layers // 2 if layout == "pp=2" else spec.layers
+    shapes = [(spec.hidden, spec.q_size // tp), (spec.hidden, spec.kv_size // tp), (spec.hidden, spec.kv_size // tp),
+              (spec.q_size // tp, spec.hidden), (spec.hidden, spec.ffn // tp), (spec.hidden, spec.ffn // tp),
+              (spec.ffn // tp, spec.hidden)] * layers  # fmt: skip
+    chunks = [(tokens, shape) for shape in shapes]
+    if layout != "pp=2" or bench.rank == 1:
+        chunks += [(512, (spec.hidden, spec.vocabulary // tp))] * (tokens // 512)
+    products = products_on(torch.device("cpu"), bench.dtype)
+    made = {
+        key: (
+            torch.ones(key[0], key[1][0], dtype=bench.dtype),
+            torch.ones(key[1][1], key[1][0], dtype=bench.dtype),
+            torch.ones(key[0], key[1][1], dtype=bench.dtype),
+        )
+        for key in set(chunks)
+    }
+
+    def step(_index: int) -> None:
+        for key in chunks:
+            x, weight, grad = made[key]
+            products.forward(x, weight)
+            products.grad_input([grad], [weight])
+            products.grad_weights([grad], x)
+
+    return step
+
+
+def run_field(layout: str, names: list[str], dtype: str, rounds: int, spec: ModelSpec, sequence: int) -> dict[str, Any]:
+    """On every rank: seconds of each contender's counted steps by round, and the bound's; what could not be built, and why."""
+    tokens = np.random.default_rng(0).integers(0, spec.vocabulary, 400_000).astype(np.uint16)
+    file = TokenFile("random", tokens, np.array([0, len(tokens)]))
+    batches = Batches([file], sequence=sequence, global_batch=ROWS, seed=0)
+    bench = Bench(spec, getattr(torch, dtype), sequence, batches, Groups())
+    ranks = dist.get_world_size()
+    steps: dict[str, Step] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            made = FIELD.get((ranks, layout), {}).get(name) or ours(layout)
+            steps[name] = made(bench)
+        except ImportError as error:
+            missing[name] = f"not installed ({error.name})"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if len(names) > 1:
+        steps["products alone"] = products_alone(bench, layout)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            begun = time.perf_counter()
+            step(index)
+            dist.barrier()
+            if index:
+                seconds[name].append(time.perf_counter() - begun)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "missing": missing, "before_kib": before, "peak_kib": peak}
+
+
+def in_fresh_process(ranks: int, *args: Any) -> dict[str, Any]:
+    """`run_field` on ranks of a process of its own: one that compiled may not fork ranks, and peaks are a process's."""
+    code = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import training; training.child()"
+    spec = args[4]
+    payload = json.dumps([ranks, *args[:4], spec.config, args[5]])
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=payload, text=True, capture_output=True, timeout=900, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{args[:2]} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child() -> None:
+    ranks, layout, names, dtype, rounds, config, sequence = json.loads(sys.stdin.read())
+    spec = ModelSpec.from_config(config)
+    print(json.dumps(launch(run_field, ranks, layout, names, dtype, rounds, spec, sequence, backend="gloo")))
+
+
+def race(layout: str, ranks: int, options: argparse.Namespace, spec: ModelSpec) -> list[dict[str, Any]]:
+    names = list(FIELD[ranks, layout])
+    result = in_fresh_process(ranks, layout, names, options.dtype, options.rounds, spec, SEQUENCE)
+    seconds = result["seconds"]
+    rows: list[dict[str, Any]] = []
+    for name, times in seconds.items():
+        ratios = [mine / theirs for mine, theirs in zip(times, seconds["fiveply"], strict=True)]
+        row = {
+            "layout": layout,
+            "who": name,
+            "tokens_per_second": ROWS * SEQUENCE / statistics.median(times),
+            "fiveply_is_faster_by": [min(ratios), statistics.median(ratios), max(ratios)],
+            "of_bound": statistics.median(seconds["products alone"]) / statistics.median(times),
+        }
+        if not options.no_memory and name != "products alone":
+            alone = in_fresh_process(ranks, layout, [name], options.dtype, 2, spec, SEQUENCE)
+            row["peak_mib"] = alone["peak_kib"] / 1024
+        rows.append(row)
+    return rows + [{"layout": layout, "who": name, "missing": why} for name, why in result["missing"].items()]
+
+
+def growth(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """fiveply alone, one process: tokens/s and peak memory against sequence length, layers and micro-batches."""
+    base = ModelSpec.load("15m")
+    cases: list[tuple[str, str, dict[str, Any], int]] = [
+        *((f"sequence {n}", "dp=1", {}, n) for n in (128, 256, 512, 1024)),
+        *((f"layers {n}", "dp=1", {"num_hidden_layers": n}, SEQUENCE) for n in (3, 6, 12)),
+        *((f"micro-batches {16 // n}", f"dp=1,micro_batch={n}", {}, SEQUENCE) for n in (16, 8, 4, 2, 1)),
+    ]
+    rows: list[dict[str, Any]] = []
+    for name, layout, changes, sequence in cases:
+        spec = ModelSpec.from_config({**base.config, "max_position_embeddings": 2048, **changes})
+        result = in_fresh_process(1, layout, ["fiveply"], options.dtype, options.rounds, spec, sequence)
+        speed = ROWS * sequence / statistics.median(result["seconds"]["fiveply"])
+        rows.append({"case": name, "tokens_per_second": speed, "peak_mib": result["peak_kib"] / 1024})
+        print(f"| {name} | {speed:,.0f} | {rows[-1]['peak_mib']:,.0f} |", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each")
+    parser.add_argument("--only", help="one layout, as tp=2")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
+    parser.add_argument("--growth", action="store_true", help="how fiveply's own cost grows, instead")
+    options = parser.parse_args()
+    found = device.find()
+    print(f"{found.name}, {found.cores} cores, torch {torch.__version__}, {options.dtype}\n")
+    if options.growth:
+        print("| | tokens/s | peak MiB |\n| --- | --- | --- |")
+        rows = growth(options)
+    else:
+        print("| layout | | tokens/s | fiveply is faster by | of the products' bound | peak MiB a rank |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        rows = []
+        for ranks, layout in FIELD:
+            if options.only in (None, layout):
+                for row in race(layout, ranks, options, ModelSpec.load("15m")):
+                    rows.append(row)
+                    print(_line(row), flush=True)
+    if options.json:
+        machine = {"name": found.name, "cores": found.cores, "torch": torch.__version__, "dtype": options.dtype}
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "missing" in row:
+        return f"| {row['layout']} | {row['who']} | {row['missing']} | | | |"
+    low, middle, high = row["fiveply_is_faster_by"]
+    ratio = "" if row["who"] == "fiveply" else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    peak = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else ""
+    return f"| {row['layout']} | {row['who']} | {row['tokens_per_second']:,.0f} | {ratio} | {row['of_bound']:.0%} | {peak} |"
+
+
+if __name__ == "__main__":
+    main()
