@@ -446,6 +446,8 @@ def test_optimisers_that_are_not_elementwise_are_refused() -> None:
     assert "Normed updates a matrix as a whole" in refusal(
         TwoLayers, optimizer=optimizer_of(lambda ps: Normed(ps, lr=0.1))
     )
+    muon = optimizer_of(lambda ps: torch.optim.Muon([p for p in ps if p.dim() == 2]))
+    assert "Muon updates a matrix as a whole" in refusal(TwoLayers, optimizer=muon)
     assert "gives list; return a torch.optim.Optimizer" in refusal(TwoLayers, optimizer=list)
 
 

@@ -106,6 +106,31 @@ def test_arguments_are_told_apart() -> None:
         script.split_arguments(["--layout"])
 
 
+def test_ctrl_c_stops_training_after_one_step_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import torch, fiveply\n"
+        "world = fiveply.join()\n"
+        "job = world.parallelize(lambda: torch.nn.Linear(3, 1), loss=torch.nn.MSELoss(),\n"
+        "                        optimizer=lambda named: torch.optim.SGD([p for _, p in named], lr=0.1))\n"
+        "try:\n"
+        "    while True:\n"
+        "        job.step((torch.ones(3, 3), torch.ones(3, 1)))\n"
+        "        open('ready', 'w')\n"
+        "except KeyboardInterrupt:\n"
+        "    job.save('saved')\n"
+        "    raise\n"
+    )
+    command = [sys.executable, "-m", "fiveply.cli", "train", "script.py", "--layout", "dp=2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "fiveply: script.py stopped as asked\n")
+    assert len(list((tmp_path / "saved").iterdir())) == 1
+
+
 def test_ctrl_c_ends_every_rank(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         "import os, time, fiveply\nworld = fiveply.join()\nopen(f'ready-{world.rank}', 'w').write(str(os.getpid()))\n"
