@@ -210,6 +210,7 @@ class Job:
         """Steps done, and the global sample index after them."""
         self.norm = 0.0
         """Of the last step's gradient, before clipping."""
+        self._stop = False
         self.model = parallelize_module(
             module, mesh, loss=loss, seed=world.seed, tp=tp, stages=stages, device=world.device, strict=strict
         )
@@ -217,14 +218,15 @@ class Job:
         self._executors: dict[int, Executor] = {}
         self._loop = None
         if self.layout.zero <= 1 and self.model.module is not None:
-            self._loop = OwnLoop(self.model, self._optimizer.torch, self._share)
+            self._loop = OwnLoop(self.model, self._optimizer.torch, self._share, lambda: self.steps, self._stepped)
         name = type(module).__name__
         self._record = None if run is None else ModuleRecord(Path(run), self.model, name, world.seed)
 
     # one call a step
 
     def step(self, batch: Any) -> StepLoss:
-        """Train on one global batch; returns its mean loss, on every rank. Collective.
+        """Train on one global batch; returns its mean loss, on every rank. Collective. After Ctrl-C under `fiveply train`
+        it raises KeyboardInterrupt, on every rank after the same step: a script may save then.
 
         `batch`: what `world.loader` gives, this rank's part; or a plain (input, target), which is the whole global batch,
         the same on every rank, and of which each takes its rows.
@@ -238,6 +240,9 @@ class Job:
         if self._record is not None:
             self._record.step(self.steps, loss, self.norm, self._optimizer.torch, mine.total,
                               self._micro_batches(mine.total), time.perf_counter() - begun)  # fmt: skip
+        if self._stop:
+            self._stop = False
+            raise KeyboardInterrupt
         return loss
 
     def gradients(self, batch: Any) -> StepLoss:
@@ -261,8 +266,6 @@ class Job:
         with _Paused(self._loop):
             self._optimizer.torch.step()
         self.steps += 1
-        if self._loop is not None:
-            self._loop.steps = self.steps
 
     def evaluate(self, batches: Any, measure: Loss | None = None) -> StepLoss:
         """The mean loss over a batch, a loader, or batches of either kind, in evaluation mode, on every rank. Collective.
@@ -340,10 +343,12 @@ class Job:
         """Loss and what it counts, once for each row of the world, and the square norm of the gradient."""
         once = float(self.mesh.at.tp == 0)
         last = float(any(chunk.last for chunk in self.model.chunks))
-        totals = torch.stack((loss.double() * once, self.model.count * once * last, square.to(loss.device)))
+        asked = torch.tensor(float(launch.stop_requested()), device=loss.device)
+        totals = torch.stack((loss.double() * once, self.model.count * once * last, square.to(loss.device), asked))
         if self.mesh.world is not None:
             self.mesh.world.all_reduce(totals)
-        loss_sum, count, squares = totals.tolist()
+        loss_sum, count, squares, stops = totals.tolist()
+        self._stop = self._stop or stops > 0
         return loss_sum, count, squares
 
     # the user's own loop
@@ -368,6 +373,12 @@ class Job:
             return ModuleBatch(None, None, rows, batch.rows, batch.first), batch.rows / batch.total
         return ModuleBatch(None, None, rows, rows, index * rows), 1 / replicas
 
+    def _stepped(self) -> None:
+        """A step of the user's own loop."""
+        self.steps += 1
+        if self.world.batch is not None:
+            self.cursor = self.world.batch.cursor
+
     # state
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -387,8 +398,6 @@ class Job:
         """Go on from a checkpoint, or the newest of a folder of them, saved under any layout; returns the step. Collective;
         raises InputError for a checkpoint of another module."""
         self.steps, self.cursor = load(store.Checkpoint.open(folder), self.model, self._optimizer)
-        if self._loop is not None:
-            self._loop.steps = self.steps
         return self.steps
 
 

@@ -65,5 +65,7 @@ def _rank(script: str, args: list[str], layout: str) -> None:
     except SystemExit as stop:
         if stop.code not in (None, 0):
             raise RunError(f"{script} ended with {stop.code}") from None
+    except KeyboardInterrupt:
+        raise RunError(f"{script} stopped as asked") from None
     finally:
         sys.argv, sys.path[0] = before

@@ -21,11 +21,17 @@ class OwnLoop:
     """Hooks on the module and its optimiser; silent while `paused` (the executor runs instead)."""
 
     def __init__(
-        self, model: ParallelModule, optimizer: torch.optim.Optimizer, share: Callable[[int], tuple[ModuleBatch, float]]
+        self,
+        model: ParallelModule,
+        optimizer: torch.optim.Optimizer,
+        share: Callable[[int], tuple[ModuleBatch, float]],
+        steps: Callable[[], int],
+        stepped: Callable[[], None],
     ) -> None:
-        """`share(rows)`: what the loader knows of a batch of so many rows here, and its share of the global one."""
+        """`share(rows)`: what the loader knows of a batch of so many rows here, and its share of the global one. `steps`:
+        how many are done; `stepped` is told of another."""
         assert model.module is not None
-        self.model, self.share, self.paused, self.steps = model, share, False, 0
+        self.model, self.share, self.steps, self.stepped, self.paused = model, share, steps, stepped, False
         self._queued, self._weight = False, 1.0
         model.module.register_forward_pre_hook(self._enter, with_kwargs=True)
         for unit in model.units:
@@ -47,7 +53,7 @@ class OwnLoop:
             return
         rows = next((x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()), 1)
         batch, self._weight = self.share(rows)
-        self.model.enter(batch, self.steps, {})
+        self.model.enter(batch, self.steps(), {})
         self.model.now.share = self._weight
 
     def _arrived(self, _parameter: Tensor) -> None:
@@ -70,7 +76,7 @@ class OwnLoop:
 
     def _stepped(self, *_: Any) -> None:
         if not self.paused:
-            self.steps += 1
+            self.stepped()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ so that every rank takes part in the same collectives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,12 +198,7 @@ def parallelize_module(
     splits = _slice_linears(module, mesh, tp)
     numbers = [layout.stage_of(mesh.at.pp, index) for index in range(layout.chunks)]
     cuts = {mode: Cut(module.train(mode), stages) for mode in (False, True)} if layout.stage_count > 1 else {}
-    owners: dict[str, int] = {}
-    for cut in cuts.values():
-        for name, stage in cut.owners().items():
-            if owners.setdefault(name, stage) != stage:
-                raise InputError(f"{name} is used in other stages when evaluating than when training", where="parallelize",
-                                 key="stages", fix="cut elsewhere")  # fmt: skip
+    users = _users(cuts.values(), module, stages)
     for stage in numbers:
         forwards: dict[bool, Any] = {mode: cut.stage(stage) for mode, cut in cuts.items()}
         if cuts:
@@ -217,15 +212,17 @@ def parallelize_module(
     trained: dict[int, dict[str, list[tuple[Placed, nn.Parameter]]]] = {stage: {} for stage in numbers}
     unit_of = {stage: _units_of(module, blocks[stage]) for stage in numbers}
     for name, x in tensors:
-        stage = owners.get(name, 0)
-        if stage not in numbers:
+        holders = users.get(name, {0})  # what no stage's trace uses belongs to the first
+        here = [stage for stage in numbers if stage in holders]
+        if not here:
             continue
-        unit, split = unit_of[stage].get(id(x), REST), splits.get(name)
+        unit, split = unit_of[here[0]].get(id(x), REST), splits.get(name)
         start, size = _slice(shapes[name], split, layout.tp, mesh.at.tp)
         parameter = Parameter(name, shapes[name], unit, split or "none")
-        placed = model.placed[name] = Placed(parameter, start, size, counted=split is not None or mesh.at.tp == 0)
+        counted = (split is not None or mesh.at.tp == 0) and min(holders) in numbers
+        placed = model.placed[name] = Placed(parameter, start, size, counted=counted)
         if isinstance(x, nn.Parameter) and x.requires_grad:
-            trained[stage].setdefault(unit, []).append((placed, x))
+            trained[here[0]].setdefault(unit, []).append((placed, x))
         else:
             model.constants[name] = x
     model.dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
@@ -239,6 +236,20 @@ def parallelize_module(
         model.module = None
     model.train()
     return model
+
+
+def _users(cuts: Iterable[Cut], module: nn.Module, stages: Sequence[str]) -> dict[str, set[int]]:
+    """Parameter or buffer -> the stages that use it; raises InputError for what is trained in two."""
+    users: dict[str, set[int]] = {}
+    for cut in cuts:
+        for name, numbers in cut.users().items():
+            users.setdefault(name, set()).update(numbers)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and len(users.get(name, ())) > 1:
+            first, second, *_ = (stages[number] for number in sorted(users[name]))
+            raise InputError(f"{name} is used in stages {first} and {second}, and weights tied across a cut are not trained as one",
+                             where="parallelize", key="stages", fix="untie them, or cut elsewhere")  # fmt: skip
+    return users
 
 
 def _check(module: nn.Module, loss: Loss, tp: Mapping[str, str], stages: Sequence[str], degree: int) -> None:

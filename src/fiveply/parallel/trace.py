@@ -54,9 +54,6 @@ class Cut:
         self.names, root = list(stages), _Root(module)
         try:
             graph = _Tracer(stages).trace(root)
-            graph.eliminate_dead_code(
-                lambda node: node.op in ("placeholder", "output", "call_module") or node.is_impure()
-            )
         except Exception as error:
             raise _refusal(f"the forward can't be traced ({' '.join(str(error).split())[:200]})",
                            "move what depends on values into one of the stages' modules, or leave pp out") from error  # fmt: skip
@@ -100,19 +97,14 @@ class Cut:
 
         return [node for node in self.nodes if self.stage_of[node] <= stage and any(map(late, node.users))]
 
-    def owners(self) -> dict[str, int]:
-        """Parameter or buffer -> the first stage that uses it. Raises InputError for what is trained in two."""
-        module, owners = self._root.module, dict[str, int]()
+    def users(self) -> dict[str, set[int]]:
+        """Parameter or buffer -> the stages that use it."""
+        module, users = self._root.module, dict[str, set[int]]()
         names = {id(x): name for name, x in [*module.named_parameters(), *module.named_buffers()]}
         for node, stage in self.stage_of.items():
             for x in self._tensors(node):
-                name = names.get(id(x), "")
-                other = owners.setdefault(name, stage)
-                if other != stage and x.requires_grad:
-                    raise _refusal(f"{name} is used in stages {self.names[other]} and {self.names[stage]}, and weights tied "
-                                   "across a cut are not trained as one", "untie them, or cut elsewhere")  # fmt: skip
-                owners[name] = min(other, stage)
-        return owners
+                users.setdefault(names.get(id(x), ""), set()).add(stage)
+        return users
 
     def _tensors(self, node: fx.Node) -> list[Tensor]:
         if node.op == "call_module":
@@ -206,7 +198,9 @@ class StageForward:
         cut, env = self.cut, dict[fx.Node, Any]({self.cut.input: input})
         if self.stage:
             env |= {node: x for node, x in cut.values(input).items() if not isinstance(x, Tensor)}
-            env |= zip(cut.crossing(self.stage - 1, input), received, strict=True)
+            # Not the received leaves themselves, on which autograd allows no operation in place.
+            values = (x.clone() if x.requires_grad else x for x in received)
+            env |= zip(cut.crossing(self.stage - 1, input), values, strict=True)
         for node in self.nodes:
             env[node] = _run(node, env, self._held.__getitem__)
         if self.stage == len(cut.names) - 1:

@@ -108,13 +108,13 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     def tile(title: str, value: str, note: str) -> None:
         tiles.append({"title": title, "value": value, "note": note})
 
-    losses = _present(rows, "loss")[-LAST_STEPS:]
-    note = f"nats per token, mean of {len(losses)} steps" if len(losses) > 1 else "nats per token"
+    losses, unit = _present(rows, "loss")[-LAST_STEPS:], "as the module's" if facts.own_module else "nats per token"
+    note = f"{unit}, mean of {len(losses)} steps" if len(losses) > 1 else unit
     tile("Training loss", f"{fmean(losses):.3f}" if losses else "\N{EN DASH}", note)
     if evaluated:
         last, best = evaluated[-1], min(evaluated, key=lambda row: row.held_out_loss or 0.0)
         note = "the best so far" if best is last else f"best {best.held_out_loss:.3f} at step {best.step}"
-        tile("Held-out loss", f"{last.held_out_loss:.3f}", f"nats per token, {note}")
+        tile("Held-out loss", f"{last.held_out_loss:.3f}", f"{unit}, {note}")
     else:
         tile("Held-out loss", "\N{EN DASH}", "never evaluated")
     bits = _present(rows, "bits_per_character")
@@ -149,7 +149,7 @@ def _about(record: Record) -> list[tuple[str, str]]:
     words = parts(
         precision, ("parameters", "{} computation"), ("reduce", "{} reduction"), ("optimizer", "{} optimiser")
     )
-    batch = f"{run.train.global_batch} rows of {run.data.sequence} tokens a step"
+    batch = f"{run.train.global_batch} rows{'' if facts.own_module else f' of {run.data.sequence} tokens'} a step"
     return [
         ("Model", f"{model.get('family', run.model.preset)}: {shape}" if shape else run.model.preset),
         ("Layout", f"{facts.layout} on {plural(facts.world, 'rank')}"),
@@ -163,8 +163,8 @@ def _about(record: Record) -> list[tuple[str, str]]:
 
 def _status(record: Record) -> str:
     done, steps = record.rows[-1].step, record.run.train.steps
-    if done >= steps:
-        return f"{plural(steps, 'step')} done"
+    if done >= steps or record.facts.own_module:
+        return f"{plural(done if record.facts.own_module else steps, 'step')} done"
     return f"step {done} of {'at most ' if record.run.train.until == 'converged' else ''}{steps}"
 
 

@@ -89,6 +89,8 @@ class Facts(msgspec.Struct, frozen=True):
     tokens_per_step: int = 0
     flops_per_token: float = 0.0
     ranks: list[Rank] = []
+    own_module: bool = False
+    """A user's own module: its loss is of his making, and rows are all that is known of its data."""
 
     def degree(self, axis: str) -> int:
         """Ranks along an axis, by the coordinates that stand here."""

@@ -88,7 +88,7 @@ class ModuleRecord:
             "machine": {key: getattr(found, key) for key in ("kind", "name", "count", "cores", "memory_bytes", "fast_bf16")},
             "precision": dict.fromkeys(("parameters", "reduce", "optimizer"), kind),
             "schedule": {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks, "micro_batches": micro_batches},
-            "ranks": self._ranks,
+            "ranks": self._ranks, "own_module": True,
         }  # fmt: skip
         path.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
         self._file = metrics.MetricsFile(self.directory / "metrics.jsonl", step - 1)
@@ -108,4 +108,4 @@ class ModuleRecord:
 
 
 def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
+    return float(x) if math.isfinite(x) else None
