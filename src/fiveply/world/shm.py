@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +50,7 @@ _SMALL_BYTES = 32 * 1024  # up to here every rank reduces everything
 _SPIN_NS = 50_000  # before a waiter sleeps, where each rank has a core of its own
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818
     """Shared memory can't serve; the message says why."""
 
 
@@ -88,7 +88,9 @@ def build() -> ctypes.CDLL | str:
 
 def _compile(compiler: str, out: Path) -> str:
     try:
-        done = subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(out)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [compiler, *_FLAGS, str(_SOURCE), "-o", str(out)], capture_output=True, text=True, timeout=120
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return f"{compiler} failed: {error}"
     complaint = (done.stderr.strip().splitlines() or ["no message"])[0]
@@ -178,7 +180,8 @@ class Channel:
     ) -> None:  # fmt: skip
         """`crowded`: ranks outnumber cores, so a waiter had better sleep at once. Raises Unavailable."""
         self.library, self.rank, self.ranks, self.members = library, rank, list(ranks), members
-        self.timeout_seconds, self.names = timeout_seconds, ""
+        self.timeout_seconds = timeout_seconds
+        self.names: dict[str, None] = {}  # of the axes that it serves: for messages, in order
         slot, ring = _sizes(len(ranks))
         group = library.shm_open_group(fd, rank, len(ranks), slot, ring, _SMALL_BYTES, 0 if crowded else _SPIN_NS)
         if not group:
@@ -245,11 +248,11 @@ class Channel:
 
     def _name(self, operation: Operation) -> str:
         sequence = operation.described()[0]
-        group = f"{self.names} {self.ranks}".strip()
+        group = f"{'/'.join(self.names)} {self.ranks}".strip()
         return f"{KINDS[operation.kind]} ({operation.bytes} bytes, operation {sequence + 1} of group {group})"
 
     def _mismatch(self, operation: Operation) -> str:
-        sequence, blamed, their_sequence, kind, *_, size = operation.described()
+        _, blamed, their_sequence, kind, *_, size = operation.described()
         mine = f"rank {self.ranks[self.rank]} is in {self._name(operation)}"
         if operation.kind == RECEIVE:
             return f"{mine}, but rank {self.ranks[blamed]} sent {size} bytes, or of another dtype"

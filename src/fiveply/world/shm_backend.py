@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +34,7 @@ _REDUCED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.i
 # By name, for two modules can name one dtype; the order is the same in every rank.
 _OTHERS = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)} - set(_REDUCED), key=str)
 _DTYPES = {dtype: code for code, dtype in enumerate((*_REDUCED, *_OTHERS))}
-_OPS = dist.ReduceOp.RedOpType
+_OPS: Any = dist.ReduceOp.RedOpType
 _REDUCTIONS = {op: code for code, op in enumerate(
     (_OPS.SUM, _OPS.AVG, _OPS.PRODUCT, _OPS.MIN, _OPS.MAX, _OPS.BAND, _OPS.BOR, _OPS.BXOR))}  # fmt: skip
 _OF_BOOLEANS = {_OPS.SUM: _OPS.MAX, _OPS.PRODUCT: _OPS.MIN, _OPS.AVG: None}
@@ -43,9 +43,8 @@ _NO_LIMIT = timedelta(0)
 
 @dataclass
 class Options:
-    """`pg_options` of `dist.new_group`: what errors call the group, and why it is a gloo group, if it is."""
+    """`pg_options` of `dist.new_group`, filled in: why the new group is gloo's, if it is."""
 
-    name: str = ""
     fell_back: str = ""
 
 
@@ -55,7 +54,7 @@ def register() -> None:
         dist.Backend.register_backend("shm", _create, extended_api=True, devices=["cpu"])
 
 
-def _create(given: Any, options: Options | None) -> dist.ProcessGroup | dist.Backend:
+def _create(given: Any, options: Options | None) -> Any:
     options = options or Options()
     rank, size, timeout = given.group_rank, given.group_size, given.timeout
     try:
@@ -67,14 +66,15 @@ def _create(given: Any, options: Options | None) -> dist.ProcessGroup | dist.Bac
     except shm.Unavailable as error:
         options.fell_back = str(error)
         return dist.ProcessGroupGloo(given.store, rank, size, timeout=timeout)
-    channel.names = options.name
     return SharedMemoryGroup(channel)
 
 
 class Work(dist.Work):
     """A handle of one operation, or of several that end with it."""
 
-    def __init__(self, operation: shm.Operation | None, results: list[Tensor], last: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, operation: shm.Operation | None, results: list[Tensor], last: Callable[[], Any] | None = None
+    ) -> None:
         """`last`: what remains to be done here once it has ended (a copy into a tensor that is not contiguous)."""
         super().__init__()
         self._operation, self.results, self.last = operation, results, last
@@ -132,7 +132,7 @@ class Work(dist.Work):
         try:
             self.wait()
         except Exception as error:
-            self._future.set_exception(error)
+            self._future.set_exception(error)  # pyright: ignore[reportArgumentType]
         else:
             self._future.set_result(self.results)
 
@@ -151,7 +151,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
     """
 
     def __init__(self, channel: shm.Channel) -> None:
-        super().__init__(channel.rank, len(channel.ranks))
+        super().__init__(channel.rank, len(channel.ranks))  # pyright: ignore[reportCallIssue]
         self.channel, self.n = channel, len(channel.ranks)
 
     def getBackendName(self) -> str:  # noqa: N802
@@ -253,6 +253,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self, output: Tensor, x: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any = None
     ) -> Work:
         """Sizes are rows of dim 0, none for equal parts."""
+
         def bytes_of(tensor: Tensor, rows: list[int]) -> list[int]:
             if not rows:
                 if tensor.numel() and tensor.shape[0] % self.n:
@@ -284,11 +285,11 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> Work:
         return self.recv(tensors, -1, tag)
 
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
+    _allgather_base: Any = all_gather_single
+    allgather_into_tensor_coalesced: Any = all_gather_single_coalesced
+    _reduce_scatter_base: Any = reduce_scatter_single
+    reduce_scatter_tensor_coalesced: Any = reduce_scatter_single_coalesced
+    alltoall_base: Any = all_to_all_single
 
     def _check(self, whole: Tensor, part: Tensor, name: str) -> None:
         if whole.numel() != part.numel() * self.n:
