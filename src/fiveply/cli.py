@@ -50,6 +50,7 @@ def train(
     data: str = "",
     steps: int = 0,
     name: str = "",
+    backend: Literal["auto", "shm", "gloo"] = "auto",
     json: Flag = False,
 ) -> None:
     """Train a language model under a layout, from a run's TOML file or from flags alone; or start a script of your own.
@@ -79,6 +80,7 @@ def train(
         data: A .txt, a .jsonl, a directory, `shakespeare`, or datasets:NAME.
         steps: Optimiser steps.
         name: Names the run's directory, runs/NAME.
+        backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply.spec.run import RunSpec
@@ -97,7 +99,7 @@ def train(
     settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value)]
     defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
-    ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty())
+    ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
     _finish(trainer.train(ready), json)
 
 
@@ -111,6 +113,7 @@ def verify(
     dtype: Literal["float64", "float32"] = "float64",
     seed: int = 0,
     sync_every: int = 0,
+    backend: Literal["auto", "shm", "gloo"] = "auto",
     json: Flag = False,
 ) -> None:
     """Prove that a layout computes what another does: train both, compare initial parameters, loss, gradients, parameters.
@@ -129,11 +132,14 @@ def verify(
         dtype: Precision of everything; parameters after steps are judged in float64 alone.
         seed: Of parameters, data and dropout.
         sync_every: Let replicas step alone and average parameters every so many steps (1, with plain gradient steps).
+        backend: What ranks talk through; auto is shared memory between those of one host, and gloo else.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply import equality
 
-    result = equality.verify(layout, against, model=model, steps=steps, dtype=dtype, seed=seed, sync_every=sync_every)
+    result = equality.verify(
+        layout, against, model=model, steps=steps, dtype=dtype, seed=seed, sync_every=sync_every, transport=backend
+    )
     print(equality.table(result), file=sys.stderr if json else sys.stdout)
     if json:
         _print_json(result)

@@ -29,7 +29,7 @@ from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Optimizer, RunSpec, Train
 from fiveply.train.job import Job, pieces
 from fiveply.world.launch import launch
-from fiveply.world.mesh import Groups, Mesh
+from fiveply.world.mesh import Groups, Mesh, Transport
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 ROWS, SEQUENCE = 8, 17
@@ -56,6 +56,7 @@ def verify(
     dtype: str = "float64",
     seed: int = 0,
     sync_every: int = 0,
+    transport: Transport = "auto",
 ) -> dict[str, Any]:
     """Train `model` under both layouts and compare; returns the keys of DESIGN section 8. Raises InputError."""
     if steps < 1:
@@ -85,7 +86,7 @@ def verify(
         for index, one in enumerate(resolved):
             path = Path(folder) / str(index)
             # On CPUs everywhere: float64 is exact there, and ranks may outnumber devices.
-            losses = launch(_record_to, one.world, path, run, spec, one, steps, dtype, backend="gloo")
+            losses = launch(_record_to, one.world, path, run, spec, one, steps, dtype, transport, backend="gloo")
             traces.append(_load(path, losses))
     return compare(*traces, dtype=dtype) | {"layout": str(resolved[0]), "against": str(resolved[1])}
 
@@ -169,8 +170,9 @@ def _rows(layouts: list[Layout]) -> int:
     return unit * -(-ROWS // unit)
 
 
-def _record_to(folder: Path, run: RunSpec, spec: ModelSpec, layout: Layout, steps: int, dtype: str) -> list[float]:
-    trace = record(run, spec, layout, steps, dtype)
+def _record_to(folder: Path, run: RunSpec, spec: ModelSpec, layout: Layout, steps: int, dtype: str,
+               transport: Transport) -> list[float]:  # fmt: skip
+    trace = record(run, spec, layout, steps, dtype, Groups(transport))
     if torch.distributed.get_rank() == 0:
         folder.mkdir()
         save_file(trace.initial, folder / "initial.safetensors")

@@ -24,7 +24,7 @@ from fiveply.spec.layout import Layout, ScheduleName, divisors
 from fiveply.spec.legality import resolve
 from fiveply.spec.run import RunSpec
 from fiveply.world.launch import launch
-from fiveply.world.mesh import Groups
+from fiveply.world.mesh import Groups, Transport
 
 STEPS = 2
 SEED = 2
@@ -99,7 +99,8 @@ def one_process(case: Case) -> Trace:
     return _one_process(replace(case, layout="dp=1", compile=False))
 
 
-def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout_seconds: float = 120.0) -> list[Any]:
+def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout_seconds: float = 120.0,
+             transport: Transport = "shm") -> list[Any]:  # fmt: skip
     """Record every case (all of one world size) in one launch; `judge` sees each whole trace on rank 0.
 
     A rank that fails names the layout it was under, so that a hang or an error among hundreds is found.
@@ -107,7 +108,7 @@ def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout
     (world,) = {case.resolved().world for case in cases}
 
     def ranks() -> list[Any]:
-        groups, judged = Groups(), []
+        groups, judged = Groups(transport), []
         for case in cases:
             try:
                 trace = case.record(groups)
@@ -121,10 +122,11 @@ def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout
     return launch(ranks, world, timeout_seconds=timeout_seconds)
 
 
-def prove(cases: Sequence[Case]) -> list[dict[str, Any]]:
+def prove(cases: Sequence[Case], transport: Transport = "shm") -> list[dict[str, Any]]:
     """Compare each case with one process; one result of `equality.compare` for each."""
     traces = {case: one_process(case) for case in cases}
-    return on_ranks(cases, lambda case, trace: compare(trace, traces[case], dtype=case.dtype))
+    return on_ranks(cases, lambda case, trace: compare(trace, traces[case], dtype=case.dtype),
+                    transport=transport)  # fmt: skip
 
 
 def prove_each(cases: Iterable[Case]) -> dict[Case, dict[str, Any]]:

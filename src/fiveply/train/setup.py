@@ -28,6 +28,7 @@ from fiveply.spec.legality import resolve
 from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Precision, RunSpec
 from fiveply.world import device
+from fiveply.world.mesh import Transport
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class Ready:
     """The checkpoint to go on from."""
     notes: tuple[str, ...] = ()
     """Lines for the user before training starts."""
+    transport: Transport = "auto"
 
 
-def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, progress: bool = True) -> Ready:
+def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, progress: bool = True,
+          transport: Transport = "auto") -> Ready:  # fmt: skip
     """Check and prepare; raises InputError. A resumed run takes the recorded layout unless one is given."""
     notes: list[str] = []
     spec = run.model_spec()
@@ -65,6 +68,10 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
     )
     _check_run(run, spec, resolved)
     found = device.find()
+    if found.kind == "cuda" and transport != "auto":
+        raise InputError(
+            f"{transport} is for ranks on CPUs, and this machine has GPUs", where="--backend", fix="leave it out"
+        )
     if resolved.world > found.count:
         if found.kind == "cuda":
             raise InputError(
@@ -78,7 +85,7 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
     corpus = corpus_folder(run, spec)
     prepared = prepare_corpus(run, spec, corpus, progress=progress)
     _check_corpus(run, spec, prepared)
-    return Ready(run, spec, resolved, corpus, checkpoint.path if checkpoint else None, tuple(notes))
+    return Ready(run, spec, resolved, corpus, checkpoint.path if checkpoint else None, tuple(notes), transport)
 
 
 def _checkpoint_to_resume(run: RunSpec, resume: bool, notes: list[str]) -> store.Checkpoint | None:

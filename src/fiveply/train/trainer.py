@@ -32,7 +32,7 @@ from fiveply.train.optimizer import learning_rate
 from fiveply.train.setup import Ready
 from fiveply.world import device
 from fiveply.world.launch import joined, launch, stop_requested
-from fiveply.world.mesh import Mesh
+from fiveply.world.mesh import Groups, Mesh
 
 MOST_DRAWN = 16
 """Micro-batches up to which the schedule is drawn in the terminal; the report draws all."""
@@ -73,7 +73,7 @@ class _Trainer:
             torch.device("cuda", torch.cuda.current_device()) if device.find().kind == "cuda" else torch.device("cpu")
         )
         metrics.forget_peak_memory()
-        self.mesh = Mesh(self.layout, ready.spec)
+        self.mesh = Mesh(self.layout, ready.spec, Groups(ready.transport))
         self.first_rank = self.mesh.rank == 0
         self.prepared = Prepared.open(ready.corpus)
         self.batches = setup.training_batches(run, self.prepared)
@@ -105,6 +105,10 @@ class _Trainer:
                 schedule_picture(schedule)
         for note in self.ready.notes if self.first_rank else ():
             self.progress.note(note)
+        if self.first_rank and self.mesh.groups.fell_back:
+            self.progress.note(
+                f"ranks talk through gloo, which is slower than shared memory: {self.mesh.groups.fell_back}"
+            )
         ended = "steps"
         while self.done < self.settings.train.steps:
             stop = self._step() or self.done == self.settings.train.stop_at
@@ -254,6 +258,7 @@ class _Trainer:
             "segments": segments,
             "layout": str(layout),
             "world": layout.world,
+            "transport": self.mesh.groups.carriers,
             "oversubscribed": layout.world > found.count,
             "model": {
                 key: getattr(spec, key)

@@ -39,6 +39,7 @@ import torch.distributed as dist
 
 from fiveply.spec.errors import FiveplyError, InputError, RunError
 from fiveply.world import process as own
+from fiveply.world import shm
 from fiveply.world.allocator import keep_freed_memory
 from fiveply.world.device import find
 from fiveply.world.process import stop_requested
@@ -188,6 +189,8 @@ def _leave(patience_seconds: float | None = None) -> None:
 
 def _start(job: _Job) -> Any:
     # CUDA can't be used in a forked process once its parent has; elsewhere than on Linux system libraries can't either.
+    if "nccl" not in job.backend:
+        shm.build()  # before there are ranks that would each compile or load it
     forks = sys.platform == "linux" and "nccl" not in job.backend and not torch.cuda.is_initialized()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     listener = socket.create_server((_LOOPBACK, 0))  # ranks may connect before the store below begins to answer

@@ -2,17 +2,27 @@
 
 A rank makes only the groups that it belongs to, so a world of thousands makes a handful each. Two groups serve the
 pipeline, one a direction, because a backend without tags matches transfers of a pair by their order.
+
+Ranks of one host talk through shared memory where they compute on CPUs, and through the default group's backend else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
 from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.errors import RunError
 from fiveply.spec.layout import Coordinates, Layout
+from fiveply.world import shm_backend
 from fiveply.world.collectives import Axis
+
+Transport = Literal["auto", "shm", "gloo"]
+"""What carries an axis between CPU ranks: `auto` is shared memory wherever it serves. GPUs have NCCL."""
 
 
 class Groups:
@@ -21,17 +31,54 @@ class Groups:
     Every rank must ask for equally many, in the same order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, transport: Transport = "auto") -> None:
+        self.transport = transport
+        self.fell_back = ""
+        """Why an axis that shared memory should carry has gloo."""
         self._made: dict[tuple[tuple[int, ...], int], dist.ProcessGroup] = {}
+        self._default = dist.get_backend()
 
-    def get(self, ranks: list[int], lane: int = 0) -> dist.ProcessGroup:
-        """`lane` keeps apart what must not wait for another: the two directions of a pipeline."""
+    def get(self, ranks: list[int], lane: int = 0, name: str = "") -> dist.ProcessGroup:
+        """`lane` keeps apart what must not wait for another: the two directions of a pipeline. `name`: for messages.
+
+        Raises RunError where shared memory was asked for and can't serve.
+        """
         key = (tuple(ranks), lane)
         if key not in self._made:
-            group = dist.new_group(ranks, use_local_synchronization=True)
-            assert isinstance(group, dist.ProcessGroup)
-            self._made[key] = group
-        return self._made[key]
+            self._made[key] = self._make(ranks)
+        group = self._made[key]
+        if isinstance(group, shm_backend.SharedMemoryGroup):
+            group.channel.names.setdefault(name)
+        return group
+
+    def _make(self, ranks: list[int]) -> dist.ProcessGroup:
+        how: dict[str, Any] = {"timeout": _default_timeout(), "use_local_synchronization": True}
+        options = shm_backend.Options()
+        if self.transport != "gloo" and self._default == "gloo" and len(ranks) > 1:
+            shm_backend.register()
+            how |= {"backend": "shm", "pg_options": options}
+        group = dist.new_group(ranks, **how)
+        if options.fell_back and self.transport == "shm":
+            raise RunError(f"shared memory can't serve ranks {ranks} ({options.fell_back}); use --backend auto or gloo")
+        self.fell_back = self.fell_back or options.fell_back
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    @property
+    def carriers(self) -> str:
+        """The backends in use, as `shm` or `gloo` or both."""
+        shared = [isinstance(group, shm_backend.SharedMemoryGroup) for group in self._made.values() if group.size() > 1]
+        return "+".join(
+            name for name, used in (("shm", any(shared)), (self._default, not all(shared) or not shared)) if used
+        )
+
+
+def _default_timeout() -> timedelta | None:
+    """What `launch` was given; torch would give a new group half an hour."""
+    group = dist.group.WORLD
+    if group is None or dist.get_backend() != "gloo":
+        return None
+    return group._get_backend(torch.device("cpu")).options._timeout
 
 
 class Mesh:
@@ -46,14 +93,14 @@ class Mesh:
         """`spec=None`: a user's own module, which has neither key-value heads nor a tied embedding that we know of."""
         self.layout, self.rank = layout, dist.get_rank() if dist.is_initialized() else 0
         self.at = at = layout.coordinates(self.rank)
-        self._groups = groups or Groups()
+        self.groups = groups or Groups()
         places = [layout.coordinates(rank) for rank in range(layout.world)]
 
         def axis(name: str, belongs: Callable[[Coordinates], bool], lane: int = 0) -> Axis | None:
             ranks = [rank for rank, place in enumerate(places) if belongs(place)]
             if len(ranks) == 1 and lane == 0:
                 return None
-            group = self._groups.get(ranks, lane)
+            group = self.groups.get(ranks, lane, name)
             return Axis(name, ranks, group, self.rank) if len(ranks) > 1 else None
 
         self.world = axis("world", lambda _: True)
