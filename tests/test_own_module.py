@@ -110,7 +110,7 @@ def dropped(layout: str, groups: Groups | None = None) -> tuple[list[float], dic
         loss=nn.MSELoss(),
         optimizer=adam,
         tp={"fc1": "column", "fc2": "row"},
-        stages=["fc1", "out"],
+        stages=["fc1", "fc2"],
     )
     losses = [job.step(batch) for batch in world.loader(EXAMPLES["two layers"].data(), global_batch=BATCH)]
     return losses, job.state_dict()
@@ -142,11 +142,11 @@ def test_dropout_zeroes_its_share_and_draws_anew_at_each_call_and_step() -> None
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.drop, self.scale = nn.Dropout(0.25), nn.Parameter(torch.ones(()))
+            self.drop, self.other, self.scale = nn.Dropout(0.25), nn.Dropout(0.25), nn.Parameter(torch.ones(()))
             self.seen: list[Tensor] = []
 
         def forward(self, x: Tensor) -> Tensor:
-            self.seen += [self.drop(x), self.drop(x)]
+            self.seen += [self.drop(x), self.drop(x), self.other(x)]
             return x * self.scale
 
     job = World(Layout(), 0).parallelize(Twice, loss=F.mse_loss, optimizer=adam)
@@ -157,6 +157,90 @@ def test_dropout_zeroes_its_share_and_draws_anew_at_each_call_and_step() -> None
     assert all(abs(float((each == 0).float().mean()) - 0.25) < 0.02 for each in seen)
     assert all(abs(float(each.mean()) - 1) < 0.02 for each in seen)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+class InPlace(nn.Module):
+    """A stage that begins by changing its input in place, a buffer and frozen weights that two stages use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.relu, self.fc2 = nn.Linear(7, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)
+        self.fixed = nn.Linear(7, 7, bias=False).requires_grad_(False)
+        self.register_buffer("shift", torch.linspace(-1, 1, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fixed(self.fc1(x)) + self.shift
+        x.mul_(2)
+        x = self.relu(x)
+        return self.fc2(self.fixed(x) - self.shift)
+
+
+def test_operations_in_place_and_constants_that_two_stages_use(tmp_path: Path) -> None:
+    x, y = EXAMPLES["two layers"].data()[:BATCH]
+    torch.manual_seed(SEED)
+    model = InPlace().double()
+    optimizer = adam((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def make(seed: int) -> Any:
+        return World(Layout.parse("dp=2,pp=2"), seed).parallelize(
+            lambda: InPlace().double(), loss=nn.MSELoss(), optimizer=adam, stages=["fc1", "relu"]
+        )
+
+    def on_ranks() -> list[float]:
+        job, worst = make(SEED), []
+        for _ in range(2):
+            job.step((x, y))
+        job.save(tmp_path)
+        other = make(SEED + 1)  # other frozen weights, until those of the checkpoint are read on both stages
+        other.load(tmp_path)
+        for each in (job, other):
+            each.step((x, y))
+            worst.append(max(float((each.state_dict()[name] - value).abs().max()) for name, value in expected.items()))
+        return worst
+
+    assert max(launch(on_ranks, 4, timeout_seconds=60, backend="gloo")) <= 1e-12
+
+
+class Routed(nn.Module):
+    """Each row goes to one of two layers, so a replica may use one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 3), nn.Linear(7, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 3)
+        for index, layer in enumerate(self.layers):
+            mine = (x[:, 0] > 0) == bool(index)
+            if mine.any():
+                out = out.index_put((mine.nonzero()[:, 0],), layer(x[mine]))
+        return out
+
+
+def test_replicas_may_use_different_parameters() -> None:
+    x, y = EXAMPLES["two layers"].data()[:8]
+    x = x[x[:, 0].argsort()]
+    torch.manual_seed(SEED)
+    model = Routed().double()
+    F.mse_loss(model(x), y).backward()
+
+    def on_ranks() -> float:
+        groups, worst = Groups(), 0.0
+        for zero in range(3):
+            job = World(Layout(dp=4, zero=zero), SEED, groups).parallelize(
+                lambda: Routed().double(), loss=nn.MSELoss(), optimizer=adam
+            )
+            job.gradients((x, y))
+            gradients = job.gradient_dict()
+            worst = max(worst, *(float((gradients[n] - p.grad).abs().max()) for n, p in model.named_parameters()))
+        return worst
+
+    assert launch(on_ranks, 4, timeout_seconds=60, backend="gloo") <= 1e-12
 
 
 # data
