@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fiveply.model.attention import RowsAttention
@@ -21,6 +20,7 @@ from fiveply.parallel.parallelize import Chunk, ParallelModel
 from fiveply.parallel.tensor_parallel import begin_step, hidden_shape, token_indices
 from fiveply.pipeline_schedule import Action, Kind, Schedule
 from fiveply.world.collectives import Axis
+from fiveply.world.recorder import Call, Span
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Executor:
         this rank's micro-batches: zero except on the rank of the last stage."""
         self._begin(micro_batches, step)
         for action in self.actions:
-            self._do(action)
+            with self._span(action):
+                self._do(action)
         return self._end()
 
     @torch.no_grad()
@@ -71,7 +72,8 @@ class Executor:
         self._begin(micro_batches, None)
         for action in self.actions:
             if action.kind in FORWARD_KINDS:
-                self._do(action)
+                with self._span(action):
+                    self._do(action)
         return self._end()
 
     def _begin(self, micro_batches: Sequence[MicroBatch], step: int | None) -> None:
@@ -84,7 +86,7 @@ class Executor:
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._gradients: dict[tuple[int, int], Tensor] = {}
-        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sends: deque[tuple[Call, Tensor]] = deque()
         for chunk in self.model.chunks:
             begin_step(chunk.decoder, micro_batches[0].tokens_T.shape[0])
         self._post_receives()
@@ -93,6 +95,12 @@ class Executor:
         while self._sends:
             self._sends.popleft()[0].wait()
         return self._loss
+
+    def _span(self, action: Action) -> Span:
+        mesh = self.model.mesh
+        stage = self.model.chunks[action.chunk].stage if action.chunk >= 0 else -1
+        peer = mesh.down.ranks[action.peer] if action.peer >= 0 and mesh.down is not None else -1
+        return mesh.recorder.span(action.kind, action.chunk, action.micro_batch, stage, peer)
 
     def _do(self, action: Action) -> None:
         chunk = self.model.chunks[action.chunk] if action.chunk >= 0 else None
@@ -205,7 +213,7 @@ class Executor:
         """Receives are posted one ahead for each peer and lane, in the order of the schedule."""
         kinds = (Kind.RECEIVE_FORWARD,) if self._step is None else (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
         self._to_post: dict[int, deque[Action]] = {}
-        self._posted: dict[Action, tuple[dist.Work, Tensor]] = {}
+        self._posted: dict[Action, tuple[Call, Tensor]] = {}
         for action in self.actions:
             if action.kind in kinds:
                 self._to_post.setdefault(action.peer, deque()).append(action)

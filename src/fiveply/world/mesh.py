@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Coordinates, Layout
 from fiveply.world.collectives import Axis
+from fiveply.world.recorder import Recorder
 
 
 class Groups:
@@ -40,11 +41,13 @@ class Mesh:
     tp: tensor ranks. kv: tensor ranks that hold the same key-value head. shard, replica: data-parallel ranks that share
     one copy of the state, and those that hold the same part of it. dp: both. down, up: the pipeline, one lane a direction.
     tied: first and last stage where both hold the embedding. model: the ranks of one replica. world: all.
+    recorder: told of all that these axes do.
     """
 
     def __init__(self, layout: Layout, spec: ModelSpec, groups: Groups | None = None) -> None:
         self.layout, self.rank = layout, dist.get_rank()
         self.at = at = layout.coordinates(self.rank)
+        self.recorder = Recorder(self.rank)
         self._groups = groups or Groups()
         places = [layout.coordinates(rank) for rank in range(layout.world)]
 
@@ -53,7 +56,7 @@ class Mesh:
             if len(ranks) == 1 and lane == 0:
                 return None
             group = self._groups.get(ranks, lane)
-            return Axis(name, ranks, group, self.rank) if len(ranks) > 1 else None
+            return Axis(name, ranks, group, self.rank, self.recorder) if len(ranks) > 1 else None
 
         self.world = axis("world", lambda _: True)
         self.tp = axis("tp", lambda p: (p.dp, p.pp) == (at.dp, at.pp))
