@@ -289,16 +289,17 @@ def test_timeline_is_the_longest_path_through_the_dependencies(schedule: Schedul
     events = timeline(schedule, cost)
     end = {(event.kind, schedule.stage_of(event.rank, event.chunk), event.micro_batch): event.end for event in events}
     clock = [0.0] * schedule.pp
-    for rank, kind, chunk, micro_batch, start, ends in events:
+    for event in events:
+        rank, kind, chunk, micro_batch = event.rank, Kind(event.kind), event.chunk, event.micro_batch
         stage = schedule.stage_of(rank, chunk)
         ready = clock[rank]
         if kind is Kind.FORWARD and stage > 0:
             ready = max(ready, end[kind, stage - 1, micro_batch])
         elif kind in (Kind.BACKWARD, Kind.INPUT) and stage < schedule.stages - 1:
             ready = max(ready, end[kind, stage + 1, micro_batch])
-        assert start == ready
-        assert ends - start == cost(rank, Action(kind, chunk, micro_batch))
-        clock[rank] = ends
+        assert event.start == ready
+        assert event.seconds == cost(rank, Action(kind, chunk, micro_batch))
+        clock[rank] = event.end
 
 
 def test_transfers_are_listed_when_they_cost() -> None:

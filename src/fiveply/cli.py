@@ -51,6 +51,10 @@ def train(
     steps: int = 0,
     name: str = "",
     backend: Literal["auto", "shm", "gloo"] = "auto",
+    record: int | None = None,
+    profile: str = "",
+    memory_snapshot: Flag = False,
+    hang_timeout: float | None = None,
     json: Flag = False,
 ) -> None:
     """Train a language model under a layout, from a run's TOML file or from flags alone; or start a script of your own.
@@ -66,7 +70,7 @@ def train(
     Keys of the file, all with defaults: name, folder, seed, layout; [model] preset, init_from, overrides; [data] corpus,
     tokenizer, sequence, held_out, respect_documents, folder; [train] steps, until, patience, global_batch, sync_every,
     compile, evaluate_every, evaluate_batches, checkpoint_every, stop_at, keep_checkpoints,
-    log_every; [optimizer] name, lr, betas,
+    log_every, record, profile, memory_snapshot, hang_timeout; [optimizer] name, lr, betas,
     eps, weight_decay, decay_all, clip, warmup, schedule, decay_share, final_share; [precision] parameters, reduce, optimizer.
 
     Args:
@@ -81,6 +85,11 @@ def train(
         steps: Optimiser steps.
         name: Names the run's directory, runs/NAME.
         backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
+        record: The step that is recorded on every rank, for the report's timeline; 10 by default, 0 for none.
+        profile: Steps that torch's profiler watches, as 10:12; written to runs/NAME/profile.
+        memory_snapshot: Write what each rank's memory holds to runs/NAME/memory, after the recorded step.
+        hang_timeout: Seconds that no rank goes on until the run ends with a report of who waits for whom; 300 by default,
+            0 for never.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply.spec.run import RunSpec
@@ -90,13 +99,17 @@ def train(
         "model.preset": model,
         "model.init_from": init_from,
         "data.corpus": data,
-        "train.steps": steps,
+        "train.steps": steps or None,
         "name": name,
         "layout": layout,
+        "train.record": record,
+        "train.profile": profile,
+        "train.memory_snapshot": memory_snapshot or None,
+        "train.hang_timeout": hang_timeout,
     }
     if not run and not (model or init_from or data):
         raise InputError("nothing to train", where="fiveply train", fix="give a RUN.toml, or --model and --data")
-    settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value)]
+    settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value not in (None, ""))]
     defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
     ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
@@ -305,7 +318,7 @@ def _spread_settings(args: list[str]) -> list[str]:
 
 
 def _toml(value: Any) -> str:
-    return str(value) if isinstance(value, int) else f'"{value}"'
+    return str(value).lower() if isinstance(value, (int, float)) else f'"{value}"'
 
 
 def _finish(result: dict[str, Any], json: bool, line: str = "") -> None:

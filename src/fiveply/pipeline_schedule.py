@@ -27,6 +27,8 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
+from fiveply.timeline import Event
+
 
 class Kind(enum.StrEnum):
     FORWARD = "forward"
@@ -58,17 +60,6 @@ class Action(NamedTuple):
     def __str__(self) -> str:
         numbers = zip(("chunk", "micro-batch", "peer"), self[1:], strict=True)
         return " ".join([self.kind, *(f"{name} {number}" for name, number in numbers if number >= 0)])
-
-
-class Event(NamedTuple):
-    """An action's place in time, in the unit of the costs given."""
-
-    rank: int
-    kind: Kind
-    chunk: int
-    micro_batch: int
-    start: float
-    end: float
 
 
 class ScheduleError(ValueError):
@@ -434,10 +425,10 @@ def picture(
     events = timeline(schedule, costs)
     slots = max(int(event.end / slot + 0.5) for event in events)
     rows = [[".".ljust(cell)] * slots for _ in range(schedule.pp)]
-    for rank, kind, chunk, micro_batch, start, end in events:
-        first, last = int(start / slot + 0.5), int(end / slot + 0.5)
-        mark = marks[kind].lower() if chunk % 2 else marks[kind]
-        text = f"{mark}{micro_batch}".ljust(cell * (last - first), "-" if last - first > 1 else " ")
+    for event in events:
+        rank, first, last = event.rank, int(event.start / slot + 0.5), int(event.end / slot + 0.5)
+        mark = marks[Kind(event.kind)].lower() if event.chunk % 2 else marks[Kind(event.kind)]
+        text = f"{mark}{event.micro_batch}".ljust(cell * (last - first), "-" if last - first > 1 else " ")
         rows[rank][first:last] = [text[index : index + cell] for index in range(0, len(text), cell)][: last - first]
     idle = bubble(schedule, costs)
     chunks = f" of {schedule.vp} chunks (lower case: odd chunks)" if schedule.vp > 1 else ""

@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fiveply.spec.placement import Placed
 from fiveply.world.collectives import Axis
 from fiveply.world.mesh import Mesh
+from fiveply.world.recorder import Call
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Unit:
             if self.full_grad is not None and shards == 1
             else torch.zeros(self.part, dtype=dtypes.reduce, device=device)
         )
-        self._gathering: dist.Work | None = None
+        self._gathering: Call | None = None
         self.is_full = True
         if self.zero == 3:
             self.release()
@@ -201,7 +201,7 @@ class GradientReducer:
         # All ranks start them in one order, backward through the model, whatever order gradients arrive in; None: not told.
         self._waiting: list[Unit] | None = None
         self._missing: dict[str, int] = {}
-        self._pending: list[tuple[Unit, dist.Work, Tensor, Tensor]] = []
+        self._pending: list[tuple[Unit, Call, Tensor, Tensor]] = []
         for unit in self.units:
             for entry in unit.entries:
                 entry.parameter.register_post_accumulate_grad_hook(self._hook(unit, entry))
@@ -255,7 +255,7 @@ class GradientReducer:
             out = torch.empty_like(unit.grad)
             self._queue(unit, axis.reduce_scatter(out, flat, wait=False), flat, out)
 
-    def _queue(self, unit: Unit, work: dist.Work | None, flat: Tensor, out: Tensor) -> None:
+    def _queue(self, unit: Unit, work: Call | None, flat: Tensor, out: Tensor) -> None:
         assert work is not None
         self._pending.append((unit, work, flat, out))
 

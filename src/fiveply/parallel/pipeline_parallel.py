@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fiveply.parallel.data_parallel import GradientReducer, Unit
@@ -20,6 +19,7 @@ from fiveply.parallel.split_backward import WeightQueue
 from fiveply.pipeline_schedule import Action, Kind, Schedule
 from fiveply.world.collectives import Axis
 from fiveply.world.mesh import Mesh
+from fiveply.world.recorder import Call, Span
 
 Values = tuple[Tensor, ...]
 """What one stage hands to the next for one micro-batch."""
@@ -91,7 +91,8 @@ class Executor:
         this rank's micro-batches: zero except on the rank of the last stage."""
         self._begin(micro_batches, step)
         for action in self.actions:
-            self._do(action)
+            with self._span(action):
+                self._do(action)
         return self._end()
 
     @torch.no_grad()
@@ -100,7 +101,8 @@ class Executor:
         self._begin(micro_batches, None)
         for action in self.actions:
             if action.kind in FORWARD_KINDS:
-                self._do(action)
+                with self._span(action):
+                    self._do(action)
         return self._end()
 
     def _begin(self, micro_batches: Sequence[Any], step: int | None) -> None:
@@ -112,7 +114,7 @@ class Executor:
         self._inputs: dict[tuple[int, int], Values] = {}
         self._outputs: dict[tuple[int, int], Values] = {}
         self._gradients: dict[tuple[int, int], Values] = {}
-        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sends: deque[tuple[Call, Tensor]] = deque()
         for chunk in self.model.chunks:
             chunk.begin(micro_batches)
         self._post_receives()
@@ -121,6 +123,12 @@ class Executor:
         while self._sends:
             self._sends.popleft()[0].wait()
         return self._loss
+
+    def _span(self, action: Action) -> Span:
+        mesh = self.model.mesh
+        stage = self.schedule.stage_of(mesh.at.pp, action.chunk) if action.chunk >= 0 else -1
+        peer = mesh.down.ranks[action.peer] if action.peer >= 0 and mesh.down is not None else -1
+        return mesh.recorder.span(action.kind, action.chunk, action.micro_batch, stage, peer)
 
     def _do(self, action: Action) -> None:
         chunk = self.model.chunks[action.chunk] if action.chunk >= 0 else None
@@ -222,7 +230,7 @@ class Executor:
         """Receives are posted one ahead for each peer and lane, in the order of the schedule."""
         kinds = (Kind.RECEIVE_FORWARD,) if self._step is None else (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
         self._to_post: dict[int, deque[Action]] = {}
-        self._posted: dict[Action, tuple[list[dist.Work], Values]] = {}
+        self._posted: dict[Action, tuple[list[Call], Values]] = {}
         for action in self.actions:
             if action.kind in kinds:
                 self._to_post.setdefault(action.peer, deque()).append(action)

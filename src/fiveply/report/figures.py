@@ -95,7 +95,7 @@ def schedule(record: Record) -> dict[str, Any] | None:
         raise InputError(str(error), where=where, key="schedule", fix="resume the run, which writes it anew") from None
     events = schedules.timeline(built, costs)
     span = max(event.end for event in events)
-    kinds = [kind for kind in schedules.COMPUTE if any(event.kind is kind for event in events)]
+    kinds = [kind for kind in schedules.COMPUTE if any(event.kind == kind for event in events)]
     return {
         "name": shape.name,
         "pp": shape.pp,
@@ -117,9 +117,9 @@ def _schedule_rows(schedule: Schedule, events: list[schedules.Event], span: floa
     for rank, group in groupby(events, key=lambda event: event.rank):
         stages = [schedule.stage_of(rank, chunk) for chunk in range(schedule.vp)]
         cells = [
-            {"kind": event.kind.value, "chunk": event.chunk, "micro_batch": event.micro_batch,
+            {"kind": str(event.kind), "chunk": event.chunk, "micro_batch": event.micro_batch,
              "x": 100 * event.start / span, "width": 100 * (event.end - event.start) / span,
-             "title": f"pp {rank}, {KIND_TEXT[event.kind]}, micro-batch {event.micro_batch}"
+             "title": f"pp {rank}, {KIND_TEXT[Kind(event.kind)]}, micro-batch {event.micro_batch}"
              + (f", chunk {event.chunk} (stage {stages[event.chunk]})" if schedule.vp > 1 else "")
              + f", time {event.start:g} to {event.end:g}"}
             for event in group

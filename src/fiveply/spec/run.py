@@ -79,6 +79,21 @@ class Train(Table, frozen=True):
     """Leave off after this step with a checkpoint, to be resumed; 0 to go on to the end."""
     keep_checkpoints: int = 2
     log_every: int = 10
+    record: int = 10
+    """The step whose every action and collective is recorded on all ranks, for the report (the last step where there are
+    fewer); a run resumed beyond it records as many steps after its start. 0 for none."""
+    profile: str = ""
+    """Steps that torch's profiler watches, as `10:12` (both included) or `10`."""
+    memory_snapshot: bool = False
+    """Write what each rank's memory holds, after the recorded step."""
+    hang_timeout: float = 300.0
+    """Seconds without any rank going on until the run is ended with a report of who waits for whom; 0 for never."""
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """First and last step under the profiler; (0, 0) for none. Raises ValueError for other text."""
+        first, _, last = self.profile.partition(":")
+        return (int(first), int(last or first)) if self.profile else (0, 0)
 
 
 class Optimizer(Table, frozen=True):
@@ -168,6 +183,8 @@ class RunSpec(Table, frozen=True):
             ("train.stop_at", self.train.stop_at, 0),
             ("train.keep_checkpoints", self.train.keep_checkpoints, 1),
             ("train.log_every", self.train.log_every, 1),
+            ("train.record", self.train.record, 0),
+            ("train.hang_timeout", self.train.hang_timeout, 0),
             ("data.sequence", self.data.sequence, 1),
             ("optimizer.warmup", self.optimizer.warmup, 0),
             ("optimizer.lr", self.optimizer.lr, 0),
@@ -193,6 +210,16 @@ class RunSpec(Table, frozen=True):
         ):
             if not 0 <= share <= 1:
                 refuse(key, f"{share} is not a share", "give 0 to 1")
+        try:
+            first, last = self.train.profiled
+        except ValueError:
+            first, last = 1, 0
+        if self.train.profile and not 1 <= first <= last:
+            refuse(
+                "train.profile",
+                f"'{self.train.profile}' is no range of steps",
+                "write the first and the last, as 10:12",
+            )
         if self.train.until == "converged" and (self.train.evaluate_every == 0 or self.data.held_out == 0):
             refuse(
                 "train.until",

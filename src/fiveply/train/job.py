@@ -93,7 +93,15 @@ class Job:
         if self.spec.attention_dropout:
             torch.manual_seed(((self.run.seed << 32) + step) % 2**63)
         mine = first + self.mesh.at.dp * self.replica_rows
-        local = self.executor.step(self._micro_batches(batches, mine, self.replica_rows), step)
+        with self.mesh.recorder.span("data"):
+            micro_batches = self._micro_batches(batches, mine, self.replica_rows)
+        local = self.executor.step(micro_batches, step)
+        with self.mesh.recorder.span("sums"):
+            return self._sums(batches, first, step, local, flag)
+
+    def _sums(self, batches: Batches, first: int, step: int, local: Tensor, flag: bool) -> Sums:
+        """Add up what the ranks hold of the step; `local`: this rank's loss."""
+        mine = first + self.mesh.at.dp * self.replica_rows
         here = torch.stack((self._once(local).double(), self.optimizer.square_norm().to(self.device)))
         totals = torch.cat((here, here.new_tensor([float(flag)])))
         if self.mesh.world is not None:
@@ -112,7 +120,8 @@ class Job:
         """Divide, clip, and step the optimiser; average parameters where replicas step alone."""
         settings = self.run.optimizer
         clip = min(1.0, settings.clip / (sums.norm + 1e-6)) if settings.clip else 1.0
-        self.optimizer.step(clip / max(1, sums.tokens), learning_rate(settings, step, self.run.train.steps))
+        with self.mesh.recorder.span("optimizer"):
+            self.optimizer.step(clip / max(1, sums.tokens), learning_rate(settings, step, self.run.train.steps))
         if self.alone and (step + 1) % self.run.train.sync_every == 0:
             self.average_parameters()
 

@@ -3,12 +3,13 @@
 `train` runs in the launcher and starts the ranks; `_Trainer` is what one rank does. What a step computes is `job.py`'s.
 A run's directory:
 
-    run.toml facts.json metrics.jsonl logs/rank-00000.log checkpoints/step-00000100/
+    run.toml facts.json metrics.jsonl logs/rank-00000.log checkpoints/step-00000100/ timeline/step-00000010.json
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from fiveply.spec.errors import InputError
 from fiveply.spec.legality import resolve
 from fiveply.train import metrics, setup
 from fiveply.train.job import Job, Sums
+from fiveply.train.observe import Observer
 from fiveply.train.optimizer import learning_rate
 from fiveply.train.setup import Ready
 from fiveply.world import device
@@ -93,6 +95,7 @@ class _Trainer:
         self.progress = Progress(run.train.steps, enabled=self.first_rank, log_every=run.train.log_every)
         self.metrics = metrics.MetricsFile(self.directory / "metrics.jsonl", self.done) if self.first_rank else None
         self.steps_seconds, self.steps_tokens = 0.0, 0
+        self.observer = Observer(run, self.job, self.done, self._note)
 
     # the loop
 
@@ -123,6 +126,7 @@ class _Trainer:
                 break
             if due(self.settings.train.checkpoint_every, self.done):
                 self._save()
+        self.observer.close()
         self._save()
         if self.first_rank:
             self.progress.note(self._farewell(ended))
@@ -130,12 +134,14 @@ class _Trainer:
 
     def _step(self) -> bool:
         """One optimiser step and its row; returns whether a rank was asked to stop."""
-        begun = time.perf_counter()
-        sums = self.job.gradients(self.batches, self.done, self.cursor, flag=stop_requested())
-        self.job.update(sums, self.done)
+        with self.observer.step(self.done + 1):
+            begun = time.perf_counter()
+            sums = self.job.gradients(self.batches, self.done, self.cursor, flag=stop_requested())
+            self.job.update(sums, self.done)
+            seconds = time.perf_counter() - begun
         self.done += 1
         self.cursor += self.batches.global_batch
-        self._record(sums, time.perf_counter() - begun)
+        self._record(sums, seconds)
         return sums.flagged
 
     def _record(self, sums: Sums, seconds: float) -> None:
@@ -155,6 +161,13 @@ class _Trainer:
             row["memory_bytes"] = self._gathered(metrics.peak_memory(self.device))
         self.last_row = row
 
+    def _note(self, text: str) -> None:
+        """For the user on rank 0, for the rank's log elsewhere."""
+        if self.first_rank:
+            self.progress.note(text)
+        else:
+            print(text, file=sys.stderr)
+
     def _publish(self) -> None:
         if self.metrics is not None:
             self.metrics.write(self.last_row)
@@ -164,7 +177,8 @@ class _Trainer:
         """Held-out loss into the last row; when convergence is sought, the best is kept as a checkpoint."""
         if self.held_out is None:
             return
-        loss = self.job.evaluate(self.held_out, setup.evaluation_count(self.settings, self.held_out))
+        with self.mesh.recorder.span("evaluation"):
+            loss = self.job.evaluate(self.held_out, setup.evaluation_count(self.settings, self.held_out))
         self.last_row |= {"held_out_loss": loss, "bits_per_character": self._bits_per_character(loss)}
         if self.best and loss >= self.best["held_out_loss"]:
             self.since_best += 1
@@ -182,6 +196,10 @@ class _Trainer:
     # checkpoints
 
     def _save(self) -> None:
+        with self.mesh.recorder.span("checkpoint"):
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         if self.job.alone:
             # A checkpoint is one model: replicas agree before it is written.
             self.job.average_parameters()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fiveply.spec.placement import part
 from fiveply.world import shm
+from fiveply.world.recorder import Call, Recorder
 from fiveply.world.shm_backend import SharedMemoryGroup
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,56 +33,74 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Axis:
     """One axis of the mesh as one rank sees it: its group, size, and own index on it. The only place that calls collectives."""
 
-    def __init__(self, name: str, ranks: list[int], group: dist.ProcessGroup, rank: int) -> None:
+    def __init__(
+        self, name: str, ranks: list[int], group: dist.ProcessGroup, rank: int, recorder: Recorder | None = None
+    ) -> None:
         self.name, self.ranks, self.group = name, ranks, group
         self.size, self.index = len(ranks), ranks.index(rank)
         # A call that waits skips torch's dispatch, which takes five times as long as the exchange of a small tensor.
         self._shared = group if isinstance(group, SharedMemoryGroup) else None
+        self._recorder = recorder or Recorder(rank)
+        self._calls = 0
 
     def all_reduce(
         self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True
-    ) -> dist.Work | None:
+    ) -> Call | None:
         """In place."""
-        if wait and self._shared is not None:
-            return self._shared.run(shm.ALL_REDUCE, x, x, x, op)
-        return _work(dist.all_reduce(x, op, group=self.group, async_op=True), wait)
 
-    def all_gather(self, out: Tensor, x: Tensor, *, wait: bool = True) -> dist.Work | None:
+        def issue() -> dist.Work | None:
+            if wait and self._shared is not None:
+                return self._shared.run(shm.ALL_REDUCE, x, x, x, op)
+            return dist.all_reduce(x, op, group=self.group, async_op=True)
+
+        return self._call("all-reduce", x, wait, issue)
+
+    def all_gather(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call | None:
         """`out` is `size` times as long as `x` on dim 0."""
-        if wait and self._shared is not None:
-            return self._shared.run(shm.ALL_GATHER, x, out, x)
-        return _work(_all_gather(out, x, group=self.group, async_op=True), wait)
 
-    def reduce_scatter(self, out: Tensor, x: Tensor, *, wait: bool = True) -> dist.Work | None:
+        def issue() -> dist.Work | None:
+            if wait and self._shared is not None:
+                return self._shared.run(shm.ALL_GATHER, x, out, x)
+            return _all_gather(out, x, group=self.group, async_op=True)
+
+        return self._call("all-gather", out, wait, issue)
+
+    def reduce_scatter(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call | None:
         """`x` is `size` times as long as `out` on dim 0."""
-        if wait and self._shared is not None:
-            return self._shared.run(shm.REDUCE_SCATTER, x, out, out, dist.ReduceOp.SUM)
-        return _work(_reduce_scatter(out, x, group=self.group, async_op=True), wait)
 
-    def send(self, x: Tensor, to: int) -> dist.Work:
+        def issue() -> dist.Work | None:
+            if wait and self._shared is not None:
+                return self._shared.run(shm.REDUCE_SCATTER, x, out, out, dist.ReduceOp.SUM)
+            return _reduce_scatter(out, x, group=self.group, async_op=True)
+
+        return self._call("reduce-scatter", x, wait, issue)
+
+    def send(self, x: Tensor, to: int) -> Call:
         """`to` is an index on this axis. The tensor must stay unchanged until the returned work is done."""
-        work = dist.isend(x, self.ranks[to], group=self.group)
-        assert work is not None
-        return work
+        peer = self.ranks[to]
+        call = self._call("send", x, False, lambda: dist.isend(x, peer, group=self.group), peer)
+        assert call is not None
+        return call
 
-    def receive(self, out: Tensor, source: int) -> dist.Work:
-        work = dist.irecv(out, self.ranks[source], group=self.group)
-        assert work is not None
-        return work
+    def receive(self, out: Tensor, source: int) -> Call:
+        peer = self.ranks[source]
+        call = self._call("receive", out, False, lambda: dist.irecv(out, peer, group=self.group), peer)
+        assert call is not None
+        return call
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Each rank's small Python value, in rank order, on every rank."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        self._call("gather of objects", None, True, lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
-
-def _work(work: dist.Work | None, wait: bool) -> dist.Work | None:
-    assert work is not None
-    if wait:
-        work.wait()
-        return None
-    return work
+    def _call(
+        self, operation: str, x: Tensor | None, wait: bool, issue: Callable[[], dist.Work | None], peer: int = -1
+    ) -> Call | None:
+        """Start what `issue` starts, seen by the recorder; `x` is the larger of its tensors."""
+        self._calls += 1
+        size = 0 if x is None else x.nbytes
+        return Call(self._recorder, self, operation, size, peer, self._calls).begin(issue, wait=wait)
 
 
 def rows_per_rank(rows: int, axis: Axis) -> int:

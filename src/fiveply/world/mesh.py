@@ -20,6 +20,7 @@ from fiveply.spec.errors import RunError
 from fiveply.spec.layout import Coordinates, Layout
 from fiveply.world import shm_backend
 from fiveply.world.collectives import Axis
+from fiveply.world.recorder import Recorder
 
 Transport = Literal["auto", "shm", "gloo"]
 """What carries an axis between CPU ranks: `auto` is shared memory wherever it serves. GPUs have NCCL."""
@@ -87,12 +88,14 @@ class Mesh:
     tp: tensor ranks. kv: tensor ranks that hold the same key-value head. shard, replica: data-parallel ranks that share
     one copy of the state, and those that hold the same part of it. dp: both. down, up: the pipeline, one lane a direction.
     tied: first and last stage where both hold the embedding. model: the ranks of one replica. world: all.
+    recorder: told of all that these axes do.
     """
 
     def __init__(self, layout: Layout, spec: ModelSpec | None, groups: Groups | None = None) -> None:
         """`spec=None`: a user's own module, which has neither key-value heads nor a tied embedding that we know of."""
         self.layout, self.rank = layout, dist.get_rank() if dist.is_initialized() else 0
         self.at = at = layout.coordinates(self.rank)
+        self.recorder = Recorder(self.rank)
         self.groups = groups or Groups()
         places = [layout.coordinates(rank) for rank in range(layout.world)]
 
@@ -101,7 +104,7 @@ class Mesh:
             if len(ranks) == 1 and lane == 0:
                 return None
             group = self.groups.get(ranks, lane, name)
-            return Axis(name, ranks, group, self.rank) if len(ranks) > 1 else None
+            return Axis(name, ranks, group, self.rank, self.recorder) if len(ranks) > 1 else None
 
         self.world = axis("world", lambda _: True)
         self.tp = axis("tp", lambda p: (p.dp, p.pp) == (at.dp, at.pp))
