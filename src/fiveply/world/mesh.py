@@ -37,7 +37,6 @@ class Groups:
         self.fell_back = ""
         """Why an axis that shared memory should carry has gloo."""
         self._made: dict[tuple[tuple[int, ...], int], dist.ProcessGroup] = {}
-        self._default = dist.get_backend()
 
     def get(self, ranks: list[int], lane: int = 0, name: str = "") -> dist.ProcessGroup:
         """`lane` keeps apart what must not wait for another: the two directions of a pipeline. `name`: for messages.
@@ -55,7 +54,7 @@ class Groups:
     def _make(self, ranks: list[int]) -> dist.ProcessGroup:
         how: dict[str, Any] = {"timeout": _default_timeout(), "use_local_synchronization": True}
         options = shm_backend.Options()
-        if self.transport != "gloo" and self._default == "gloo" and len(ranks) > 1:
+        if self.transport != "gloo" and dist.get_backend() == "gloo" and len(ranks) > 1:
             shm_backend.register()
             how |= {"backend": "shm", "pg_options": options}
         group = dist.new_group(ranks, **how)
@@ -70,7 +69,7 @@ class Groups:
         """The backends in use, as `shm` or `gloo` or both."""
         shared = [isinstance(group, shm_backend.SharedMemoryGroup) for group in self._made.values() if group.size() > 1]
         return "+".join(
-            name for name, used in (("shm", any(shared)), (self._default, not all(shared) or not shared)) if used
+            name for name, used in (("shm", any(shared)), (dist.get_backend(), not all(shared) or not shared)) if used
         )
 
 
