@@ -1,4 +1,7 @@
-"""The equality matrix: every legal layout of up to four ranks computes what one process does, to 1e-9 in float64."""
+"""The equality matrix: every legal layout of up to four ranks computes what one process does, to 1e-9 in float64.
+
+It runs over shared memory, which ranks of one host choose by themselves, and once more over gloo.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,13 @@ def test_a_layout_computes_what_one_process_does(case: Case) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_layouts_compute_what_one_process_does_at_other_models(world: int) -> None:
     for case, result in zip(MORE_CASES[world], prove(MORE_CASES[world]), strict=True):
+        assert_equal(case, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_layouts_compute_the_same_over_gloo(world: int) -> None:
+    for case, result in zip(CASES[world], prove(CASES[world], transport="gloo"), strict=True):
         assert_equal(case, result)
 
 

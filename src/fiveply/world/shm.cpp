@@ -391,9 +391,10 @@ struct Group {
                 const char* from = q != rank ? slot(q, at) + mine : (kind == ALL_TO_ALL ? in(op, q) : op.in) + low;
                 copy(out(op, q) + low, from, size_at(op.out_sizes, op, q, low));
             }
-        } else if (kind == SCATTER || kind == BROADCAST) {
-            const char* from = rank != op.mine.root ? slot(op.mine.root, at) + mine : (kind == SCATTER ? in(op, rank) : op.in) + low;
-            copy(op.out + low, from, bytes);
+        } else if (kind == SCATTER && rank == op.mine.root) {
+            copy(op.out + low, in(op, rank) + low, bytes);
+        } else if (rooted(op) && rank != op.mine.root) {
+            copy(op.out + low, slot(op.mine.root, at) + mine, bytes);
         }
         me().done.value.store(at + 1, std::memory_order_release);
         op.finished++;
@@ -449,10 +450,10 @@ struct Group {
             head += sizeof(Header), space -= sizeof(Header);
             op.opened = true;
         }
-        i64 bytes = std::min({op.mine.bytes - op.moved, space, ring_bytes / 4});  // the peer takes one part while this rank puts the next
+        i64 bytes = std::min({op.mine.bytes - op.moved, space, ring_bytes / 4 & ~i64(63)});  // the peer takes one part while this rank puts the next
         if (op.opened && bytes > 0) {
             put(stream(rank, q), head, op.in + op.moved, bytes);
-            op.moved += bytes, head += padded(bytes);  // space is a multiple of 64, so only the last part needs padding
+            op.moved += bytes, head += padded(bytes);  // only the last part is no multiple of 64
         }
         if (op.opened && op.moved == op.mine.bytes) {
             sends[q].pop_front();
