@@ -160,6 +160,20 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def name(self) -> str:
         return "shm"
 
+    # What torch tells a group and asks it again: a plain ProcessGroup would keep these in backends, of which there are none.
+
+    def setGroupName(self, name: str) -> None:  # noqa: N802
+        self._name = name
+
+    def getGroupName(self) -> str:  # noqa: N802
+        return self._name
+
+    def setGroupDesc(self, description: str) -> None:  # noqa: N802
+        self._description = description
+
+    def getGroupDesc(self) -> str:  # noqa: N802
+        return self._description
+
     def shutdown(self) -> None:
         self.channel.leave()
 
