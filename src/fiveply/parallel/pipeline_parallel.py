@@ -56,6 +56,10 @@ class Executor:
             if action.kind is Kind.BACKWARD:
                 last[action.chunk] = action.micro_batch
         self._last_backward = last
+        for chunk in model.chunks:
+            names = list(chunk.decoder.model.layers)
+            text = f"layers {names[0]} to {names[-1]}" if len(names) > 1 else f"layer {names[0]}" if names else ""
+            model.mesh.recorder.stages[chunk.stage] = text
 
     def step(self, micro_batches: Sequence[MicroBatch], step: int) -> Tensor:
         """Forward and backward of all micro-batches. Gradients end as sums over the world; returns the sum of the loss over

@@ -35,7 +35,7 @@ class Axis:
         self.name, self.ranks, self.group = name, ranks, group
         self.size, self.index = len(ranks), ranks.index(rank)
         self._recorder = recorder or Recorder(rank)
-        self._calls = 0
+        self.place = self._recorder.add_axis(name, ranks)
 
     def all_reduce(
         self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True
@@ -74,9 +74,7 @@ class Axis:
         self, operation: str, x: Tensor | None, wait: bool, issue: Callable[[], dist.Work | None], peer: int = -1
     ) -> Call | None:
         """Start what `issue` starts, seen by the recorder; `x` is the larger of its tensors."""
-        self._calls += 1
-        size = 0 if x is None else x.nbytes
-        return Call(self._recorder, self, operation, size, peer, self._calls).begin(issue, wait=wait)
+        return Call(self._recorder, self, operation, 0 if x is None else x.nbytes, peer).begin(issue, wait=wait)
 
 
 def rows_per_rank(rows: int, axis: Axis) -> int:
