@@ -11,7 +11,7 @@ from fiveply.spec.layout import Layout
 from fiveply.timeline import Event
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Mesh
-from fiveply.world.recorder import Call, Recorder, aligned
+from fiveply.world.recorder import Call, Field, Recorder, aligned
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_calls_and_spans_become_events() -> None:
 
 
 class Axis:
-    name, ranks = "dp", [0, 1]
+    name, ranks, place = "dp", [0, 1], 0
 
 
 class Work:
@@ -77,7 +77,7 @@ class Work:
 
 
 def call(recorder: Recorder, work: Any, *, wait: bool) -> Any:
-    return Call(recorder, Axis(), "all-reduce", 8, -1, 1).begin(lambda: work, wait=wait)
+    return Call(recorder, Axis(), "all-reduce", 8, -1).begin(lambda: work, wait=wait)
 
 
 def test_an_asynchronous_call_ends_when_it_is_seen_done() -> None:
@@ -90,8 +90,8 @@ def test_an_asynchronous_call_ends_when_it_is_seen_done() -> None:
     assert a.end is not None
     assert b.end is None
     assert call(recorder, None, wait=True) is None, "a transport that is done when it returns gives no work"
-    ended = {e.number for e in recorder.stop() if e.lane == "communication"}
-    assert ended == {1}
+    ends = [e.end for e in recorder.stop() if e.lane == "communication"]
+    assert ends == [a.end, max(ends), ends[2]], "what is not seen done ends with the recording"
 
 
 def test_without_recording_no_clock_is_read_and_nothing_is_kept() -> None:
@@ -101,7 +101,8 @@ def test_without_recording_no_clock_is_read_and_nothing_is_kept() -> None:
         pending = call(recorder, work, wait=False)
         assert (outer.start, pending.start) == (None, None)
     assert recorder.current is None
-    assert recorder.moves == 4
+    assert recorder.board[Field.MOVES] == 4
+    assert recorder.board[Field.ISSUED] == 1
 
 
 def test_a_failing_action_leaves_no_span_behind() -> None:

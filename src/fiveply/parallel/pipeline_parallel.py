@@ -85,6 +85,10 @@ class Executor:
             if action.kind is Kind.BACKWARD:
                 last[action.chunk] = action.micro_batch
         self._last_backward = last
+        for index, chunk in enumerate(model.chunks):
+            names = [name.removeprefix("layers.") for name in chunk.units if name.startswith("layers.")]
+            text = f"layers {names[0]} to {names[-1]}" if len(names) > 1 else f"layer {names[0]}" if names else ""
+            model.mesh.recorder.stages[schedule.stage_of(model.mesh.at.pp, index)] = text
 
     def step(self, micro_batches: Sequence[Any], step: int) -> Tensor:
         """Forward and backward of all micro-batches. Gradients end as sums over the world; returns the sum of the loss over

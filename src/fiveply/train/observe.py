@@ -8,7 +8,6 @@ memory/rank-00000.json        --memory-snapshot, after the recorded step; and wh
 from __future__ import annotations
 
 import gc
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from fiveply.spec.run import RunSpec
 from fiveply.timeline import Event, Lane, RecordedStep
 from fiveply.train import metrics
 from fiveply.train.job import Job
-from fiveply.world.recorder import aligned
+from fiveply.world.recorder import aligned, machine
 
 TOP_ROWS = 20
 LARGEST = 40
@@ -78,7 +77,7 @@ class Observer:
     def _start_recording(self) -> list[tuple[str, float]]:
         """Returns what `aligned` takes."""
         self._gathered(None)  # a barrier: the readings below are taken at the same time
-        clocks = self._gathered((_machine(), time.perf_counter()))
+        clocks = self._gathered((machine(), time.perf_counter()))
         self.recorder.start(self.job.device)
         return clocks
 
@@ -186,11 +185,3 @@ def _live_tensors() -> list[tuple[int, Tensor]]:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in _NO_MEMORY)
-
-
-def _machine() -> str:
-    """Names the kernel whose clock this process reads."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        return platform.node()

@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +28,7 @@ from fiveply.parallel.data_parallel import Segment
 from fiveply.report.terminal import Progress, layout_table, schedule_picture
 from fiveply.spec.errors import InputError
 from fiveply.spec.legality import resolve
+from fiveply.spec.run import RunSpec
 from fiveply.train import metrics, setup
 from fiveply.train.job import Job, Sums
 from fiveply.train.observe import Observer
@@ -35,6 +37,7 @@ from fiveply.train.setup import Ready
 from fiveply.world import device
 from fiveply.world.launch import joined, launch, stop_requested
 from fiveply.world.mesh import Groups, Mesh
+from fiveply.world.watchdog import Watchdog
 
 MOST_DRAWN = 16
 """Micro-batches up to which the schedule is drawn in the terminal; the report draws all."""
@@ -52,7 +55,9 @@ def train(ready: Ready) -> dict[str, Any]:
         ) from None
     compute = setup.dtypes(ready.run.precision).compute
     peak = metrics.peak_flops(compute, torch.device("cpu")) if device.find().kind == "cpu" else 0.0
-    return launch(_rank, ready.layout.world, ready, peak, log_folder=directory / "logs")
+    return launch(
+        _rank, ready.layout.world, ready, peak, log_folder=directory / "logs", timeout_seconds=call_seconds(ready.run)
+    )
 
 
 def _rank(ready: Ready, peak: float) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def _rank(ready: Ready, peak: float) -> dict[str, Any]:
             setup.prepare_corpus(ready.run, ready.spec, ready.corpus, progress=True)
         dist.barrier()
     trainer = _Trainer(ready, peak)
-    with trainer.progress:
+    with trainer.progress, trainer.watched():
         return trainer.run()
 
 
@@ -96,6 +101,17 @@ class _Trainer:
         self.metrics = metrics.MetricsFile(self.directory / "metrics.jsonl", self.done) if self.first_rank else None
         self.steps_seconds, self.steps_tokens = 0.0, 0
         self.observer = Observer(run, self.job, self.done, self._note)
+
+    def watched(self) -> AbstractContextManager[object]:
+        limit, at = self.settings.train.hang_timeout, self.mesh.at
+        if self.mesh.world is None or not limit:
+            return nullcontext()
+        degrees = {"tp": self.layout.tp, "dp": self.layout.dp, "pp": self.layout.pp}
+        place = ", ".join(f"{axis} {getattr(at, axis)}" for axis in ("dp", "tp", "pp") if degrees[axis] > 1)
+        return Watchdog(
+            self.mesh.recorder, place, limit=limit, timeout=call_seconds(self.settings), note=self._note,
+            file=self.directory / "hang.txt",
+        )  # fmt: skip
 
     # the loop
 
@@ -345,6 +361,11 @@ class _Trainer:
             "ended": ended,
             "best": self.best or None,
         }
+
+
+def call_seconds(run: RunSpec) -> float:
+    """Time-out of a collective: longer than it takes to notice and explain a hang."""
+    return max(600.0, 2 * run.train.hang_timeout)
 
 
 def due(every: int, step: int) -> bool:

@@ -41,7 +41,7 @@ class Axis:
         # A call that waits skips torch's dispatch, which takes five times as long as the exchange of a small tensor.
         self._shared = group if isinstance(group, SharedMemoryGroup) else None
         self._recorder = recorder or Recorder(rank)
-        self._calls = 0
+        self.place = self._recorder.add_axis(name, ranks)
 
     def all_reduce(
         self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True
@@ -98,9 +98,7 @@ class Axis:
         self, operation: str, x: Tensor | None, wait: bool, issue: Callable[[], dist.Work | None], peer: int = -1
     ) -> Call | None:
         """Start what `issue` starts, seen by the recorder; `x` is the larger of its tensors."""
-        self._calls += 1
-        size = 0 if x is None else x.nbytes
-        return Call(self._recorder, self, operation, size, peer, self._calls).begin(issue, wait=wait)
+        return Call(self._recorder, self, operation, 0 if x is None else x.nbytes, peer).begin(issue, wait=wait)
 
 
 def rows_per_rank(rows: int, axis: Axis) -> int:

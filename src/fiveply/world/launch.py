@@ -127,6 +127,15 @@ def _run_here(job: _Job, place: own.Place | None) -> Any:
     rank, threads = place.rank if place else 0, torch.get_num_threads()
     share = find().threads_for(place.local_ranks if place else 1)
     with own.noting_stops(abrupt=place is None), own.logging_to(job.log(rank), tee=rank == 0) as log:
+
+        def tell(failure: own.Failure) -> None:
+            if log:
+                log.write(failure.traceback)
+            if not failure.follows:
+                line = failure.told(job.log(failure.rank))
+                print(f"{failure.traceback}\nfiveply: {line}", file=sys.__stderr__, flush=True)
+
+        own.voice.tell = tell
         try:
             # Slurm can bind each task to cores of its own, so its own count is the better one.
             torch.set_num_threads(own.number("SLURM_CPUS_PER_TASK", share) if place else share)
@@ -283,6 +292,13 @@ def _rank_main(job: _Job, rank: int, port: int, report: Connection, launcher: in
 
 def _run_rank(job: _Job, rank: int, port: int, report: Connection, failed: threading.Event) -> None:
     with own.logging_to(job.log(rank), tee=rank == 0) as log:
+
+        def tell(failure: own.Failure) -> None:
+            if log:
+                log.write(failure.traceback or f"{failure.cause}\n")
+            report.send(failure)
+
+        own.voice.tell = tell
         try:
             keep_freed_memory()
             torch.set_num_threads(find().threads_for(job.ranks))
@@ -298,10 +314,7 @@ def _run_rank(job: _Job, rank: int, port: int, report: Connection, failed: threa
             report.send(_packed(value) if rank == 0 else b"")
         except BaseException as error:
             failed.set()
-            failure = own.failure(rank, error)
-            report.send(failure)
-            if log:
-                log.write(failure.traceback or f"{failure.cause}\n")
+            tell(own.failure(rank, error))
 
 
 def _packed(value: Any) -> bytes:

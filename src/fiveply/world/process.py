@@ -15,11 +15,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import torch.distributed as dist
 
@@ -178,6 +178,22 @@ class Failure:
     def told(self, log: Path | None) -> RunError:
         """The line for the user."""
         return RunError(f"{self.cause}; its log: {log}" if log else self.cause)
+
+
+class _Voice:
+    """How this process tells that it failed: set by what started it, used where the thread that computes can't."""
+
+    tell: Callable[[Failure], None] | None = None
+
+
+voice = _Voice()
+
+
+def abandon(told: Failure) -> NoReturn:
+    """End this process at once: another thread has found that the one that computes is stuck for good."""
+    if voice.tell is not None:
+        voice.tell(told)
+    os._exit(1)
 
 
 def failure(rank: int, error: BaseException) -> Failure:
