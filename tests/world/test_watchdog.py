@@ -181,7 +181,7 @@ def position(rank: int, kind: str, *, call: str = "", issued: int = 0, left: boo
     recorder = Recorder(rank)
 
     class Axis:
-        name, ranks = "dp", [0, 1, 2]  # noqa: RUF012
+        name, ranks = "dp", [0, 1, 2]
         place = recorder.add_axis("dp", [0, 1, 2])
 
     hello = Hello(f"dp {rank}", recorder.axes, {})
