@@ -74,12 +74,14 @@ class Watchdog:
         self._period = max(min(1.0, limit / 4), self.ranks / 1000)  # at most a thousand messages a second for the store
         self._patience = max(4 * self._period, min(limit / 10, 30.0))
         """Seconds without a beat after which a rank is silent."""
-        self._said, self._still, self._unanswered = 0, 0.0, 0.0
+        self._said, self._still = 0, 0.0
         self._beats: dict[int, tuple[int, float]] = {}  # rank -> number of its last beat, seconds since
         self._hellos: dict[int, Hello] = {}
         self._noted: set[tuple[int, ...]] = set()
         self._over = threading.Event()
+        self._rounds = 0
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._watch_the_store, name="watchdog's guard", daemon=True)
         self._memory, board = _shared_board()
         if board is not None:
             recorder.move_to(board)
@@ -90,6 +92,7 @@ class Watchdog:
         self._store.set(f"hello {self.rank}", msgspec.json.encode(self._hello).decode())
         self._say()
         self._thread.start()
+        self._guard.start()
         return self
 
     def __exit__(
@@ -114,15 +117,22 @@ class Watchdog:
                 self._beats.clear()
             else:
                 self._still += passed
-            try:
+            with suppress(RuntimeError):  # of which torch's store and network errors are kinds; the guard sees them
                 self._say()
                 if self._still >= self.limit:
                     self._look(passed)
-                self._unanswered = 0.0
-            except RuntimeError as error:  # of which torch's store and network errors are kinds
-                self._unanswered += _STORE_SECONDS
-                if self._still >= self.limit and self._unanswered >= 2 * _STORE_SECONDS and not self._over.is_set():
-                    self._end(self._alone(error))
+                self._rounds += 1
+
+    def _watch_the_store(self) -> None:
+        """The store can stand in a rank that is stopped, and asking it has no time-out that holds in every case."""
+        before, seen, still = time.monotonic(), (-1, -1), 0.0
+        while not self._over.wait(self._period):
+            now = time.monotonic()
+            passed, before = min(now - before, 2 * self._period), now
+            still = still + passed if seen == (self._rounds, self.recorder.board[0]) else 0.0
+            seen = self._rounds, self.recorder.board[0]
+            if still >= self.limit + _STORE_SECONDS:
+                self._end(self._alone())
 
     def _say(self, *, left: bool = False) -> None:
         self._said += 1
@@ -170,19 +180,19 @@ class Watchdog:
             board, state = _board_of(hello) or board, _state_of(hello)
         return Position(rank, hello, board, beat.still, answers, beat.left, state)
 
-    def _alone(self, error: RuntimeError) -> Verdict:
+    def _alone(self) -> Verdict:
         """The store does not answer, so nothing is known of the others; it stands in rank 0 where nothing else holds it."""
         mine = Position(self.rank, self._hello, tuple(self.recorder.board), self._still)
-        cause = f"{mine.name} has stood still for {self._still:.0f} s, and the store that rank 0 or the agent holds does not answer"
-        where = f"waiting {mine.call}, during {mine.doing}" if mine.waits else f"in {mine.doing}"
-        return Verdict((0,), True, cause, f"{cause}; it stands {where} ({own.one_line(error, 100)})")
+        where = f"waits {mine.call}, during {mine.doing}" if mine.waits else f"is in {mine.doing}"
+        cause = "rank 0, or the agent that holds the world's store, does not answer: stopped, dead or out of reach"
+        return Verdict((0,), True, cause, f"{cause}.\n  {mine.name} {where}, since {self.limit:.0f} s or more")
 
     def _end(self, verdict: Verdict) -> None:
         if self.file is not None:
             with suppress(OSError):
                 self.file.write_text(f"{verdict.report}\n")
         blamed = verdict.blamed[0] if verdict.blamed else self.rank
-        own.abandon(own.Failure(blamed, time.monotonic(), f"hang: {verdict.cause}", traceback=verdict.report))
+        own.abandon(own.Failure(blamed, time.monotonic(), f"hang: {verdict.cause}", traceback=f"{verdict.report}\n"))
 
 
 def _shared_board() -> tuple[int, memoryview[int]] | tuple[None, None]:
