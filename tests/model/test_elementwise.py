@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fiveply.model.elementwise import ACTIVATIONS, gated, rms_norm, rotate
+from fiveply.model.elementwise import ACTIVATIONS, gated, rms_norm
+from fiveply.model.rotary import rotate
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fiveply.model.elementwise import rotate
-from fiveply.model.rotary import inverse_frequencies, tables
+from fiveply.model.rotary import inverse_frequencies, rotate, tables
 from fiveply.spec.architecture import ModelSpec, Rope
 
 number = st.floats(1, 64).map(lambda x: round(x, 3))

@@ -37,7 +37,17 @@ class RowsAttention:
         mask = self._mask(q_BHSd.shape[2], window, q_THd.device)
         if flash_backward.is_slow(q_THd) and not self.dropout:
             out_BHSd = flash_backward.attention(q_BHSd, k_BKSd, v_BKSd, mask)
-            return out_BHSd.transpose(1, 2).reshape(q_THd.shape)
+        else:
+            out_BHSd = F.scaled_dot_product_attention(
+                q_BHSd,
+                k_BKSd,
+                v_BKSd,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=self.dropout,
+                enable_gqa=q_THd.shape[1] != k_TKd.shape[1],
+            )
+        return out_BHSd.transpose(1, 2).reshape(q_THd.shape)
         out_BHSd = F.scaled_dot_product_attention(
             q_BHSd,
             k_BKSd,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fiveply.model import rotary
 from fiveply.model.attention import Attention
 from fiveply.model.dropout import KeyedDropout
-from fiveply.model.elementwise import ACTIVATIONS, gated, rms_norm, rotate
+from fiveply.model.elementwise import ACTIVATIONS, gated, rms_norm
 from fiveply.model.products import Products
 from fiveply.spec.architecture import ModelSpec
 
@@ -118,7 +118,7 @@ class SelfAttention(Layer):
         if self.q_norm is not None and self.k_norm is not None:
             q_THd, k_TKd = self.q_norm(q_THd), self.k_norm(k_TKd)
         if tables is not None:
-            q_THd, k_TKd = rotate(q_THd, *tables), rotate(k_TKd, *tables)
+            q_THd, k_TKd = rotary.rotate(q_THd, *tables), rotary.rotate(k_TKd, *tables)
         out_THd = attention(q_THd, k_TKd, v_TKd, layer=self.layer, window=self.window)
         return self.row(out_THd.flatten(1), self.o_proj)
 

@@ -1,6 +1,6 @@
 """Causal attention whose backward pass is plain matrix products over blocks of queries: for 16-bit types on CPUs.
 
-Notable: torch's CPU flash attention is quick forward, and in bfloat16 slow backward (61 ms where this takes 20: 16 rows of
+Notable: torch's CPU flash attention is quick forward, and in bfloat16 slow backward (61 ms where this takes 22: 16 rows of
 256 tokens, 6 heads of 64, two cores; `docs/dev-log.md`). Like it, this keeps the output and each query's log-sum alone,
 forms the weights again block by block in float32, and multiplies in 16 bits (Dao et al. 2022).
 
@@ -67,24 +67,21 @@ class _Attention(torch.autograd.Function):
             end = min(start + BLOCK, length)
             block = (slice(None), slice(None), slice(start, end))
 
-            def flat(x: Tensor, end: int = end, start: int = start) -> Tensor:
-                return x.reshape(x.shape[0], groups * (end - start), -1)
-
-            weights = flat(q_scaled[block]) @ k_exact[:, :end].transpose(1, 2)
-            weights = (weights.view(*weights.shape[:1], groups, end - start, end)).sub_(log_sum[block][..., None])
+            weights = q_scaled[block].flatten(1, 2) @ k_exact[:, :end].transpose(1, 2)
+            weights = weights.view(-1, groups, end - start, end).sub_(log_sum[block][..., None])
             if mask is None:
                 hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)
                 weights[..., start:].masked_fill_(hidden, -torch.inf)
             else:
                 seen = mask[..., start:end, :end]
                 weights.view(rows, heads, end - start, end).masked_fill_(~seen, -torch.inf)
-            weights = weights.exp_()
-            grad_block = flat(grad[block])
+            weights.exp_()
+            grad_block = grad[block].flatten(1, 2)
             grad_weights = (grad_block @ v[:, :end].transpose(1, 2)).view(weights.shape)
-            grad_v[:, :end] += flat(weights).to(v.dtype).transpose(1, 2) @ grad_block
-            grad_scores = flat(weights.mul_(grad_weights - along[block])).to(q.dtype)
+            grad_v[:, :end] += weights.flatten(1, 2).to(v.dtype).transpose(1, 2) @ grad_block
+            grad_scores = weights.mul_(grad_weights - along[block]).flatten(1, 2).to(q.dtype)
             grad_q[block] = (grad_scores @ k[:, :end]).view(*grad_q.shape[:2], end - start, size)
-            grad_k[:, :end] += grad_scores.transpose(1, 2) @ flat(q[block])
+            grad_k[:, :end] += grad_scores.transpose(1, 2) @ q[block].flatten(1, 2)
         scale = 1 / math.sqrt(size)
         return (
             grad_q.mul_(scale).view(q_BHSd.shape),

@@ -56,7 +56,13 @@ def _yarn(rope: Rope, head_dim: int, powers: Tensor) -> tuple[Tensor, float]:
 
 
 def tables(rope: Rope, head_dim: int, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (T, 1, head_dim / 2) float32, for `elementwise.rotate`."""
+    """Cosine and sine, each (T, 1, head_dim / 2) float32, for `rotate`."""
     inverse, factor = inverse_frequencies(rope, head_dim)
     angles = positions_T[:, None, None].float() * inverse.to(positions_T.device)
     return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x_THd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
+    """Rotate the pairs (column i, column i + head_dim / 2) of every head."""
+    first, second = x_THd.chunk(2, dim=-1)
+    return torch.cat((first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h), dim=-1)

@@ -11,10 +11,8 @@ import ctypes
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # malloc.h
 
 
-def keep_freed_memory() -> bool:
-    """One heap, grown by 64 MiB at a time, never trimmed; returns whether the C library knows these settings (glibc)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 4096), (_TOP_PAD, 64 << 20))
-    return all(list(map(mallopt, *zip(*settings, strict=True))))
+def keep_freed_memory() -> None:
+    """One heap, grown by 64 MiB at a time, never trimmed. Does nothing where the C library is not glibc."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for key, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 4096), (_TOP_PAD, 64 << 20)):
+            mallopt(key, value)
