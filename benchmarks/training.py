@@ -21,7 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +87,23 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def usual_step(bench: Bench, model: nn.Module, parts: int = 1) -> Step:
-    """Zero, forward, loss, backward, clip, step: the loop that most people write."""
-    optimizer = adamw(model)
+def usual_step(
+    bench: Bench,
+    model: nn.Module,
+    parts: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Step:
+    """Zero, forward, loss, backward, clip, step: the loop that most people write. `around`: loss and backward run in it."""
+    optimizer = optimizer or adamw(model)
 
     def step(index: int) -> None:
         tokens, targets = bench.rows(index, parts, bench.rank if parts > 1 else 0)
         optimizer.zero_grad()
-        with bench.autocast():
-            output = model(tokens)
-        loss_of(getattr(output, "logits", output), targets).backward()
+        with around():
+            with bench.autocast():
+                output = model(tokens)
+            loss_of(getattr(output, "logits", output), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -133,8 +141,7 @@ def fully_sharded(bench: Bench) -> Step:
     for block in model.layers.values():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    plain_autocast = Bench(bench.spec, torch.float32, bench.sequence, bench.batches, bench.groups)
-    return usual_step(plain_autocast, model, parts=2)
+    return usual_step(replace(bench, dtype=torch.float32), model, parts=2)  # its own mixed precision, not autocast
 
 
 def zero_optimizer(bench: Bench) -> Step:
@@ -145,17 +152,7 @@ def zero_optimizer(bench: Bench) -> Step:
     optimizer = ZeroRedundancyOptimizer(
         model.parameters(), torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1
     )
-
-    def step(index: int) -> None:
-        tokens, targets = bench.rows(index, 2, bench.rank)
-        optimizer.zero_grad()
-        with bench.autocast():
-            output = model(tokens)
-        loss_of(output, targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
+    return usual_step(bench, model, parts=2, optimizer=optimizer)
 
 
 def accelerated(bench: Bench) -> Step:
@@ -239,19 +236,7 @@ def dtensor(bench: Bench) -> Step:
             "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
         },
     )
-    optimizer = adamw(model)
-
-    def step(index: int) -> None:
-        tokens, targets = bench.rows(index)
-        optimizer.zero_grad()
-        with loss_parallel():
-            with bench.autocast():
-                output = model(tokens)
-            loss_of(output, targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
+    return usual_step(bench, model, around=loss_parallel)
 
 
 def pipelined(bench: Bench) -> Step:
@@ -341,7 +326,6 @@ def run_field(layout: str, names: list[str], dtype: str, rounds: int, spec: Mode
             steps[name] = made(bench)
         except ImportError as error:
             missing[name] = f"not installed ({error.name})"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if len(names) > 1:
         steps["products alone"] = products_alone(bench, layout)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -354,7 +338,7 @@ def run_field(layout: str, names: list[str], dtype: str, rounds: int, spec: Mode
             if index:
                 seconds[name].append(time.perf_counter() - begun)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "missing": missing, "before_kib": before, "peak_kib": peak}
+    return {"seconds": seconds, "missing": missing, "peak_kib": peak}
 
 
 def in_fresh_process(ranks: int, *args: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def record(
 def whole_tensors(job: Job, kind: str) -> dict[str, Tensor]:
     """`parameters` or `gradients` of the whole model by name, on rank 0 (others: their own part). Collective."""
     own = [(s.placed, s.low, values.cpu().numpy()) for s, values in pieces(job, kind)]
-    ranks = [own] if job.mesh.world is None else job.mesh.world.gather_objects(own)
+    ranks = job.mesh.gather_objects(own)
     tensors: dict[str, Tensor] = {}
     for placed, low, values in (piece for rank in ranks for piece in rank) if job.mesh.rank == 0 else ():
         flat = torch.from_numpy(values)

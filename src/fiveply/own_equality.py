@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fiveply.equality import TOLERANCE, Trace, compare, difference, floor, table
-from fiveply.own_module import Job, World
+from fiveply.own_module import World
 from fiveply.parallel.parallelize_module import Loss, ParallelModule
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
@@ -134,15 +134,11 @@ def _record(
             recorded.trace.gradients.append(job.gradient_dict())
             job.update()
         recorded.trace.parameters = job.state_dict()
-        for name, output in (each for rank in _gathered(job, taken) for each in rank):
+        for name, output in (each for rank in job.mesh.gather_objects(taken) for each in rank):
             recorded.outputs.setdefault(name, []).append(output)
         return recorded if world.rank == 0 else None
     finally:
         torch.set_default_dtype(before)
-
-
-def _gathered(job: Job, value: Any) -> list[Any]:
-    return [value] if job.mesh.world is None else job.mesh.world.gather_objects(value)
 
 
 def _listen(model: ParallelModule, taken: list[tuple[str, _Output]]) -> list[Any]:

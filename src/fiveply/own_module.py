@@ -33,8 +33,9 @@ from fiveply.parallel.pipeline_parallel import Executor
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import check_module
+from fiveply.spec.placement import part
 from fiveply.spec.plan import layout_text
-from fiveply.train.loader import Batch, Loader, replica_part, split_global
+from fiveply.train.loader import Batch, Loader, split_global
 from fiveply.train.module_optimizer import Factory, ModuleOptimizer
 from fiveply.train.module_record import ModuleRecord
 from fiveply.train.module_state import gathered, load, save
@@ -286,7 +287,7 @@ class Job:
                     mine = self._mine(batch)
                     micro = mine.micro_batches(self._micro_batches(mine.total))
                     total = self._executor(len(micro)).evaluate(micro)
-                    here = self._totals(total, torch.zeros((), dtype=torch.float64))
+                    here = self._totals(total, total.new_zeros((), dtype=torch.float64))
                     loss, count = loss + here[0], count + here[1]
         finally:
             self.model.loss = kept
@@ -320,7 +321,7 @@ class Job:
 
     def _micro_batches(self, total: int) -> int:
         """As many on every rank: of the rows that the replica with most has."""
-        most = replica_part(total, self.layout.dp, 0)[1]
+        most = part(total, self.layout.dp, 0)[1]
         if self.layout.micro_batch:
             return -(-most // self.layout.micro_batch)
         return 1 if self.layout.pp == 1 else min(2 * self.layout.pp, most)
@@ -344,7 +345,7 @@ class Job:
         once = float(self.mesh.at.tp == 0)
         last = float(any(chunk.last for chunk in self.model.chunks))
         asked = torch.tensor(float(launch.stop_requested()), device=loss.device)
-        totals = torch.stack((loss.double() * once, self.model.count * once * last, square.to(loss.device), asked))
+        totals = torch.stack((loss.double() * once, self.model.count * once * last, square, asked))
         if self.mesh.world is not None:
             self.mesh.world.all_reduce(totals)
         loss_sum, count, squares, stops = totals.tolist()

@@ -102,7 +102,7 @@ class Job:
     def _sums(self, batches: Batches, first: int, step: int, local: Tensor, flag: bool) -> Sums:
         """Add up what the ranks hold of the step; `local`: this rank's loss."""
         mine = first + self.mesh.at.dp * self.replica_rows
-        here = torch.stack((self._once(local).double(), self.optimizer.square_norm().to(self.device)))
+        here = torch.stack((self._once(local).double(), self.optimizer.square_norm()))
         totals = torch.cat((here, here.new_tensor([float(flag)])))
         if self.mesh.world is not None:
             self.mesh.world.all_reduce(totals)
@@ -165,9 +165,7 @@ class Job:
     def _refuse_non_finite(self, loss: float, square_norm: float, here: float, step: int, first_row: int) -> None:
         if math.isfinite(loss) and math.isfinite(square_norm):
             return
-        found = [(self.mesh.rank, here, first_row)]
-        if self.mesh.world is not None:
-            found = self.mesh.world.gather_objects(found[0])
+        found = self.mesh.gather_objects((self.mesh.rank, here, first_row))
         bad = [(rank, value, row) for rank, value, row in found if not math.isfinite(value)]
         if bad:
             rank, value, row = bad[0]

@@ -60,11 +60,6 @@ class Batch:
         return batches
 
 
-def replica_part(total: int, replicas: int, index: int) -> tuple[int, int]:
-    """First row and number of rows of a replica's part of a global batch."""
-    return part(total, replicas, index)
-
-
 def split_global(pair: Any, replicas: int, index: int) -> Batch:
     """A replica's part of a whole global batch (input, target); raises InputError where rows don't stand first."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -76,7 +71,7 @@ def split_global(pair: Any, replicas: int, index: int) -> Batch:
         raise InputError(f"rows must stand first and be as many in every tensor; first dimensions are {sorted(counts)}",
                          where="batch", fix="give (input, target), rows first, 1 or more")  # fmt: skip
     total = counts.pop()
-    first, rows = replica_part(total, replicas, index)
+    first, rows = part(total, replicas, index)
     take = slice(first, first + rows) if rows else slice(0, 1)
     input, target = tree_map_only(Tensor, lambda x: x[take], tuple(pair))
     return Batch(input, target, rows, first, total)
@@ -126,7 +121,7 @@ class Loader:
         indices: list[list[int]] = []
         for begin in range(skip, size, self.global_batch):
             total = min(self.global_batch, size - begin)
-            first, rows = replica_part(total, replicas, index)
+            first, rows = part(total, replicas, index)
             places.append((rows, first, total))
             indices.append([order[i] for i in range(begin + first, begin + first + rows)] or [order[begin]])
         # torch's loader draws from the default generator unless it has one of its own.

@@ -7,6 +7,7 @@ recomputation is not counted (model FLOPs utilisation, Chowdhery et al. 2022).
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +17,9 @@ import torch
 from fiveply.parallel.parallelize import products_on
 from fiveply.parallel.pipeline_parallel import Model
 from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.layout import Layout
 from fiveply.spec.placement import declare
+from fiveply.world.device import find
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -81,6 +84,20 @@ def bytes_by_category(model: Model) -> dict[str, int]:
             gradients += unit.full_grad.nbytes
         optimizer += 2 * unit.master.nbytes + (unit.master.nbytes if unit.master is not unit.values else 0)
     return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer}
+
+
+def segments(facts: Path, done: int, layout: Layout) -> list[dict[str, Any]]:
+    """The run's starts so far by its `facts.json`, those after step `done` forgotten, and this one."""
+    earlier = msgspec.json.decode(facts.read_bytes())["segments"] if done and facts.is_file() else []
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    this = {"from_step": done, "layout": str(layout), "world": layout.world, "started": now}
+    return [*(segment for segment in earlier if segment["from_step"] < done), this]
+
+
+def machine() -> dict[str, Any]:
+    """What the record says of this machine."""
+    found = find()
+    return {key: getattr(found, key) for key in ("kind", "name", "count", "cores", "memory_bytes", "fast_bf16")}
 
 
 class _Row(msgspec.Struct):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fiveply.parallel.data_parallel import Segment
 from fiveply.parallel.parallelize_module import ParallelModule
 from fiveply.spec.errors import InputError
+from fiveply.train.optimizer import square_norm
 
 Factory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
@@ -45,15 +46,9 @@ class ModuleOptimizer:
         for segment, value in zip(self.segments, self.values, strict=True):
             value.grad = segment.grad.view(value.shape)
 
-    def zero_grad(self) -> None:
-        for unit in self.model.units:
-            unit.zero_grad()
-
     def square_norm(self) -> Tensor:
         """Sum of squares of the owned gradients that this rank counts: summed over the world it covers the model once."""
-        counted = [s.grad for s in self.segments if s.placed.counted and self.model.mesh.at.replica == 0]
-        zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        return torch.stack(torch._foreach_norm(counted)).double().square().sum() if counted else zero
+        return square_norm(self.model, self.segments)
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ class ModuleRecord:
         self._file: metrics.MetricsFile | None = None
         self._last: dict[str, Any] = {}
         metrics.forget_peak_memory()
-        self._ranks = self._gathered(self._own_facts())
+        self._ranks = model.mesh.gather_objects(self._own_facts())
         if self.first_rank:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +47,11 @@ class ModuleRecord:
         seconds: float,
     ) -> None:
         """A row of `metrics.jsonl`; the files begin with the first. Collective every tenth step."""
-        memory = self._gathered(metrics.peak_memory(self.model.device)) if step == 1 or step % 10 == 0 else None
+        memory = (
+            self.model.mesh.gather_objects(metrics.peak_memory(self.model.device))
+            if step == 1 or step % 10 == 0
+            else None
+        )
         if not self.first_rank:
             return
         if self._file is None:
@@ -68,12 +71,8 @@ class ModuleRecord:
 
     def _begin(self, step: int, rows: int, micro_batches: int) -> None:
         layout, found = self.model.layout, device.find()
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         path = self.directory / "facts.json"
-        segments: list[Any] = []
-        if path.is_file() and step > 1:
-            segments = [s for s in msgspec.json.decode(path.read_bytes())["segments"] if s["from_step"] < step - 1]
-        segments.append({"from_step": step - 1, "layout": str(layout), "world": layout.world, "started": now})
+        segments = metrics.segments(path, step - 1, layout)
         run = RunSpec(
             name=self.directory.name, folder=str(self.directory.parent), seed=self.seed, layout=str(layout),
             model=Model(preset=self.name), data=Data(corpus="own data set"), train=Train(global_batch=rows),
@@ -85,7 +84,7 @@ class ModuleRecord:
             "world": layout.world, "oversubscribed": layout.world > found.count,
             "model": {"family": self.name, "parameters": sum(
                 rank["parameters"] for rank in self._ranks if (rank["dp"], rank["tp"]) == (0, 0))},
-            "machine": {key: getattr(found, key) for key in ("kind", "name", "count", "cores", "memory_bytes", "fast_bf16")},
+            "machine": metrics.machine(),
             "precision": dict.fromkeys(("parameters", "reduce", "optimizer"), kind),
             "schedule": {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks, "micro_batches": micro_batches},
             "ranks": self._ranks, "own_module": True,
@@ -102,9 +101,6 @@ class ModuleRecord:
             "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
             "bytes": metrics.bytes_by_category(model),
         }
-
-    def _gathered(self, value: Any) -> list[Any]:
-        return [value] if self.model.mesh.world is None else self.model.mesh.world.gather_objects(value)
 
 
 def _finite(x: float) -> float | None:

@@ -35,7 +35,7 @@ def gathered(
     ]  # fmt: skip
     if kind == "values":
         own += [(p.name, p.shape, p.start, tuple(p.tensor.shape), p.tensor.cpu()) for p in _constants(model)]
-    ranks = [own] if model.mesh.world is None else model.mesh.world.gather_objects(own)
+    ranks = model.mesh.gather_objects(own)
     tensors: dict[str, Tensor] = {}
     for name, shape, start, size, block in (piece for rank in ranks for piece in rank):
         if name not in tensors:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -76,13 +75,13 @@ class Observer:
 
     def _start_recording(self) -> list[tuple[str, float]]:
         """Returns what `aligned` takes."""
-        self._gathered(None)  # a barrier: the readings below are taken at the same time
-        clocks = self._gathered((machine(), time.perf_counter()))
+        self.mesh.gather_objects(None)  # a barrier: the readings below are taken at the same time
+        clocks = self.mesh.gather_objects((machine(), time.perf_counter()))
         self.recorder.start(self.job.device)
         return clocks
 
     def _write(self, number: int, clocks: list[tuple[str, float]]) -> None:
-        ranks = self._gathered((self.mesh.at, self.recorder.stop()))
+        ranks = self.mesh.gather_objects((self.mesh.at, self.recorder.stop()))
         if self.mesh.rank:
             return
         shifts, layout, schedule = aligned(clocks), self.mesh.layout, self.job.executor.schedule
@@ -102,9 +101,6 @@ class Observer:
             timeline.write(recorded, self.run.directory)
         except OSError as error:
             self.note(f"step {number} could not be recorded: {error}")
-
-    def _gathered(self, value: Any) -> list[Any]:
-        return [value] if self.mesh.world is None else self.mesh.world.gather_objects(value)
 
     # torch's profiler
 

@@ -7,13 +7,14 @@ knows how. The norm counts every element of the model once: by the placement tab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fiveply.parallel.data_parallel import Segment
 from fiveply.parallel.parallelize import ParallelModel
+from fiveply.parallel.pipeline_parallel import Model
 from fiveply.spec.run import Optimizer
 
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
@@ -39,13 +40,7 @@ class SegmentOptimizer:
 
     def square_norm(self) -> Tensor:
         """Sum of squares of the owned gradients that this rank counts: summed over the world it covers the model once."""
-        at = self.model.mesh.at
-        if self.model.reducer.average and at.replica != 0:
-            return torch.zeros((), dtype=torch.float64)
-        norms = [s.grad for s in self.segments if s.placed.counted]
-        if not norms:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack(torch._foreach_norm(norms)).double().square().sum().cpu()
+        return square_norm(self.model, self.segments)
 
     def step(self, scale: float, rate: float) -> None:
         """Multiply the gradients by `scale` (1 / target tokens, and clipping), then update at learning rate `rate`."""
@@ -84,6 +79,15 @@ class SegmentOptimizer:
             if self.spec.name == "adamw":
                 self.torch.state[value]["step"] = torch.tensor(float(steps))
         self.model.updated()
+
+
+def square_norm(model: Model, segments: Sequence[Segment]) -> Tensor:
+    """Sum of squares of the gradients of `segments` that this rank counts, float64 on the model's device."""
+    counts = model.mesh.at.replica == 0 or not model.reducer.average
+    grads = [segment.grad for segment in segments if counts and segment.placed.counted]
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=model.device)
+    return torch.stack(torch._foreach_norm(grads)).double().square().sum()
 
 
 def learning_rate(spec: Optimizer, step: int, steps: int) -> float:

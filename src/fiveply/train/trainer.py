@@ -174,7 +174,7 @@ class _Trainer:
             "seconds": seconds,
         }
         if self.done % self.settings.train.log_every == 0 or self.done in (1, self.settings.train.steps):
-            row["memory_bytes"] = self._gathered(metrics.peak_memory(self.device))
+            row["memory_bytes"] = self.mesh.gather_objects(metrics.peak_memory(self.device))
         self.last_row = row
 
     def _note(self, text: str) -> None:
@@ -270,21 +270,14 @@ class _Trainer:
 
     # what others read
 
-    def _gathered(self, value: Any) -> list[Any]:
-        return [value] if self.mesh.world is None else self.mesh.world.gather_objects(value)
-
     def _write_facts(self) -> None:
         """`facts.json`: what the run is and what each rank holds, for the report."""
         spec, layout, run, found = self.ready.spec, self.layout, self.settings, device.find()
-        ranks = self._gathered(self._own_facts())
+        ranks = self.mesh.gather_objects(self._own_facts())
         if not self.first_rank:
             return
         path = self.directory / "facts.json"
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        segments: list[Any] = []
-        if path.is_file() and self.done:
-            segments = [s for s in msgspec.json.decode(path.read_bytes())["segments"] if s["from_step"] < self.done]
-        segments.append({"from_step": self.done, "layout": str(layout), "world": layout.world, "started": now})
+        segments = metrics.segments(path, self.done, layout)
         held_out = sum(len(file.tokens) for file in self.prepared.held_out)
         facts = {
             "version": fiveply.__version__,
@@ -305,9 +298,7 @@ class _Trainer:
                 "characters_per_token": self.prepared.characters_per_token("held_out" if held_out else "train"),
                 "vocabulary": self.prepared.vocabulary,
             },
-            "machine": {
-                key: getattr(found, key) for key in ("kind", "name", "count", "cores", "memory_bytes", "fast_bf16")
-            } | {"peak_flops": self.peak},
+            "machine": metrics.machine() | {"peak_flops": self.peak},
             "precision": setup.describe(self.dtypes),
             "schedule": {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks,
                          "micro_batches": run.train.global_batch // layout.dp // layout.micro_batch},

@@ -72,11 +72,8 @@ def meet(timeout_seconds: float = 600.0) -> None:
     """Join the ranks that torchrun or Slurm started, for the rest of this process: device, threads, default group."""
     place = own.place()
     assert place is not None
-    backend = "cpu:gloo,cuda:nccl" if find().kind == "cuda" else "gloo"
-    job = _Job(meet, (), place.ranks, backend, timedelta(seconds=timeout_seconds), None)
-    torch.set_num_threads(own.number("SLURM_CPUS_PER_TASK", find().threads_for(place.local_ranks)))
-    _take_device(job, place.local_rank)
-    _meet(job, place)
+    torch.set_num_threads(_threads(place))
+    _meet(place, _default_backend(), timedelta(seconds=timeout_seconds))
 
 
 def leave() -> None:
@@ -110,7 +107,7 @@ def launch(
         raise InputError(f"the layout takes {ranks} ranks, but {place.ranks} were started", where="launch", fix=fix)
     if ranks < 1:
         raise InputError(f"{ranks} ranks asked for", where="launch", fix="1 is the least")
-    backend = backend or ("cpu:gloo,cuda:nccl" if find().kind == "cuda" else "gloo")
+    backend = backend or _default_backend()
     if "nccl" in backend and not place and ranks > torch.cuda.device_count():
         raise InputError(f"{ranks} ranks need as many GPUs; here: {torch.cuda.device_count()}", where="launch")
     if log_folder:
@@ -125,7 +122,6 @@ def launch(
 def _run_here(job: _Job, place: own.Place | None) -> Any:
     """This process is a rank: of a world that others started, or alone."""
     rank, threads = place.rank if place else 0, torch.get_num_threads()
-    share = find().threads_for(place.local_ranks if place else 1)
     with own.noting_stops(abrupt=place is None), own.logging_to(job.log(rank), tee=rank == 0) as log:
 
         def tell(failure: own.Failure) -> None:
@@ -137,13 +133,12 @@ def _run_here(job: _Job, place: own.Place | None) -> Any:
 
         own.voice.tell = tell
         try:
-            # Slurm can bind each task to cores of its own, so its own count is the better one.
-            torch.set_num_threads(own.number("SLURM_CPUS_PER_TASK", share) if place else share)
+            torch.set_num_threads(_threads(place))
             keep_freed_memory()
-            _take_device(job, place.local_rank if place else 0)
             if place:
-                _meet(job, place)
+                _meet(place, job.backend, job.timeout)
             else:
+                _take_device(job.backend, 0)
                 dist.init_process_group(job.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=job.timeout)
             value = job.function(*job.args)
             _leave()
@@ -165,10 +160,22 @@ def _run_here(job: _Job, place: own.Place | None) -> Any:
             torch.set_num_threads(threads)
 
 
-def _meet(job: _Job, place: own.Place) -> None:
+def _default_backend() -> str:
+    return "cpu:gloo,cuda:nccl" if find().kind == "cuda" else "gloo"
+
+
+def _threads(place: own.Place | None) -> int:
+    """Of this process, alone or at `place`. Slurm can bind each task to cores of its own, so its count is the better one."""
+    share = find().threads_for(place.local_ranks if place else 1)
+    return own.number("SLURM_CPUS_PER_TASK", share) if place else share
+
+
+def _meet(place: own.Place, backend: str, timeout: timedelta) -> None:
+    """Take the device of `place` and join the default group."""
+    _take_device(backend, place.local_rank)
     where = own.complete_address(place.rank, place.ranks)
     try:
-        dist.init_process_group(job.backend, init_method="env://", timeout=job.timeout)
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
     except RuntimeError as error:  # of which torch's errors of stores and networks are kinds
         raise RunError(
             f"rank {place.rank} could not meet the other ranks at {where} ({own.one_line(error, 160)}); "
@@ -176,8 +183,8 @@ def _meet(job: _Job, place: own.Place) -> None:
         ) from error
 
 
-def _take_device(job: _Job, local_rank: int) -> None:
-    if "nccl" not in job.backend:
+def _take_device(backend: str, local_rank: int) -> None:
+    if "nccl" not in backend:
         return
     count = torch.cuda.device_count()
     index = 0 if count == 1 and "SLURM_LOCALID" in os.environ else local_rank  # Slurm can show a task its GPU alone
@@ -197,9 +204,9 @@ def _leave(patience_seconds: float | None = None) -> None:
 
 
 def _start(job: _Job) -> Any:
-    # CUDA can't be used in a forked process once its parent has; elsewhere than on Linux system libraries can't either.
     if "nccl" not in job.backend:
         shm.build()  # before there are ranks that would each compile or load it
+    # CUDA can't be used in a forked process once its parent has; elsewhere than on Linux system libraries can't either.
     forks = sys.platform == "linux" and "nccl" not in job.backend and not torch.cuda.is_initialized()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     listener = socket.create_server((_LOOPBACK, 0))  # ranks may connect before the store below begins to answer
@@ -306,7 +313,7 @@ def _run_rank(job: _Job, rank: int, port: int, report: Connection, failed: threa
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             os.environ.update(WORLD_SIZE=str(job.ranks), LOCAL_WORLD_SIZE=str(job.ranks))
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            _take_device(job, rank)
+            _take_device(job.backend, rank)
             store = dist.TCPStore(_LOOPBACK, port, is_master=False, timeout=job.timeout)
             dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.ranks, timeout=job.timeout)
             value = job.function(*job.args)

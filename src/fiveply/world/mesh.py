@@ -124,3 +124,7 @@ class Mesh:
             self.tied = axis(
                 "tied", lambda p: (p.tp, p.dp) == (at.tp, at.dp) and p.pp in mine, lane=2 + max(layout.end_ranks)
             )
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Each rank's small Python value, in rank order, on every rank of the world. Collective."""
+        return [value] if self.world is None else self.world.gather_objects(value)

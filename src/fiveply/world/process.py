@@ -95,7 +95,7 @@ class _Stop:
                 raise KeyboardInterrupt
 
 
-stop = _Stop()  # signals belong to the process: the one piece of global state
+stop = _Stop()  # signals belong to the process, as its end does (`voice`): the two pieces of global state here
 
 
 def stop_requested() -> bool:
