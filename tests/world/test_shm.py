@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -243,7 +244,7 @@ def test_an_operation_moves_on_while_nobody_waits() -> None:
         for _ in range(2000):
             if work.is_completed():
                 return bool((x == 2).all())
-            dist.barrier()  # of gloo
+            time.sleep(0.001)  # no barrier: the ranks see the end a moment apart, and the first leaves
         return False
 
     assert over_shm(check, 2)
