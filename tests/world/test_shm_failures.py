@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,9 +232,9 @@ def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _with_broken_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Path(os.environ["PYTEST_TMP"]) / "shm.cpp"
-    broken.write_text("int main( {")
-    monkeypatch.setattr(shm, "_SOURCE", broken)
+    broken = Path(os.environ["PYTEST_TMP"])
+    (broken / "group.cpp").write_text("int main( {")
+    monkeypatch.setattr(shm, "_NATIVE", broken)
 
 
 def _without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +301,9 @@ def test_the_transport_is_a_choice() -> None:
 
 def test_ranks_compile_at_once_into_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    source = tmp_path / "shm.cpp"
-    source.write_text(shm._SOURCE.read_text() + f"\n// {time.time()}\n")
-    monkeypatch.setattr(shm, "_SOURCE", source)
+    native = shutil.copytree(shm._NATIVE, tmp_path / "native")
+    (native / "block.hpp").write_text((native / "block.hpp").read_text() + f"\n// {time.time()}\n")
+    monkeypatch.setattr(shm, "_NATIVE", native)
     monkeypatch.setattr(shm, "_FLAGS", (*shm._FLAGS, "-O0"))
 
     def function() -> bool:
