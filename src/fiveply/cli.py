@@ -21,6 +21,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 import fiveply
 from fiveply.spec.errors import FiveplyError, InputError
+from fiveply.world.allocator import keep_freed_memory
 
 Flag = FlagCreatePairsOff[bool]
 app = tyro.extras.SubcommandApp()
@@ -260,6 +261,7 @@ def report(
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `fiveply` command."""
+    keep_freed_memory()
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(fiveply.__version__)

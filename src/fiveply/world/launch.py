@@ -88,6 +88,7 @@ def launch(
     log_folder: Path | None = None,
     backend: str | None = None,
     timeout_seconds: float = 600.0,
+    shared_memory: bool = True,
 ) -> Any:
     """Run `function(*args)` on `ranks` ranks, each within a default process group; return rank 0's value.
 
@@ -96,7 +97,8 @@ def launch(
     runs on a thread other than the main one (which takes signals), and a value that can't be pickled comes back as None.
 
     `log_folder` gets what each rank prints as `rank-00003.log`; rank 0 prints to the terminal as well, the others
-    only there. `timeout_seconds` bounds each collective and the start.
+    only there. `timeout_seconds` bounds each collective and the start. `shared_memory`: whether CPU ranks may talk
+    through it, for which its library is then made ready.
 
     Raises InputError if the world does not have `ranks` ranks; the FiveplyError that a rank raised first; RunError
     naming the rank that failed first otherwise (the traceback of a defect goes to standard error and the rank's log).
@@ -116,7 +118,11 @@ def launch(
         except OSError as error:
             raise InputError(f"cannot hold logs: {error.strerror}", where=str(log_folder)) from error
     job = _Job(function, args, ranks, backend, timedelta(seconds=timeout_seconds), log_folder)
-    return _run_here(job, place) if place or ranks == 1 else _start(job)
+    if place or ranks == 1:
+        return _run_here(job, place)
+    if shared_memory and "nccl" not in backend:
+        shm.build()  # before there are ranks that would each compile or load it
+    return _start(job)
 
 
 def _run_here(job: _Job, place: own.Place | None) -> Any:
@@ -134,8 +140,8 @@ def _run_here(job: _Job, place: own.Place | None) -> Any:
         own.voice.tell = tell
         try:
             torch.set_num_threads(_threads(place))
-            keep_freed_memory()
             if place:
+                keep_freed_memory()
                 _meet(place, job.backend, job.timeout)
             else:
                 _take_device(job.backend, 0)
@@ -204,8 +210,6 @@ def _leave(patience_seconds: float | None = None) -> None:
 
 
 def _start(job: _Job) -> Any:
-    if "nccl" not in job.backend:
-        shm.build()  # before there are ranks that would each compile or load it
     # CUDA can't be used in a forked process once its parent has; elsewhere than on Linux system libraries can't either.
     forks = sys.platform == "linux" and "nccl" not in job.backend and not torch.cuda.is_initialized()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
