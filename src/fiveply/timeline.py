@@ -166,9 +166,7 @@ def transfers(events: Iterable[Event]) -> list[tuple[Event, Event]]:
         if event.lane == "communication" and event.kind == "transfer":
             pair = (event.rank, event.peer) if event.operation == "send" else (event.peer, event.rank)
             sides[event.operation][pair].append(event)
-    return [
-        both for pair, sends in sides["send"].items() for both in zip(sends, sides["receive"][pair], strict=False)
-    ]
+    return [both for pair, sends in sides["send"].items() for both in zip(sends, sides["receive"][pair], strict=False)]
 
 
 def matched(events: Iterable[Event]) -> list[Event]:

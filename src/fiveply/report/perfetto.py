@@ -59,9 +59,10 @@ def trace_events(recorded: RecordedStep, start: float = 0.0) -> Iterator[dict[st
                    "ts": 1e6 * (start + event.start), "dur": 1e6 * event.seconds, "args": args}  # fmt: skip
     for number, (send, receive) in enumerate(timeline.transfers(recorded.events)):
         flow = {"name": "transfer", "cat": "flow", "id": f"{recorded.step}.{number}"}
-        yield flow | {"ph": "s", "pid": send.rank, "tid": threads[id(send)], "ts": 1e6 * (start + send.start)}
-        yield flow | {"ph": "f", "bp": "e", "pid": receive.rank, "tid": threads[id(receive)],
-                      "ts": 1e6 * (start + receive.end)}  # fmt: skip
+        # Both ends of a transfer are drawn alike (`timeline.matched`), and a flow binds to the slice around its time.
+        for phase, event in (("s", send), ("f", receive)):
+            yield flow | {"ph": phase, "bp": "e", "pid": event.rank, "tid": threads[id(event)],
+                          "ts": 1e6 * (start + event.start)}  # fmt: skip
 
 
 def _thread_name(rank: int, thread: int, name: str) -> dict[str, Any]:

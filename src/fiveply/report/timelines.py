@@ -17,7 +17,7 @@ from fiveply import pipeline_schedule, timeline
 from fiveply.pipeline_schedule import Action, ScheduleError
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
-from fiveply.timeline import COMPUTE_KINDS, SHARES, Event, RecordedStep, innermost
+from fiveply.timeline import COMPUTE_KINDS, Event, RecordedStep, innermost
 
 MOST_STEPS = 4  # recorded steps on a page: the last of each of the latest layouts
 MOST_SPANS = 12_000  # of one step's picture; beyond, ranks are left out, whole pipelines first in
