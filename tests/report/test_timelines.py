@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +217,6 @@ def test_steps_of_a_trace_stand_one_after_another(tmp_path: Path, step: Recorded
 # in a browser
 
 WIDTHS = (1280, 390)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[chromium.Browser]:
-    if chromium.PROGRAM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome in PATH")
-    with chromium.Browser() as browser:
-        yield browser
 
 
 def seen(page: chromium.Page) -> dict[str, float]:
