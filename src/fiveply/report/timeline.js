@@ -22,6 +22,11 @@ function look(kind, operation) {
   return computes.includes(kind) || ["collective", "transfer", "data", "step"].includes(kind) ? kind : "rest";
 }
 
+/** Drawn fainter: the plan, and computations of a rank's later chunks. */
+function faint(span) {
+  return span.lane === "planned" || span.chunk > 0 && computes.includes(span.kind);
+}
+
 /** Seconds as text, in the unit of `range` and as exact as `gap`: a hundredth of it, by itself. */
 function timeText(seconds, range = seconds, gap = range / 100) {
   const [unit, name] = range < 1e-3 ? [1e-6, "µs"] : range < 2 ? [1e-3, "ms"] : [1, "s"];
@@ -162,29 +167,29 @@ class Timeline {
     context.beginPath();
     context.rect(this.left, TOP - 4, this.width - this.left, this.height);
     context.clip();
-    const counts = { recorded: 0, planned: 0 };
-    for (const span of this.planned) counts.planned += this.span(context, span, fill(span.kind), color, 0.55);
-    for (const span of this.spans) counts.recorded += this.span(context, span, fill(look(span.kind, span.operation)), color, 1);
+    const visible = spans => spans.filter(span => span.end >= this.view[0] && span.start <= this.view[1]);
+    const planned = visible(this.planned), recorded = visible(this.spans);
+    for (const span of planned) this.span(context, span, fill(span.kind)[0], color, 0.55);
+    for (const span of recorded) this.span(context, span, fill(look(span.kind, span.operation))[0], color, 1);
+    for (const span of [...planned, ...recorded]) {
+      if (computes.includes(span.kind)) this.label(context, span, faint(span) ? color("--ink") : fill(span.kind)[1]);
+    }
     this.mark(context, color);
     context.restore();
     this.names(context, color);
-    Object.assign(this.canvas.dataset, { drawn: counts.recorded, planned: counts.planned, from: this.view[0], to: this.view[1] });
+    Object.assign(this.canvas.dataset, { drawn: recorded.length, planned: planned.length, from: this.view[0], to: this.view[1] });
     const [from, to] = this.view;
     this.range.textContent = `${timeText(from, to - from)} to ${timeText(to, to - from)} of ${timeText(this.whole[1])}`;
   }
 
-  /** Draw one span if it is in view, and return 1 then. */
-  span(context, span, [fill, text], color, alpha) {
-    if (span.end < this.view[0] || span.start > this.view[1]) return 0;
+  span(context, span, fill, color, alpha) {
     const [x, y, width, height] = this.box(span);
-    context.globalAlpha = span.kind === "step" ? 1 : alpha * (span.chunk > 0 ? 0.55 : 1);
-    if (span.chunk > 0) { // on ground of its own, or what lies below would show through
-      const through = context.globalAlpha;
-      context.globalAlpha = 1;
+    const through = alpha * (faint(span) && alpha === 1 ? 0.55 : 1);
+    if (through < 1) { // on ground of its own, or what lies below would show through
       context.fillStyle = color("--panel");
       context.fillRect(x, y, width, height);
-      context.globalAlpha = through;
     }
+    context.globalAlpha = through;
     context.fillStyle = fill;
     context.fillRect(x, y, width, height);
     context.globalAlpha = 1;
@@ -192,16 +197,17 @@ class Timeline {
       context.strokeStyle = color("--panel");
       context.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
     }
-    if (computes.includes(span.kind)) {
-      const shown = Math.min(x + width, this.width) - Math.max(x, this.left);
-      if (shown > 9 + 7 * String(span.microBatch).length) {
-        context.fillStyle = span.chunk > 0 || alpha < 1 ? color("--ink") : text;
-        context.textAlign = "center";
-        context.font = span.lane === "planned" ? "10px system-ui, sans-serif" : "12px system-ui, sans-serif";
-        context.fillText(span.microBatch, Math.max(x, this.left) + shown / 2, y + height / 2 + 0.5);
-      }
-    }
-    return 1;
+  }
+
+  /** The micro-batch of a computation, where there is room, in the middle of what is in view of it. */
+  label(context, span, fill) {
+    const [x, y, width, height] = this.box(span);
+    const low = Math.max(x, this.left), shown = Math.min(x + width, this.width) - low;
+    if (shown < 9 + 7 * String(span.microBatch).length) return;
+    context.fillStyle = fill;
+    context.textAlign = "center";
+    context.font = span.lane === "planned" ? "10px system-ui, sans-serif" : "12px system-ui, sans-serif";
+    context.fillText(span.microBatch, low + shown / 2, y + height / 2 + 0.5);
   }
 
   /** Outline the span that is picked and the other ends of its call, joined. */
@@ -231,7 +237,7 @@ class Timeline {
     context.fillStyle = color("--train");
     const share = (time) => this.left + room * time / this.whole[1];
     context.fillRect(share(from), 0, Math.max(share(to) - share(from), 3), 3);
-    const marks = ticks(from, to, room / 95);
+    const marks = ticks(from, to, room / (this.left ? 95 : 72));
     for (const tick of marks) {
       const x = Math.round(this.x(tick)) + 0.5;
       context.strokeStyle = color("--line");
@@ -252,18 +258,18 @@ class Timeline {
       context.fillStyle = color("--ink");
       if (!this.left) {
         context.font = "600 12px system-ui, sans-serif";
-        context.fillText(`rank ${row.rank}`, 0, place.top + 7);
+        context.fillText(`rank ${row.rank}`, 1, place.top + 7);
         const width = context.measureText(`rank ${row.rank}`).width;
         context.font = "12px system-ui, sans-serif";
         context.fillStyle = color("--quiet");
-        context.fillText(row.place, width + 8, place.top + 7);
+        context.fillText(row.place, width + 9, place.top + 7);
         continue;
       }
       context.font = "600 12px system-ui, sans-serif";
-      context.fillText(`rank ${row.rank}`, 0, place.compute + 5);
+      context.fillText(`rank ${row.rank}`, 1, place.compute + 5);
       context.font = "12px system-ui, sans-serif";
       context.fillStyle = color("--quiet");
-      context.fillText(row.place, 0, place.compute + 21);
+      context.fillText(row.place, 1, place.compute + 21);
       context.textAlign = "right";
       context.font = "10px system-ui, sans-serif";
       context.fillText("plan", this.left - 8, place.planned + PLANNED / 2);
