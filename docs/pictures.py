@@ -51,13 +51,14 @@ def main(folder: Path) -> None:
         narrow = browser.open(reports["dp-pp"], 390, touch=True)
         narrow.picture(DOCS / "timeline-narrow.png", "section[aria-labelledby=steps]")
         page = browser.open(reports[OVERLAP], 1100)
-        # The last micro-batch's backward of rank 0 and what follows it, read at its first reduction.
+        # The last micro-batch's backward on rank 0 and what follows it, read at the largest reduction.
         page.run("""(() => {
-            const [timeline] = timelines;
-            const last = timeline.spans.filter(span => span.row === 0 && span.kind === "backward").at(-1);
-            const end = timeline.spans.find(span => span.row === 0 && span.kind === "sums").start;
-            timeline.show(last.start - 0.03 * (end - last.start), end + 0.03 * (end - last.start));
-            timeline.pick(timeline.spans.find(span => span.axis === "dp" && span.kind === "collective"), true);
+            const [timeline] = timelines, own = timeline.spans.filter(span => span.row === 0);
+            const last = own.filter(span => span.kind === "backward").at(-1);
+            const end = own.find(span => span.kind === "sums").start, margin = 0.03 * (end - last.start);
+            timeline.show(last.start - margin, end + margin);
+            const reductions = own.filter(span => span.axis === "dp" && span.kind === "collective");
+            timeline.pick(reductions.reduce((a, b) => a.bytes < b.bytes ? b : a), true);
         })()""")
         page.settle()
         page.picture(DOCS / "timeline-overlap.png", ".recorded .picture")
