@@ -255,39 +255,28 @@ def timelines_end(step: RecordedStep) -> float:
 def test_each_action_stands_where_it_ran_in_its_colour(
     run: Path, step: RecordedStep, browser: chromium.Browser, width: int
 ) -> None:
-    """Colour and words at a place of each computation where nothing lies over it, from its recorded times alone."""
+    """Zoomed to where a computation's longest piece without a wait ran by its recorded times: what is pointed at, and drawn."""
     page = browser.open(run / "report.html", width, touch=width < 500)
-    places = []
-    for row in timelines.drawn(step)["picture"]["rows"]:
-        own = [e for e in step.by_rank()[row["rank"]] if e.lane == "compute"]
-        pieces = {}
-        for event, low, high in innermost(own):
-            if event.kind in COMPUTE_KINDS and high - low > pieces.get(id(event), (0, 0, 0, event))[0]:
-                pieces[id(event)] = (high - low, (low + high) / 2, row["rank"], event)
-        places += pieces.values()
-    assert len(places) == sum(e.kind in COMPUTE_KINDS for e in step.events)
+    longest: dict[int, tuple[Event, float, float]] = {}
+    for events in step.by_rank().values():
+        for event, low, high in innermost([e for e in events if e.lane == "compute"]):
+            if event.kind in COMPUTE_KINDS and high - low > longest.get(id(event), (event, 0, 0))[2]:
+                longest[id(event)] = (event, (low + high) / 2, high - low)
+    assert len(longest) == sum(e.kind in COMPUTE_KINDS for e in step.events)
     found = page.run(f"""(() => {{
-        const timeline = timelines[0], context = timeline.canvas.getContext("2d"), scale = devicePixelRatio;
-        return {json.dumps([(rank, at) for _, at, rank, _ in places])}.map(([rank, at]) => {{
-            const row = timeline.picture.rows.findIndex(row => row.rank === rank);
-            const half = 2 * (timeline.view[1] - timeline.view[0]) / timeline.width;
-            const y = timeline.places[row].compute + 3;
-            const found = timeline.at(timeline.x(at), y, 2);
-            const pixel = context.getImageData(Math.round(timeline.x(at) * scale), Math.round(y * scale), 1, 1).data;
-            return {{ rank: timeline.picture.rows[found.row].rank, kind: found.kind, microBatch: found.microBatch,
-                      words: timeline.words(found).join(" "), pixel: [...pixel].slice(0, 3) }};
+        const timeline = timelines[0], context = timeline.canvas.getContext("2d");
+        return {json.dumps([(e.rank, at, length) for e, at, length in longest.values()])}.map(([rank, at, length]) => {{
+            timeline.show(at - 5 * length, at + 5 * length);
+            timeline.paint();
+            const x = timeline.x(at), y = timeline.places[timeline.picture.rows.findIndex(row => row.rank === rank)].compute + 3;
+            const span = timeline.at(x, y, 0), pixel = context.getImageData(Math.round(x), y, 1, 1).data;
+            return [timeline.picture.rows[span.row].rank, span.kind, timeline.words(span).join(" "), ...pixel];
         }});
     }})()""")
-    colors = {"forward": (0, 114, 178), "backward": (194, 78, 0), "input": (230, 159, 0), "weight": (0, 158, 115)}
-    pixel_seconds = max(step.seconds, timelines_end(step)) / (width - 200)
-    clear = 0
-    for (length, _, rank, event), shown in zip(places, found, strict=True):
-        assert (shown["rank"], shown["kind"], shown["microBatch"]) == (rank, event.kind, event.micro_batch)
-        assert f"micro-batch {event.micro_batch}" in shown["words"]
-        if length > 8 * pixel_seconds:  # neither its edge nor its number is there
-            assert tuple(shown["pixel"]) == colors[event.kind]
-            clear += 1
-    assert clear > len(places) / 4
+    colors = {"forward": [0, 114, 178], "backward": [194, 78, 0], "input": [230, 159, 0], "weight": [0, 158, 115]}
+    for (event, _, _), (rank, kind, words, *pixel) in zip(longest.values(), found, strict=True):
+        assert (rank, kind, pixel) == (event.rank, event.kind, [*colors[event.kind], 255])
+        assert f"rank {event.rank} · micro-batch {event.micro_batch} · stage {event.stage}" in words
 
 
 def test_wheel_drag_keys_and_buttons_move_the_view(run: Path, step: RecordedStep, browser: chromium.Browser) -> None:
