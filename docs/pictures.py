@@ -1,23 +1,23 @@
 """The pictures of docs/timelines.md: trains a short run under each schedule, draws its report, and takes pictures of it.
 
-    python docs/pictures.py [FOLDER]
+    python docs/pictures.py [FOLDER]     # runs/pictures by default
 
-Needs chromium. Runs stay in FOLDER where one is given, and are not trained again when they are there. On a machine of fewer
-cores than ranks the pictures show the cores' sharing, too.
+Needs chromium. Each run is made TRIES times, and the one whose recorded step was the quickest is drawn: the one that other
+work on the machine disturbed least. Runs stay in FOLDER, and are not made again when they are there. With
+fewer cores than ranks a picture shows how ranks share cores, too.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-DOCS = Path(__file__).parent
-sys.path.append(str(DOCS.parent / "tests"))
-from chromium import Browser  # noqa: E402
+from fiveply.timeline import read, recorded_steps
 
-BATCH = ["data.sequence=256", "train.global_batch=16", "train.evaluate_every=0", "data.held_out=0", "train.steps=12"]
+DOCS = Path(__file__).parent
+FIVEPLY = [sys.executable, "-m", "fiveply.cli"]
+BATCH = ["data.sequence=256", "train.global_batch=16", "train.evaluate_every=0", "data.held_out=0", "train.steps=5"]
 SCHEDULES = {
     "gpipe": "pp=2,schedule=gpipe,micro_batch=2",
     "1f1b": "pp=2,schedule=1f1b,micro_batch=2",
@@ -27,23 +27,33 @@ SCHEDULES = {
 }
 RUNS = SCHEDULES | {"dp": "dp=2,micro_batch=4", "dp-pp": "dp=2,pp=2,micro_batch=2"}
 OVERLAP = "dp"
+TRIES = 4
+
+
+def draw(folder: Path, name: str, layout: str) -> Path:
+    """The report of the quickest run."""
+    runs = [train(folder, f"{name}-{number}", layout) for number in range(TRIES)]
+    best = min(runs, key=lambda run: read(recorded_steps(run)[-1]).seconds)
+    subprocess.run([*FIVEPLY, "report", str(best)], check=True)
+    return best / "report.html"
 
 
 def train(folder: Path, name: str, layout: str) -> Path:
-    """The run's directory, with its report."""
+    """The run's directory."""
     run = folder / name
-    fiveply = [sys.executable, "-m", "fiveply.cli"]
     if not run.is_dir():
         settings = [*BATCH, f"folder={folder}", f"name={name}", "precision.parameters=float32"]
         sets = [part for setting in settings for part in ("--set", setting)]
-        command = [*fiveply, "train", "--model", "2m", "--data", "shakespeare", "--layout", layout, *sets]
+        command = [*FIVEPLY, "train", "--model", "2m", "--data", "shakespeare", "--layout", layout, *sets]
         subprocess.run(command, check=True)
-    subprocess.run([*fiveply, "report", str(run)], check=True)
     return run
 
 
 def main(folder: Path) -> None:
-    reports = {name: train(folder, name, layout) / "report.html" for name, layout in RUNS.items()}
+    sys.path.append(str(DOCS.parent / "tests"))
+    from chromium import Browser
+
+    reports = {name: draw(folder, name, layout) for name, layout in RUNS.items()}
     with Browser() as browser:
         for name in SCHEDULES:
             browser.open(reports[name], 1100).picture(DOCS / f"timeline-{name}.png", ".recorded .picture")
@@ -65,8 +75,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as made:
-            main(Path(made))
+    main(Path(*sys.argv[1:] or ("runs/pictures",)))
