@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_shares_sum_to_the_step_and_are_what_was_recorded(step: RecordedStep) ->
 
 def test_the_plan_is_the_schedule_at_the_measured_means(step: RecordedStep) -> None:
     plan = timelines.planned(step)
-    events = plan["events"]
+    events = plan.events
     schedule = pipeline_schedule.build(step.schedule, 2, MICRO_BATCHES)
     for rank in (0, 1):
         want = [(a.kind.value, a.micro_batch) for a in schedule.ranks[rank] if a.kind in pipeline_schedule.COMPUTE]
@@ -109,7 +110,7 @@ def test_the_plan_is_the_schedule_at_the_measured_means(step: RecordedStep) -> N
             assert [e.seconds for e in events if (e.kind, e.rank) == (kind, stage)] == pytest.approx(
                 [sum(took) / len(took)] * MICRO_BATCHES
             )
-    assert plan["seconds"] == pytest.approx(max(e.end for e in events))
+    assert plan.seconds == pytest.approx(max(e.end for e in events))
     # A forward on the second stage cannot be planned before the first stage's has ended.
     first = {e.micro_batch: e.end for e in events if (e.rank, e.kind) == (0, "forward")}
     assert all(e.start >= first[e.micro_batch] - 1e-12 for e in events if (e.rank, e.kind) == (1, "forward"))
@@ -120,8 +121,8 @@ def test_a_slower_action_lengthens_the_plan_and_its_own_stage_alone(step: Record
         step, events=[msgspec.structs.replace(e, end=e.end + 1.0) if (e.kind, e.stage) == ("forward", 1) else e for e in step.events]
     )  # fmt: skip
     before, after = timelines.planned(step), timelines.planned(slow)
-    assert after["seconds"] == pytest.approx(before["seconds"] + MICRO_BATCHES, abs=0.5)
-    lengths = [[e.seconds for e in plan["events"] if e.rank == 0] for plan in (before, after)]
+    assert after.seconds == pytest.approx(before.seconds + MICRO_BATCHES, abs=0.5)
+    lengths = [[e.seconds for e in plan.events if e.rank == 0] for plan in (before, after)]
     assert lengths[0] == pytest.approx(lengths[1])
 
 
@@ -164,6 +165,8 @@ def test_many_ranks_are_drawn_in_whole_pipelines_as_far_as_there_is_room(
     picture = timelines.drawn(step)["picture"]
     assert [row["rank"] for row in picture["rows"]][:2] == [0, 2]
     assert len(picture["rows"]) < picture["ranks"] == 4
+    monkeypatch.setattr(timelines, "MOST_RANKS", 1)
+    assert [row["rank"] for row in timelines.drawn(step)["picture"]["rows"]] == [0]
 
 
 def test_the_last_step_of_each_layout_newest_first(tmp_path: Path, step: RecordedStep) -> None:
@@ -171,6 +174,14 @@ def test_the_last_step_of_each_layout_newest_first(tmp_path: Path, step: Recorde
         timeline.write(msgspec.structs.replace(step, step=number, layout=layout), tmp_path)
     assert [(found.step, found.layout) for found in timelines.chosen(tmp_path)] == [(30, "tp=4"), (20, "dp=2,pp=2")]
     assert timelines.chosen(tmp_path / "none") == []
+
+
+def test_a_damaged_file_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs["1f1b"], tmp_path / "run"))
+    (path,) = timeline.recorded_steps(run)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"step-00000003\.json: damaged .*; remove it"):
+        write_report(run)
 
 
 def test_a_schedule_that_cannot_be_is_named(step: RecordedStep) -> None:
@@ -235,7 +246,7 @@ def test_the_page_shows_what_ran(run: Path, step: RecordedStep, browser: chromiu
     assert page.run("document.documentElement.scrollWidth") <= width
     whole = seen(page)
     assert whole["drawn"] == len(step.events)
-    assert whole["planned"] == 2 * len(timelines.planned(step)["events"]), "beside each of two pipelines"
+    assert whole["planned"] == 2 * len(timelines.planned(step).events), "beside each of two pipelines"
     assert (whole["from"], whole["to"]) == (0, pytest.approx(max(step.seconds, timelines_end(step))))
     rows = page.run(
         "[...document.querySelectorAll('.shares tbody tr')].map(row => [...row.cells].map(cell => cell.innerText.trim()))"
@@ -248,7 +259,7 @@ def test_the_page_shows_what_ran(run: Path, step: RecordedStep, browser: chromiu
 
 def timelines_end(step: RecordedStep) -> float:
     plan = timelines.planned(step)
-    return plan["begin"] + plan["seconds"]
+    return plan.begin + plan.seconds
 
 
 @pytest.mark.parametrize("width", WIDTHS)

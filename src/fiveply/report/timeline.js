@@ -334,8 +334,8 @@ class Timeline {
 
   tell() {
     const span = this.picked;
-    this.tip.hidden = !span;
-    if (!span) return;
+    this.tip.hidden = !span || span.end < this.view[0] || span.start > this.view[1];
+    if (this.tip.hidden) return;
     this.tip.innerHTML = this.words(span).map((line, index) => index ? `<span>${escaped(line)}</span>` : `<b>${escaped(line)}</b>`).join("");
     const [x, y, width, height] = this.box(span);
     const middle = Math.min(Math.max(x, this.left) + Math.min(width, 120) / 2, this.width);

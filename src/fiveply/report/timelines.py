@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from fiveply import pipeline_schedule, timeline
@@ -20,7 +21,7 @@ from fiveply.spec.layout import Layout
 from fiveply.timeline import COMPUTE_KINDS, Event, RecordedStep, innermost
 
 MOST_STEPS = 4  # recorded steps on a page: the last of each of the latest layouts
-MOST_SPANS = 12_000  # of one step's picture; beyond, ranks are left out, whole pipelines first in
+MOST_SPANS, MOST_RANKS = 12_000, 32  # of one step's picture; beyond, ranks are left out, whole pipelines first in
 SHARE_TEXT = {
     "compute": "compute",
     "communication": "exposed communication",
@@ -62,8 +63,8 @@ def drawn(recorded: RecordedStep) -> dict[str, Any]:
         "schedule": recorded.schedule,
         "seconds": recorded.seconds,
         "events": len(recorded.events),
-        "ran": plan["ran"],
-        "planned": plan["seconds"],
+        "ran": plan.ran,
+        "planned": plan.seconds,
         "picture": _picture(recorded, plan),
         "shares": [
             {"rank": lane.rank, "place": place(recorded, lane.rank), "seconds": lane.end - lane.start,
@@ -82,12 +83,23 @@ def place(recorded: RecordedStep, rank: int) -> str:
     return ", ".join(f"{axis} {getattr(lane, axis)}" for axis in above)
 
 
-def planned(recorded: RecordedStep) -> dict[str, Any]:
-    """The schedule as simulated, each action at the mean time that its kind took on its stage, transfers at none.
+class Plan(NamedTuple):
+    """`events` are of the pipeline's ranks, and begin at 0. `begin`: when the recorded step's first computation did; `ran`:
+    from there to the end of its last."""
+
+    events: list[Event]
+    begin: float
+    ran: float
+
+    @property
+    def seconds(self) -> float:
+        return max((event.end for event in self.events), default=0.0)
+
+
+def planned(recorded: RecordedStep) -> Plan:
+    """The schedule as simulated, each computation at the mean time that its kind took on its stage, transfers at none.
 
     What was recorded took longer by transfers, by waits for other ranks, and by actions that were slower than their mean.
-    `events` of the pipeline's ranks begin at `begin`, with the step's first computation; `seconds` is the plan's length, `ran`
-    that of what was recorded, first computation to last.
     """
     took: dict[tuple[str, int], list[float]] = defaultdict(list)
     computed = [event for event in recorded.events if event.lane == "compute" and event.kind in COMPUTE_KINDS]
@@ -101,17 +113,15 @@ def planned(recorded: RecordedStep) -> dict[str, Any]:
         raise InputError(str(error), where=where, key="schedule", fix="remove it, and record a step anew") from None
 
     def cost(rank: int, action: Action) -> float:
-        return mean.get((action.kind, schedule.stage_of(rank, action.chunk)), 0.0) if action.chunk >= 0 else 0.0
+        return mean.get((action.kind, schedule.stage_of(rank, action.chunk)), 0.0)
 
+    events = [
+        msgspec.structs.replace(event, stage=schedule.stage_of(event.rank, event.chunk))
+        for event in pipeline_schedule.timeline(schedule, cost)
+        if event.kind in COMPUTE_KINDS
+    ]
     begin = min((event.start for event in computed), default=0.0)
-    events = [event for event in pipeline_schedule.timeline(schedule, cost) if event.kind in COMPUTE_KINDS]
-    return {
-        "begin": begin,
-        "events": events,
-        "stage_of": schedule.stage_of,
-        "seconds": max((event.end for event in events), default=0.0),
-        "ran": max((event.end for event in computed), default=0.0) - begin,
-    }
+    return Plan(events, begin, max((event.end for event in computed), default=0.0) - begin)
 
 
 def calls(recorded: RecordedStep) -> list[dict[str, Any]]:
@@ -164,7 +174,7 @@ FIELDS = (
 from 0, or the strip, from 0, in the lane of communication; `link`: the same on spans of one transfer or collective, or -1."""
 
 
-def _picture(recorded: RecordedStep, plan: dict[str, Any]) -> dict[str, Any]:
+def _picture(recorded: RecordedStep, plan: Plan) -> dict[str, Any]:
     names: dict[str, int] = {}
 
     def name(text: str) -> int:
@@ -183,7 +193,7 @@ def _picture(recorded: RecordedStep, plan: dict[str, Any]) -> dict[str, Any]:
     for lane in order:
         events = by_rank[lane.rank]
         spans += len(events)
-        if rows and spans > MOST_SPANS:
+        if rows and (spans > MOST_SPANS or len(rows) == MOST_RANKS):
             break
         compute = [event for event in events if event.lane == "compute"]
         communication = [event for event in events if event.lane == "communication"]
@@ -196,10 +206,9 @@ def _picture(recorded: RecordedStep, plan: dict[str, Any]) -> dict[str, Any]:
             "strips": 1 + max(strips, default=-1),
         })  # fmt: skip
     by_pp: dict[int, list[list[int]]] = {rank: [] for rank in range(recorded.pp)}
-    for event in plan["events"]:
-        stage = plan["stage_of"](event.rank, event.chunk)
+    for event in plan.events:
         by_pp[event.rank].append([
-            name(event.kind), _micro(plan["begin"] + event.start), _micro(plan["begin"] + event.end), stage, event.chunk,
+            name(event.kind), _micro(plan.begin + event.start), _micro(plan.begin + event.end), event.stage, event.chunk,
             event.micro_batch,
         ])  # fmt: skip
     return {"rows": rows, "ranks": len(recorded.ranks), "planned": [by_pp[rank] for rank in range(recorded.pp)],
