@@ -22,9 +22,9 @@ function look(kind, operation) {
   return computes.includes(kind) || ["collective", "transfer", "data", "step"].includes(kind) ? kind : "rest";
 }
 
-/** Drawn fainter: the plan, and computations of a rank's later chunks. */
-function faint(span) {
-  return span.lane === "planned" || span.chunk > 0 && computes.includes(span.kind);
+/** How strong a span's colour is: the plan is fainter, and so are computations of a rank's later chunks. */
+function strength(span) {
+  return (span.lane === "planned" ? 0.55 : 1) * (span.chunk > 0 && computes.includes(span.kind) ? 0.55 : 1);
 }
 
 /** Seconds as text, in the unit of `range` and as exact as `gap`: a hundredth of it, by itself. */
@@ -169,10 +169,10 @@ class Timeline {
     context.clip();
     const visible = spans => spans.filter(span => span.end >= this.view[0] && span.start <= this.view[1]);
     const planned = visible(this.planned), recorded = visible(this.spans);
-    for (const span of planned) this.span(context, span, fill(span.kind)[0], color, 0.55);
-    for (const span of recorded) this.span(context, span, fill(look(span.kind, span.operation))[0], color, 1);
+    for (const span of planned) this.span(context, span, fill(span.kind)[0], color);
+    for (const span of recorded) this.span(context, span, fill(look(span.kind, span.operation))[0], color);
     for (const span of [...planned, ...recorded]) {
-      if (computes.includes(span.kind)) this.label(context, span, faint(span) ? color("--ink") : fill(span.kind)[1]);
+      if (computes.includes(span.kind)) this.label(context, span, strength(span) < 1 ? color("--ink") : fill(span.kind)[1]);
     }
     this.mark(context, color);
     context.restore();
@@ -182,14 +182,13 @@ class Timeline {
     this.range.textContent = `${timeText(from, to - from)} to ${timeText(to, to - from)} of ${timeText(this.whole[1])}`;
   }
 
-  span(context, span, fill, color, alpha) {
+  span(context, span, fill, color) {
     const [x, y, width, height] = this.box(span);
-    const through = alpha * (faint(span) && alpha === 1 ? 0.55 : 1);
-    if (through < 1) { // on ground of its own, or what lies below would show through
+    if (strength(span) < 1) { // on ground of its own, or what lies below would show through
       context.fillStyle = color("--panel");
       context.fillRect(x, y, width, height);
     }
-    context.globalAlpha = through;
+    context.globalAlpha = strength(span);
     context.fillStyle = fill;
     context.fillRect(x, y, width, height);
     context.globalAlpha = 1;
@@ -247,7 +246,7 @@ class Timeline {
       context.stroke();
       context.fillStyle = color("--quiet");
       context.textAlign = x < this.left + 24 ? "left" : x > this.width - 30 ? "right" : "center";
-      context.fillText(timeText(tick, to - from, marks[1] - marks[0]), x, 12);
+      context.fillText(timeText(tick, to - from, marks[1] - marks[0] || undefined), x, 12);
     }
   }
 
