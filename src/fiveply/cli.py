@@ -244,9 +244,11 @@ def report(
     out: str = "",
     json: Flag = False,
 ) -> None:
-    """Draw a run as one self-contained HTML file: curves, ranks, schedule, memory.
+    """Draw a run as one self-contained HTML file: curves, ranks, schedule, recorded steps, memory.
 
     fiveply report runs/demo
+
+    Recorded steps are written for ui.perfetto.dev too, to runs/NAME/timeline.perfetto.json.
 
     Args:
         run: The run's directory.
