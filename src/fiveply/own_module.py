@@ -11,7 +11,6 @@ module is split. This file holds what the user touches.
 
 from __future__ import annotations
 
-import atexit
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +66,6 @@ def join(layout: str | Layout = AUTO, *, seed: int = 0) -> World:
     wanted = None if told == AUTO else Layout.parse(told, "--layout" if command_line.get() else "join")
     if not dist.is_initialized() and launch.joined():
         launch.meet()
-        atexit.register(launch.leave)
     world = World(wanted, seed)
     if wanted is not None and wanted.world != world.size:
         started = "1 rank runs" if world.size == 1 else f"{world.size} ranks run"

@@ -28,15 +28,15 @@ from fiveply.parallel.data_parallel import Segment
 from fiveply.report.terminal import Progress, layout_table, schedule_picture
 from fiveply.spec.errors import InputError
 from fiveply.spec.legality import resolve
-from fiveply.spec.run import RunSpec
 from fiveply.train import metrics, setup
 from fiveply.train.job import Job, Sums
 from fiveply.train.observe import Observer
 from fiveply.train.optimizer import learning_rate
 from fiveply.train.setup import Ready
 from fiveply.world import device
-from fiveply.world.launch import joined, launch, stop_requested
+from fiveply.world.launch import launch, stop_requested
 from fiveply.world.mesh import Groups, Mesh
+from fiveply.world.process import place
 from fiveply.world.watchdog import Watchdog
 
 MOST_DRAWN = 16
@@ -56,15 +56,15 @@ def train(ready: Ready) -> dict[str, Any]:
     compute = setup.dtypes(ready.run.precision).compute
     peak = metrics.peak_flops(compute, torch.device("cpu")) if device.find().kind == "cpu" else 0.0
     return launch(
-        _rank, ready.layout.world, ready, peak, log_folder=directory / "logs", timeout_seconds=call_seconds(ready.run)
+        _rank, ready.layout.world, ready, peak, log_folder=directory / "logs", timeout_seconds=setup.call_seconds(ready.run)
     )
 
 
 def _rank(ready: Ready, peak: float) -> dict[str, Any]:
-    if joined():
-        # Started from outside, several processes may stand on one host: the first prepares, the others open.
-        if dist.get_rank() == 0:
-            setup.prepare_corpus(ready.run, ready.spec, ready.corpus, progress=True)
+    here = place()
+    if here is not None:
+        if here.local_rank == 0:  # a host that does not share the first one's disk needs a corpus of its own
+            setup.prepare_corpus(ready.run, ready.spec, ready.corpus, progress=False)
         dist.barrier()
     trainer = _Trainer(ready, peak)
     with trainer.progress, trainer.watched():
@@ -109,7 +109,7 @@ class _Trainer:
         degrees = {"tp": self.layout.tp, "dp": self.layout.dp, "pp": self.layout.pp}
         place = ", ".join(f"{axis} {getattr(at, axis)}" for axis in ("dp", "tp", "pp") if degrees[axis] > 1)
         return Watchdog(
-            self.mesh.recorder, place, limit=limit, timeout=call_seconds(self.settings), note=self._note,
+            self.mesh.recorder, place, limit=limit, timeout=setup.call_seconds(self.settings), note=self._note,
             file=self.directory / "hang.txt",
         )  # fmt: skip
 
@@ -352,11 +352,6 @@ class _Trainer:
             "ended": ended,
             "best": self.best or None,
         }
-
-
-def call_seconds(run: RunSpec) -> float:
-    """Time-out of a collective: longer than it takes to notice and explain a hang."""
-    return max(600.0, 2 * run.train.hang_timeout)
 
 
 def due(every: int, step: int) -> bool:
