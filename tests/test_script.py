@@ -150,3 +150,38 @@ def test_ctrl_c_ends_every_rank(tmp_path: Path) -> None:
         pid = int((tmp_path / f"ready-{rank}").read_text())
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+HANGS = """
+import os, signal, sys, time
+import torch, fiveply
+
+world = fiveply.join("dp=2", hang_timeout=1.5)
+job = world.parallelize(
+    lambda: torch.nn.Linear(3, 1), loss=torch.nn.MSELoss(), run="runs/mine",
+    optimizer=lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
+)
+batch = torch.ones(3, 3), torch.ones(3, 1)
+job.step(batch)
+time.sleep(4)  # between steps nobody waits, so nothing hangs
+job.step(batch)
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+job.step(batch)
+"""
+
+
+@pytest.mark.parametrize("starter", ["fiveply", "torchrun"])
+def test_a_hang_is_explained_and_a_pause_is_none(starter: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(HANGS)
+    command = [sys.executable, "-m", "fiveply.cli", "train", "script.py", "--layout", "dp=2"]
+    if starter == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    report = (tmp_path / "runs/mine/hang.txt").read_text()
+    assert done.stderr.count("No rank has gone on") == 1
+    assert report in done.stderr
+    assert report.startswith("No rank has gone on for 2 s, in step 2:\n")
+    assert "rank 1 (dp 1) does not answer (its process is stopped): it stands in between steps" in report
+    assert "rank 0 (dp 0) waits for rank 1 in all-reduce" in report

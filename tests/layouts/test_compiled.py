@@ -84,3 +84,9 @@ def test_compiled_blocks_under_other_axes_and_pairs(transport: Transport) -> Non
 @pytest.mark.slow
 def test_compiled_blocks_with_dropout_biases_and_layer_norms(transport: Transport) -> None:
     check([Case("small-gpt2", layout, rows=8, compile=True) for layout in ("tp=2", "dp=2,zero=3")], transport)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", RISKY)
+def test_compiled_blocks_in_bf16(layout: str, transport: Transport) -> None:
+    prover.prove_near_float32(Case("small", layout, rows=8, dtype="float32", compile=True), transport)

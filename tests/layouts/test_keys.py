@@ -14,9 +14,9 @@ import msgspec
 import pytest
 import torch
 import torch.distributed as dist
-from prover import MODELS, Case, assert_equal, one_process, prove, prove_each
+from prover import MODELS, Case, assert_equal, one_process, prove, prove_each, prove_near_float32
 
-from fiveply.equality import SEQUENCE, TOLERANCE, Trace, record, verification_batches, whole_tensors
+from fiveply.equality import SEQUENCE, TOLERANCE, record, verification_batches
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, ScheduleName
@@ -150,44 +150,9 @@ def test_ranks_are_ordered_tensor_then_data_then_pipeline() -> None:
 # precision
 
 
-def _near(trace: Trace, exact: Trace) -> tuple[float, float, float]:
-    """Worst relative error of a loss, cosine of all gradients together, and the least cosine of a matrix's."""
-    loss = max(abs(x - y) / y for x, y in zip(trace.losses, exact.losses, strict=True))
-    pairs = {
-        name: (x.double().ravel(), exact.gradients[0][name].double().ravel()) for name, x in trace.gradients[0].items()
-    }
-    together = torch.cosine_similarity(*(torch.cat(side) for side in zip(*pairs.values(), strict=True)), dim=0)
-    matrices = [
-        torch.cosine_similarity(x, y, dim=0)
-        for name, (x, y) in pairs.items()
-        if x.count_nonzero() and "proj.weight" in name
-    ]
-    return loss, float(together), float(min(matrices))
-
-
 @pytest.mark.parametrize("layout", ["dp=1", "dp=2,zero=2", "dp=2,zero=3,micro_batch=2", "tp=2", "pp=2,schedule=zbv"])
 def test_bf16_with_float32_reduction_stays_near_float32(layout: str, transport: Transport) -> None:
-    """bf16 has 8 bits: no equality to rounding, but the same gradients by direction, and in float32 where they add up."""
-    case = Case("few-kv", layout, dtype="float32")
-    exact = one_process(case)
-
-    def ranks() -> tuple[float, float, float] | None:
-        mesh = Mesh(case.resolved(), case.spec, Groups(transport))
-        job = Job(case.run, case.spec, mesh, Dtypes(torch.bfloat16, torch.float32, torch.float32))
-        batches, trace = verification_batches(case.spec, case.run), Trace()
-        for step in range(2):
-            sums = job.gradients(batches, step)
-            assert {segment.grad.dtype for segment in job.optimizer.segments} == {torch.float32}
-            assert {unit.full.dtype for unit in job.model.units} == {torch.bfloat16}
-            trace.losses.append(sums.mean_loss)
-            trace.gradients.append({name: x / sums.tokens for name, x in whole_tensors(job, "gradients").items()})
-            job.update(sums, step)
-        return _near(trace, exact) if mesh.rank == 0 else None
-
-    loss, together, matrix = launch(ranks, case.resolved().world)
-    assert loss < 2e-3
-    assert together > 0.999
-    assert matrix > 0.98
+    prove_near_float32(Case("few-kv", layout, dtype="float32"), transport)
 
 
 # replicas that step alone

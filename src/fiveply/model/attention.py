@@ -48,16 +48,6 @@ class RowsAttention:
                 enable_gqa=q_THd.shape[1] != k_TKd.shape[1],
             )
         return out_BHSd.transpose(1, 2).reshape(q_THd.shape)
-        out_BHSd = F.scaled_dot_product_attention(
-            q_BHSd,
-            k_BKSd,
-            v_BKSd,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout,
-            enable_gqa=q_THd.shape[1] != k_TKd.shape[1],
-        )
-        return out_BHSd.transpose(1, 2).reshape(q_THd.shape)
 
     def _mask(self, length: int, window: int, device: torch.device) -> Tensor | None:
         """None where plain causal attention says it all; else True where a token may look, made once per window."""

@@ -12,10 +12,18 @@ Shape suffixes: T tokens, I columns of the input, O columns of an output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Linears(Protocol):
+    """What a layer asks for."""
+
+    def linears(self, x_TI: Tensor, weights_OI: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """x W^T for each weight, differentiable."""
+        ...
 
 
 class Products:
@@ -24,9 +32,6 @@ class Products:
     def linears(self, x_TI: Tensor, weights_OI: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """x W^T for each weight, differentiable."""
         return _Linears.apply(self, x_TI, *weights_OI)  # type: ignore[no-any-return]
-
-    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        return self.linears(x_TI, (weight_OI,))[0]
 
     def forward(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         return x_TI @ weight_OI.T
