@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	$(BIN)/pytest -m "not slow"
 
-# Larger matrices, and what `test` runs of the matrix once more over gloo; `test-gloo` runs all of it there.
+# The larger matrices, and over gloo what `test` ran over shared memory; `test-gloo` runs the larger ones there as well.
 test-slow: .venv/test.stamp
 	$(BIN)/pytest -m slow
 	$(BIN)/pytest tests/layouts -m "not slow" --backend gloo

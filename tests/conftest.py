@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,8 +12,9 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    usual = "shm" if sys.platform == "linux" else "gloo"
     parser.addoption(
-        "--backend", choices=("shm", "gloo"), default="shm", help="what carries the layouts of the equality matrix"
+        "--backend", choices=("shm", "gloo"), default=usual, help="what carries the layouts of the equality matrix"
     )
 
 

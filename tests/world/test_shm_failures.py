@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import short_run
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -313,6 +315,22 @@ def test_ranks_compile_at_once_into_a_cache(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("fiveply.world.launch.shm.build", shm.build)
     assert launch(function, 2, backend="gloo", timeout_seconds=60)
     assert [path.suffix for path in (tmp_path / ".cache" / "fiveply").iterdir()] == [".so"]
+
+
+def test_a_change_of_any_source_makes_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = shutil.copytree(shm._NATIVE, tmp_path / "native")
+    monkeypatch.setattr(shm, "_NATIVE", native)
+    names = {shm._library_name("c++")}
+    for path in native.iterdir():
+        path.write_text(path.read_text() + "\n")
+        names.add(shm._library_name("c++"))
+    assert len(names) == 1 + len(list(native.iterdir())) > 5
+
+
+def test_nothing_is_compiled_where_gloo_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "build", lambda: pytest.fail("shared memory was built"))
+    run = short_run.train(tmp_path, "dp=2", "over-gloo", "--backend", "gloo")
+    assert json.loads((run / "facts.json").read_text())["transport"] == "gloo"
 
 
 # torch's own wrappers

@@ -70,10 +70,7 @@ def build() -> ctypes.CDLL | str:
         return f"{platform.system()} has no futex and no memfd_create"
     if compiler is None:
         return "no C++ compiler was found (c++, g++ or clang++)"
-    # A home directory can be shared by machines whose processors differ.
-    sources = [path.read_bytes() for path in sorted(_NATIVE.glob("*.?pp"))]
-    key = [*sources, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()]
-    name = f"shm-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
+    name = _library_name(compiler)
     folder = Path.home() / ".cache" / "fiveply"
     with tempfile.TemporaryDirectory(prefix="fiveply-") as own, suppress(OSError):
         path = folder / name
@@ -84,6 +81,13 @@ def build() -> ctypes.CDLL | str:
             path = _keep(made, path)
         return _load(path)
     return "the compiled library could not be loaded"
+
+
+def _library_name(compiler: str) -> str:
+    """By all that it depends on; a home directory can be shared by machines whose processors differ."""
+    sources = [path.read_bytes() for path in sorted(_NATIVE.glob("*.?pp"))]
+    key = [*sources, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()]
+    return f"shm-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
 
 
 def _compile(compiler: str, out: Path) -> str:

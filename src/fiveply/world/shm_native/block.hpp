@@ -2,7 +2,7 @@
 //
 //     Member x n | Ring x n x n | slots: n x DEPTH x chunk bytes | streams: n x (n - 1) x ring_bytes
 //
-// Notable: every word has one writer, and counters never go back, so nothing is ever locked and no state is ever reset.
+// Notable: every counter has one writer and never goes back, so nothing is ever locked and no state is ever reset.
 // What a counter announces is written before it (release) and read after it (acquire), which is what makes it safe on
 // processors that reorder stores. All zeros, as a new block is, is the right beginning for everything in it.
 //
