@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     reports = {name: draw(folder, name, layout) for name, layout in RUNS.items()}
     with Browser() as browser:
         for name in SCHEDULES:
-            browser.open(reports[name], 1100).picture(DOCS / f"timeline-{name}.png", ".recorded .picture")
+            browser.open(reports[name], 1100).picture(DOCS / f"timeline-{name}.png", ".recorded .picture", margin=6)
         browser.open(reports["dp-pp"], 1280).picture(DOCS / "timeline.png", "section[aria-labelledby=steps]")
         narrow = browser.open(reports["dp-pp"], 390, touch=True)
         narrow.picture(DOCS / "timeline-narrow.png", "section[aria-labelledby=steps]")
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
             timeline.pick(reductions.reduce((a, b) => a.bytes < b.bytes ? b : a), true);
         })()""")
         page.settle()
-        page.picture(DOCS / "timeline-overlap.png", ".recorded .picture")
+        page.picture(DOCS / "timeline-overlap.png", ".recorded .picture", margin=6)
 
 
 if __name__ == "__main__":

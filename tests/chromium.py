@@ -158,10 +158,10 @@ class Page:
         x, y, width, height = self.run(script)
         return x, y, width, height
 
-    def picture(self, file: Path, selector: str = "body") -> None:
-        """Write an element as a PNG."""
+    def picture(self, file: Path, selector: str, margin: float = 0) -> None:
+        """Write an element, and what lies so near around it, as a PNG."""
         x, y, width, height = self.box(selector)
-        shift = self.run("scrollY")
-        clip = {"x": max(x, 0), "y": y + shift, "width": width, "height": height, "scale": 1}
+        clip = {"x": x - margin, "y": y + self.run("scrollY") - margin, "width": width + 2 * margin,
+                "height": height + 2 * margin, "scale": 1}  # fmt: skip
         data = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
         file.write_bytes(base64.b64decode(data))

@@ -136,6 +136,16 @@ def test_calls_by_axis(step: RecordedStep) -> None:
         assert -1e-9 <= call["beside"] <= call["flight"] + 1e-9
 
 
+def test_reductions_begin_inside_the_last_backward(runs: dict[str, Path]) -> None:
+    """A unit's gradients travel while the backward goes on to the units before it; the last unit's can't."""
+    (step,) = timelines.chosen(runs["1f1b"])
+    for rank, events in step.by_rank().items():
+        last = max((e for e in events if e.kind == "backward"), key=lambda e: e.start)
+        reductions = [e for e in events if e.kind == "collective" and e.axis == "dp"]
+        inside = [e for e in reductions if last.start < e.start < last.end]
+        assert len(inside) >= len(reductions) - 1 >= 4, f"rank {rank}"
+
+
 def span(kind: str, start: float, end: float, rank: int = 0, **more: Any) -> Event:
     return Event(rank, kind, more.pop("chunk", -1), more.pop("micro_batch", -1), start, end, **more)
 
