@@ -87,13 +87,13 @@ class _HeadLoss(torch.autograd.Function):
 
             if grad_hidden_TD is None and grad_weight_VD is None:
                 continue
-            chances_CV *= counts_C[:, None]
             chances_CV.scatter_add_(1, index_C1, -here_C.to(exact)[:, None])
             grad_CV = chances_CV.to(hidden_TD.dtype)
+            # Rows without a target are left out here, where they are narrow.
             if grad_hidden_TD is not None:
-                grad_hidden_TD[start : start + chunk] = products.grad_input([grad_CV], [weight_VD])
+                grad_hidden_TD[start : start + chunk] = products.grad_input([grad_CV], [weight_VD]) * counts_C[:, None]
             if grad_weight_VD is not None:
-                grad_weight_VD += products.grad_weights([grad_CV], hidden_CD)[0]
+                products.add_grad_weight(grad_weight_VD, grad_CV, hidden_CD * counts_C[:, None])
         ctx.grads = grad_hidden_TD, grad_weight_VD
         return loss
 
