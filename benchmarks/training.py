@@ -73,10 +73,10 @@ class Bench:
         return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
 
 
-def ours(layout: str) -> Callable[[Bench], Step]:
+def ours(layout: str, *, compile: bool = False) -> Callable[[Bench], Step]:
     def make(bench: Bench) -> Step:
         resolved = resolve(Layout.parse(layout), bench.spec, sequence=bench.sequence, global_batch=ROWS)
-        run = RunSpec(name="benchmark", train=Train(global_batch=ROWS), optimizer=Optimizer(lr=1e-4))
+        run = RunSpec(name="benchmark", train=Train(global_batch=ROWS, compile=compile), optimizer=Optimizer(lr=1e-4))
         mesh = Mesh(resolved, bench.spec, bench.groups)
         job = Job(run, bench.spec, mesh, Dtypes(bench.dtype, torch.float32, torch.float32))
         return lambda index: job.step(bench.batches, index)
@@ -267,6 +267,7 @@ def pipelined(bench: Bench) -> Step:
 FIELD: dict[tuple[int, str], dict[str, Callable[[Bench], Step]]] = {
     (1, "dp=1"): {
         "fiveply": ours("dp=1"),
+        "fiveply compiled": ours("dp=1", compile=True),
         "PyTorch": plain,
         "PyTorch compiled": compiled,
         "transformers": transformers,
