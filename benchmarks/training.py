@@ -6,9 +6,10 @@
 The `15m` preset, 16 rows of 256 tokens, AdamW, clipping, the same batches, in float32 and, where the processor is fast at it,
 in bfloat16. All contenders of one world stand in one set of processes and step in turn, so that a machine that slows down
 slows all; ranks x threads = cores. Each is also set beside the bound that the matrix products of its linear layers and head
-alone give, at its ranks' own shapes, measured in the same rounds. Peak memory is of each alone in fresh processes, of the
-rank that needs most. In bfloat16, peers use autocast over float32 parameters (fully_shard and DeepSpeed their own mixed
-precision). A peer that is not installed is left out, and said so.
+alone give, at its ranks' own shapes, measured in the same rounds. One more step of fiveply's is recorded, and its shares are
+printed by rank. Peak memory is of each alone in fresh processes, of the rank that needs most. In bfloat16, peers use
+autocast over float32 parameters (fully_shard and DeepSpeed their own mixed precision). A peer that is not installed is left
+out, and said so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ import torch.distributed as dist
 from plain_llama import Llama, loss_of
 from torch import Tensor, nn
 
+from fiveply import timeline
 from fiveply.corpus.batches import Batches, TokenFile
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.parallel.parallelize import products_on
@@ -41,6 +44,7 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.run import Optimizer, RunSpec, Train
 from fiveply.train.job import Job
+from fiveply.train.observe import Observer
 from fiveply.world import device
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Groups, Mesh
@@ -73,13 +77,31 @@ class Bench:
         return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
 
 
+class Ours:
+    """fiveply's step."""
+
+    def __init__(self, job: Job, batches: Batches) -> None:
+        self.job, self.batches = job, batches
+
+    def __call__(self, index: int) -> None:
+        self.job.step(self.batches, index)
+
+    def shares(self, index: int) -> dict[int, dict[str, float]]:
+        """Where a recorded step's seconds go, by rank; known on rank 0."""
+        with TemporaryDirectory() as folder:
+            observer = Observer(Path(folder), self.job.model, print, recorded=1)
+            with observer.step(1, self.job.executor.schedule):
+                self(index)
+            return {rank: shares for path in timeline.recorded_steps(Path(folder))
+                    for rank, shares in timeline.shares(timeline.read(path)).items()}  # fmt: skip
+
+
 def ours(layout: str, *, compile: bool = False) -> Callable[[Bench], Step]:
     def make(bench: Bench) -> Step:
         resolved = resolve(Layout.parse(layout), bench.spec, sequence=bench.sequence, global_batch=ROWS)
         run = RunSpec(name="benchmark", train=Train(global_batch=ROWS, compile=compile), optimizer=Optimizer(lr=1e-4))
         mesh = Mesh(resolved, bench.spec, bench.groups)
-        job = Job(run, bench.spec, mesh, Dtypes(bench.dtype, torch.float32, torch.float32))
-        return lambda index: job.step(bench.batches, index)
+        return Ours(Job(run, bench.spec, mesh, Dtypes(bench.dtype, torch.float32, torch.float32)), bench.batches)
 
     return make
 
@@ -339,9 +361,10 @@ def run_field(layout: str, names: list[str], dtype: str, rounds: int, spec: Mode
             dist.barrier()
             if index:
                 seconds[name].append(time.perf_counter() - begun)
+    shares = {name: step.shares(rounds + 1) for name, step in steps.items() if isinstance(step, Ours)}
     peaks: list[int] = [0] * ranks
     dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return {"seconds": seconds, "missing": missing, "peak_mib": max(peaks) / 1024}
+    return {"seconds": seconds, "missing": missing, "peak_mib": max(peaks) / 1024, "shares": shares}
 
 
 def in_fresh_process(ranks: int, *args: Any) -> dict[str, Any]:
@@ -378,6 +401,8 @@ def race(layout: str, ranks: int, dtype: str, options: argparse.Namespace) -> li
             "fiveply_is_faster_by": [min(ratios), statistics.median(ratios), max(ratios)],
             "of_bound": statistics.median(seconds["products alone"]) / statistics.median(times),
         }
+        if name in result["shares"]:
+            row["shares"] = result["shares"][name]
         if not options.no_memory and name != "products alone":
             row["peak_mib"] = in_fresh_process(ranks, layout, [name], dtype, 1, spec, SEQUENCE)["peak_mib"]
         rows.append(row)
@@ -436,6 +461,14 @@ def main() -> None:
                     for row in race(layout, ranks, dtype, options):
                         rows.append(row)
                         print(_line(row), flush=True)
+        print("\nWhere fiveply's step goes, of a step recorded after those:\n")
+        print(f"| | layout | | rank | ms | {' | '.join(timeline.SHARES)} |")
+        print(f"| --- | --- | --- {'| ---: ' * (2 + len(timeline.SHARES))}|")
+        for row in rows:
+            for rank, shares in row.get("shares", {}).items():
+                total = sum(shares.values())
+                parts = " | ".join(f"{shares[kind] / total:.0%}" for kind in timeline.SHARES)
+                print(f"| {row['dtype']} | {row['layout']} | {row['who']} | {rank} | {total * 1000:,.0f} | {parts} |")
     if options.json:
         machine = {"name": found.name, "cores": found.cores, "torch": torch.__version__}
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
