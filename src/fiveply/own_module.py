@@ -344,11 +344,12 @@ class Job:
 
     def _mine(self, batch: Any) -> Batch:
         """This rank's rows of a batch, on its device."""
-        if not isinstance(batch, Batch):
-            self._check_same(batch)
-            index, replicas = self.world.replica()
-            batch = split_global(batch, replicas, index)
-        return batch.to(self.world.device)
+        with self.mesh.recorder.span("data"):
+            if not isinstance(batch, Batch):
+                self._check_same(batch)
+                index, replicas = self.world.replica()
+                batch = split_global(batch, replicas, index)
+            return batch.to(self.world.device)
 
     def _check_same(self, pair: Any) -> None:
         """Ranks that give their own parts as a plain pair would each train on a part of a part."""

@@ -46,6 +46,10 @@ class Products:
     def grad_weights(self, grads_TO: Sequence[Tensor], x_TI: Tensor) -> list[Tensor]:
         return [grad_TO.T @ x_TI for grad_TO in grads_TO]
 
+    def add_grad_weight(self, total_OI: Tensor, grad_TO: Tensor, x_TI: Tensor) -> None:
+        """One layer's weight gradient, added in place."""
+        total_OI.addmm_(grad_TO.T, x_TI)
+
 
 class OneDnnProducts(Products):
     """oneDNN's float32 products on a CPU."""
@@ -71,6 +75,9 @@ class OneDnnProducts(Products):
                 x_IT = x_TI.T.contiguous() if x_IT is None else x_IT
                 gradients.append(self.forward(x_IT, grad_TO.T).T.contiguous())
         return gradients
+
+    def add_grad_weight(self, total_OI: Tensor, grad_TO: Tensor, x_TI: Tensor) -> None:
+        total_OI += self.grad_weights([grad_TO], x_TI)[0]
 
 
 class _Linears(torch.autograd.Function):
