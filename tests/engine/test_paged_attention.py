@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def run_in_steps(
 
 def cut(length: int, at: list[int]) -> list[int]:
     edges = sorted({0, length, *(a % length for a in at)})
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -116,6 +116,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     rank: int
+    pid: int
     secret: str
 
 

@@ -30,7 +30,7 @@ class Request:
     tokens: list[int]
     max_tokens: int
     """0: the prompt is only scored or embedded."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     scores: bool = False
     embeds: bool = False
     prompt: int = field(init=False)
@@ -60,6 +60,10 @@ class Request:
 
     def by_age(self) -> int:
         return self.id
+
+    def forget(self) -> None:
+        """Nothing of it is cached any more, and nothing is on its way."""
+        self.computed, self.told, self.blocks, self.in_flight, self.last_step = 0, 0, [], False, -1
 
 
 def blocks_for(tokens: int) -> int:
@@ -170,7 +174,6 @@ class Scheduler:
             self.pool.hold(found)
             request.blocks = found + (self.pool.allocate(needed) or [])
             request.computed = request.reused = len(found) * BLOCK
-            request.told = 0
             self.running[request.id] = self.waiting.pop(0)
 
     def _make_room(self, request: Request, tokens: int) -> bool:
@@ -194,7 +197,7 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         del self.running[request.id]
         self.pool.release(request.blocks)
-        request.blocks = []
+        request.forget()
         self._released.append(request.id)
 
     def _segment(self, request: Request, count: int) -> Segment:

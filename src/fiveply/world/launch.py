@@ -88,6 +88,7 @@ def launch(
     log_folder: Path | None = None,
     backend: str | None = None,
     timeout_seconds: float = 600.0,
+    apart: bool = False,
 ) -> Any:
     """Run `function(*args)` on `ranks` ranks, each within a default process group; return rank 0's value.
 
@@ -96,7 +97,7 @@ def launch(
     runs on a thread other than the main one (which takes signals), and a value that can't be pickled comes back as None.
 
     `log_folder` gets what each rank prints as `rank-00003.log`; rank 0 prints to the terminal as well, the others
-    only there. `timeout_seconds` bounds each collective and the start.
+    only there. `timeout_seconds` bounds each collective and the start. `apart`: a single rank gets a process of its own too.
 
     Raises InputError if the world does not have `ranks` ranks; the FiveplyError that a rank raised first; RunError
     naming the rank that failed first otherwise (the traceback of a defect goes to standard error and the rank's log).
@@ -116,7 +117,7 @@ def launch(
         except OSError as error:
             raise InputError(f"cannot hold logs: {error.strerror}", where=str(log_folder)) from error
     job = _Job(function, args, ranks, backend, timedelta(seconds=timeout_seconds), log_folder)
-    return _run_here(job, place) if place or ranks == 1 else _start(job)
+    return _run_here(job, place) if place or (ranks == 1 and not apart) else _start(job)
 
 
 def _run_here(job: _Job, place: own.Place | None) -> Any:
