@@ -207,6 +207,56 @@ def generate(
 
 
 @command
+def serve(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    /,
+    *,
+    layout: str = "dp=1",
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    name: str = "",
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto",
+    cache_tokens: int = 0,
+    most_running: int = 64,
+    most_waiting: int = 256,
+    step_tokens: int = 512,
+    no_prefix_cache: Flag = False,
+    api_keys: str = "",
+    backend: Literal["auto", "shm", "gloo"] = "auto",
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API has it, with a chat page at /.
+
+    fiveply serve path/to/huggingface --layout tp=2
+
+    fiveply serve runs/demo --layout dp=2,pp=2 --port 8001
+
+    Args:
+        model: A run's directory, a checkpoint, or a Hugging Face directory.
+        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages.
+        port: Where to listen; 0 takes a free one.
+        host: Loopback by default: only this machine can reach it.
+        name: What the API calls the model; its directory's name by default.
+        dtype: Of weights and cache; auto is bfloat16 where this machine is fast at it, else float32.
+        cache_tokens: Tokens that each replica's key-value cache holds; by default what memory allows.
+        most_running: Requests that a replica decodes together.
+        most_waiting: Requests beyond those; more are refused with 429.
+        step_tokens: Most tokens in one step; longer prompts are taken in chunks.
+        no_prefix_cache: Do not reuse the cache of prompts that begin alike.
+        api_keys: A file with a key on each line; requests must bring one.
+        backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
+    """
+    from fiveply import service
+    from fiveply.serve.driver import Settings
+
+    settings = Settings(
+        most_running=most_running, most_waiting=most_waiting, step_tokens=step_tokens, reuse=not no_prefix_cache
+    )
+    served = service.Served.load(model, layout, dtype, cache_tokens, backend)
+    keys = Path(api_keys) if api_keys else None
+    service.serve(served, settings, name=name, host=host, port=port, keys=keys)
+
+
+@command
 def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
     folder: Annotated[Positional[str], arg(metavar="DIR")],
@@ -300,7 +350,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "verify", "generate", "convert", "report"]
+    return ["train", "verify", "generate", "serve", "convert", "report"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:

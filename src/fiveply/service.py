@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,11 +27,13 @@ import msgspec
 import tokenizers
 
 from fiveply.checkpoint.huggingface import HuggingFaceSource
+from fiveply.corpus.chat import ChatTemplate
 from fiveply.corpus.tokenizer import Tokenizer
 from fiveply.engine import worker
 from fiveply.engine.paged_attention import kernels
 from fiveply.engine.weights import Source, open_source
 from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.http import Model, Server
 from fiveply.serve.text import Text
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import FiveplyError, InputError, RunError
@@ -87,11 +90,14 @@ def run(
     kernels()  # compiled once, before there are ranks that need it
     loop = _Loop(served, settings, work)
     host, port, secret = loop.start()
-    job = worker.Job(served.path, served.layout, served.dtype, host, port, secret, served.cache_tokens, served.transport)
+    job = worker.Job(
+        served.path, served.layout, served.dtype, host, port, secret, served.cache_tokens, served.transport
+    )
     problem: FiveplyError | None = None
     while problem is None and loop.working:
         try:
             launch(worker.work, served.layout.world, job, timeout_seconds=COLLECTIVE_SECONDS, apart=apart)
+            break  # the driver sent the ranks home
         except FiveplyError as error:
             if not loop.working or stop_requested():
                 break
@@ -110,6 +116,37 @@ def run(
         return loop.result()
     except Exception as error:
         raise problem or error from None
+
+
+def serve(
+    served: Served, settings: Settings, *, name: str = "", host: str = "127.0.0.1", port: int = 8000,
+    keys: Path | None = None,
+) -> None:  # fmt: skip
+    """The verb: until Ctrl-C or SIGTERM. `keys`: a file with an API key on each line. Raises as `run`."""
+    try:
+        admitted = [line.strip() for line in keys.read_text(encoding="utf-8").splitlines() if line.strip()] if keys else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read ({error})", where=str(keys), fix="give a file with a key on each line") from None
+    if keys and not admitted:
+        raise InputError("holds no key", where=str(keys), fix="write one on each line")
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise InputError(f"cannot listen at {host}:{port} ({error.strerror})", where="--port", fix="choose another") from None
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    if not admitted and host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"fiveply: anyone who reaches {address} may use it; --api-keys FILE asks for a key", file=sys.stderr)
+    model = Model(name or served.path.resolve().name, served.spec.vocabulary, served.spec.positions)
+
+    async def work(driver: Driver) -> None:
+        def ready() -> None:
+            holds = f"{served.layout}, {served.dtype}, {driver.capacity:,} tokens of cache"
+            print(f"fiveply: {model.name} is ready at {address} ({holds})", file=sys.stderr, flush=True)
+
+        await Server(driver, model, admitted).run(listener, ready)
+
+    with listener:
+        run(served, settings, work, apart=True, restarts=True)
 
 
 class _Loop(Generic[Result]):
@@ -190,8 +227,9 @@ def text_of(source: Source) -> Text:
         raise InputError(f"{tokenizer.vocabulary} tokens, the model has {source.spec.vocabulary}", where=str(file),
                          fix="give the tokenizer that the model was trained with")  # fmt: skip
     own_end = [] if tokenizer is None else [tokenizer.end]
+    chat = ChatTemplate.load(source.path)
     if not isinstance(source, HuggingFaceSource):
-        return Text(tokenizer, frozenset(own_end), [], own_end)
+        return Text(tokenizer, frozenset(own_end), [], own_end, chat)
     config, generation = source.spec.config, source.path / "generation_config.json"
     try:
         own = msgspec.json.decode(generation.read_bytes(), type=dict[str, Any]) if generation.is_file() else {}
@@ -202,4 +240,5 @@ def text_of(source: Source) -> Text:
     ends = [*own_end, *(token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int))]
     # What the tokenizer's own template puts around a text.
     added = tokenizers.Tokenizer.from_file(str(file)).encode("").ids if tokenizer else []
-    return Text(tokenizer, frozenset(ends), [t for t in added[:1] if t == bos], [bos] if isinstance(bos, int) else ends[:1])
+    before = [t for t in added[:1] if t == bos]
+    return Text(tokenizer, frozenset(ends), before, [bos] if isinstance(bos, int) else ends[:1], chat)

@@ -72,7 +72,7 @@ def test_a_layout_gives_what_one_rank_gives(family: tuple[Any, str]) -> None:
     model, layout = family
     # The last begins like the second, two blocks long; two are equal.
     prompts = ragged(model.config.vocab_size)
-    prompts += [prompts[1][:33] + [4, 9], prompts[3]]
+    prompts += [[*prompts[1][:33], 4, 9], prompts[3]]
     plain = service.Served.load(model.name_or_path, dtype="float64")
     split = service.Served.load(model.name_or_path, layout, "float64")
     cramped = service.Served.load(model.name_or_path, layout, "float64", cache_tokens=112)

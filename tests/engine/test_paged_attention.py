@@ -25,7 +25,10 @@ def whole(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def make(lengths: list[int], heads: int, kv_heads: int, size: int, dtype: torch.dtype, seed: int) -> list[list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        [torch.randn(n, h, size, generator=generator, dtype=torch.float64).to(dtype) for h in (heads, kv_heads, kv_heads)]
+        [
+            torch.randn(n, h, size, generator=generator, dtype=torch.float64).to(dtype)
+            for h in (heads, kv_heads, kv_heads)
+        ]
         for n in lengths
     ]
 
@@ -39,7 +42,11 @@ def tables(lengths: list[int], seed: int) -> tuple[list[list[int]], int]:
 
 
 def run_in_steps(
-    sequences: list[list[Tensor]], cuts: list[list[int]], attention: PagedAttention, blocks: list[list[int]], window: int
+    sequences: list[list[Tensor]],
+    cuts: list[list[int]],
+    attention: PagedAttention,
+    blocks: list[list[int]],
+    window: int,
 ) -> list[Tensor]:
     """Each sequence in its own chunks, packed with what the others bring to the same step."""
     done, outs = [0] * len(sequences), [[] for _ in sequences]

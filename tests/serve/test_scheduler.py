@@ -111,7 +111,9 @@ class Clients:
         assert self.scheduler.idle
 
 
-PROMPTS = st.integers(1, 60).flatmap(lambda n: st.sampled_from([[0] * n, [i % 3 for i in range(n)], [1] * (n // 2 + 1)]))
+PROMPTS = st.integers(1, 60).flatmap(
+    lambda n: st.sampled_from([[0] * n, [i % 3 for i in range(n)], [1] * (n // 2 + 1)])
+)
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), PROMPTS, st.integers(0, 30)),

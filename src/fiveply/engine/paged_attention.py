@@ -40,7 +40,17 @@ class Span(NamedTuple):
 class _Shape(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
-        for name in ("heads", "kv_heads", "head_dim", "padded", "window", "q_stride", "k_stride", "v_stride", "table_stride")
+        for name in (
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "padded",
+            "window",
+            "q_stride",
+            "k_stride",
+            "v_stride",
+            "table_stride",
+        )
     )
 
 
@@ -145,7 +155,9 @@ class PagedAttention:
             beyond_RS = index_S >= ends_R[:, None]  # never written: whatever stands there must not reach a product
             values_RKSd = values_RKSd.masked_fill(beyond_RS[:, None, :, None], 0)
             keys_RKSd = keys_RKSd.masked_fill(beyond_RS[:, None, :, None], 0)
-            index_RC = torch.from_numpy(firsts[rows])[:, None].to(self._device) + torch.arange(count, device=self._device)
+            index_RC = torch.from_numpy(firsts[rows])[:, None].to(self._device) + torch.arange(
+                count, device=self._device
+            )
             out_RHCd = F.scaled_dot_product_attention(
                 q_THd[index_RC].transpose(1, 2), keys_RKSd, values_RKSd, attn_mask=mask_RCS[:, None],
                 enable_gqa=self.heads != self.kv_heads,

@@ -106,16 +106,24 @@ class Runner:
                 outcome = Outcome(segment.request, embedding=self._pooled(segment, request, hidden_TD[first:end]))
             if segment.last and segment.samples:
                 asked.append(end - 1)
-                rows.append(sampler.Row(begins.sampling, segment.start + len(segment.tokens), request.tokens, begins.prompt))
+                rows.append(
+                    sampler.Row(begins.sampling, segment.start + len(segment.tokens), request.tokens, begins.prompt)
+                )
             if segment.last or outcome.scores:
                 outcomes[segment.request] = outcome
             first = end
         if asked:
             index_R = torch.tensor(asked, device=self._device)
             answering = [s.request for s in segments if s.last and s.samples]
-            for request, (token, score) in zip(answering, sampler.choose(self._logits(hidden_TD[index_R]), rows), strict=True):
+            for request, (token, score) in zip(
+                answering, sampler.choose(self._logits(hidden_TD[index_R]), rows), strict=True
+            ):
                 known = outcomes[request]
-                problem = "" if token >= 0 else "the model's logits are not finite: its weights are broken, or too large for this precision"
+                problem = (
+                    ""
+                    if token >= 0
+                    else "the model's logits are not finite: its weights are broken, or too large for this precision"
+                )
                 outcomes[request] = Outcome(request, token, score, known.scored_from, known.scores, problem=problem)
         return list(outcomes.values())
 

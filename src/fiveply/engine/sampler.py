@@ -87,7 +87,9 @@ def _shaped(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
         if sampling.repetition_penalty != 1 and tokens:
             ids = torch.tensor(sorted(set(tokens)), device=logits_V.device)
             seen = logits_V[ids]
-            logits_V[ids] = torch.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
+            logits_V[ids] = torch.where(
+                seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty
+            )
         answer = Counter(tokens[rows[index].prompt :])
         if answer and (sampling.frequency_penalty or sampling.presence_penalty):
             ids = torch.tensor(list(answer), device=logits_V.device)
@@ -95,7 +97,9 @@ def _shaped(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
             logits_V[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
-            logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device, dtype=logits_V.dtype)
+            logits_V[ids] += torch.tensor(
+                list(sampling.logit_bias.values()), device=logits_V.device, dtype=logits_V.dtype
+            )
     return logits_RV
 
 

@@ -211,8 +211,12 @@ class Driver:
             raise EngineLost(self.problem or "the engine has stopped")
         request = Request(next(self._ids), tokens, max_tokens, sampling, scores, embeds)
         if self.capacity and request.longest > self.capacity:
-            raise ValueError(f"{request.prompt} tokens + max_tokens {max_tokens} exceed the cache's {self.capacity} tokens")
-        queued = sum(len(replica.scheduler.waiting) for replica in self.replicas if replica.scheduler) + len(self._homeless)
+            raise ValueError(
+                f"{request.prompt} tokens + max_tokens {max_tokens} exceed the cache's {self.capacity} tokens"
+            )
+        queued = sum(len(replica.scheduler.waiting) for replica in self.replicas if replica.scheduler) + len(
+            self._homeless
+        )
         if queued >= self.settings.most_waiting:
             raise Overloaded(self._patience())
         generation = Generation(request, self.text, ends, stops)
@@ -382,6 +386,7 @@ class Driver:
                     with suppress(ConnectionError):
                         rank.writer.write(messages.pack(messages.Shutdown()))
             self.state, self.problem = "stopped", problem or self.problem
+            self.stop_asked.set()
         for generation in self.generations:
             generation.fail(EngineLost(self.problem or "the server is shutting down"))
         self._homeless = []
@@ -400,5 +405,3 @@ class Driver:
         pools = [replica.scheduler.pool for replica in self.replicas if replica.scheduler]
         total = sum(pool.total for pool in pools)
         return (total - sum(pool.free for pool in pools)) / total if total else 0.0
-
-

@@ -26,8 +26,12 @@ class Metrics:
         self.generated_tokens = Counter("fiveply_generated_tokens", "Tokens of answers", **where)
         self.steps = Counter("fiveply_steps", "Steps of all replicas", **where)
         self.losses = Counter("fiveply_engine_losses", "Times that a rank was lost", **where)
-        self.first_token = Histogram("fiveply_first_token_seconds", "From a request to its first token", buckets=_SECONDS, **where)
-        self.per_token = Histogram("fiveply_token_seconds", "Between an answer's tokens, its mean", buckets=_SECONDS, **where)
+        self.first_token = Histogram(
+            "fiveply_first_token_seconds", "From a request to its first token", buckets=_SECONDS, **where
+        )
+        self.per_token = Histogram(
+            "fiveply_token_seconds", "Between an answer's tokens, its mean", buckets=_SECONDS, **where
+        )
         self._running = Gauge("fiveply_running", "Requests in the cache", **where)
         self._waiting = Gauge("fiveply_waiting", "Requests in the queue", **where)
         self._cache = Gauge("fiveply_cache_use", "Share of the cache's blocks that requests hold", **where)

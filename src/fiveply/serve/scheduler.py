@@ -211,7 +211,12 @@ class Scheduler:
             request.id, start, request.tokens[start:end], request.blocks[request.told :], end == len(request.tokens),
             request.max_tokens > 0, begins, request.tokens[end] if request.scores and end < request.prompt else -1,
         )  # fmt: skip
-        request.computed, request.in_flight, request.last_step, request.told = end, True, self._step, len(request.blocks)
+        request.computed, request.in_flight, request.last_step, request.told = (
+            end,
+            True,
+            self._step,
+            len(request.blocks),
+        )
         if self.pool.reuse:
             # Known from now on: ranks work off steps in order, so this one writes the block before another reads it.
             extend_digests(request.digests, request.tokens)

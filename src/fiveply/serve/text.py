@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fiveply.corpus.chat import ChatTemplate
 from fiveply.corpus.tokenizer import Tokenizer
 
 _CONTEXT = 8  # tokens before the answer that its first piece is decoded with: some tokenizers drop a text's first space
@@ -25,6 +26,7 @@ class Text:
     """What the model was trained to see before every text (Llama's <s>); not added to token ids."""
     beginning: list[int] = field(default_factory=list)
     """What an empty prompt becomes."""
+    chat: ChatTemplate | None = None
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Raises ValueError where there is nothing to read it with, or nothing to begin with."""
@@ -38,6 +40,10 @@ class Text:
         if not (tokens or self.beginning):
             raise ValueError("is empty, and the model names no token to begin with; give a token")
         return list(tokens or self.beginning)
+
+    def whole(self, tokens: Sequence[int]) -> str:
+        """A prompt that was given as token ids, as text."""
+        return self.tokenizer.decode(tokens, keep_special=True) if self.tokenizer else ""
 
     def shown(self, token: int) -> str:
         """One token on its own, special ones by their names."""
