@@ -316,7 +316,7 @@ def test_a_killed_rank_is_told_replaced_and_not_noticed_by_answers(speaking: Pat
 
 
 def test_answers_are_finished_before_the_end(speaking: Path) -> None:
-    with serving(speaking) as server:
+    with serving(speaking, "--layout", "pp=2") as server:
         body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
         with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
@@ -345,7 +345,7 @@ def against(
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60) as client:
             await test(client, driver)
 
-    service.run(service.Served.load(folder, dtype="float32", cache_tokens=cache_tokens), settings, work)
+    service.run(service.Served.load(folder, "pp=2", "float32", cache_tokens), settings, work)
 
 
 def test_keys(speaking: Path) -> None:
@@ -385,24 +385,21 @@ def test_what_the_cache_can_not_hold_is_refused(speaking: Path) -> None:
     against(speaking, Settings(), Limits(), [], test, cache_tokens=64)
 
 
-def test_a_silent_rank_is_lost(speaking: Path) -> None:
-    """In this process the rank's thread is the main one: stop reading its greetings instead."""
-
-    async def work(driver: Driver) -> str:
+def test_a_stuck_rank_is_lost_ended_and_replaced(speaking: Path) -> None:
+    async def work(driver: Driver) -> tuple[str, list[int], list[int]]:
         await driver.ready.wait()
-        generation = driver.submit([5, 6], 400, Sampling())
-        driver._ranks[0].heard -= 100
-        await asyncio.sleep(0)
-        driver._told = lambda rank, message: None  # type: ignore[method-assign]
-        for _ in range(100):
-            for rank in driver._ranks.values():
-                rank.heard = time.monotonic() - 100
-            await asyncio.sleep(0.02)
-            if driver.state == "lost":
-                break
-        driver.cancel(generation)
-        return driver.problem
+        whole = [t async for piece in driver.submit([5, 6], 200, Sampling()).pieces() for t in piece.tokens]
+        generation = driver.submit([5, 6], 200, Sampling())
+        pieces = generation.pieces()
+        tokens = [t for _ in range(3) for t in (await anext(pieces)).tokens]
+        os.kill(driver.pids[0], signal.SIGSTOP)
+        while driver.state == "ready":
+            await asyncio.sleep(0.05)
+        problem = driver.problem
+        tokens += [t async for piece in pieces for t in piece.tokens]
+        return problem, tokens, whole
 
-    served = service.Served.load(speaking, dtype="float32")
-    problem = service.run(served, Settings(silence_seconds=0.2), work)
-    assert problem == "rank 0 has been silent for 0.2 s"
+    served = service.Served.load(speaking, "pp=2", "float32")
+    problem, tokens, whole = service.run(served, Settings(silence_seconds=2.5), work, restarts=True)
+    assert re.fullmatch(r"rank [01] has been silent for 2.5 s", problem)
+    assert tokens == whole

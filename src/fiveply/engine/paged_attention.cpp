@@ -18,6 +18,7 @@ namespace {
 constexpr int BLOCK = 16;  // tokens of a block, and numbers of a vector
 constexpr int GROUP = 8;   // blocks whose scores are formed together
 constexpr int KEYS = BLOCK * GROUP;
+constexpr int64_t ALONE = 1 << 17;  // products up to which one thread does all
 constexpr int WIDE = 4;  // vectors of an accumulator that stay in registers
 
 template <class A> struct Vector;
@@ -161,7 +162,12 @@ void run(const Shape* shape, const T* q, const T* k, const T* v, T* out, T* keys
          int64_t tokens, const int32_t* tables, const Tile* tiles, int64_t tile_count, double scale) {
   const Shape& s = *shape;
   const int64_t d = s.head_dim;
-#pragma omp parallel
+  int64_t products = 0;  // waking the other threads costs more than a little work
+  for (int64_t t = 0; t < tile_count; t++) {
+    const int64_t keys_each = tiles[t].position + tiles[t].count;
+    products += tiles[t].count * s.heads * d * (s.window ? std::min(keys_each, s.window) : keys_each);
+  }
+#pragma omp parallel if (products > ALONE)
   {
     std::vector<A> scratch;
 #pragma omp for schedule(static)

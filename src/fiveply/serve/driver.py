@@ -358,7 +358,7 @@ class Driver:
         self.state, self.problem = "lost", problem
         self.ready.clear()
         self.metrics.losses.inc()
-        self.abandoned = [rank.pid for rank in self._ranks.values()]
+        self.abandoned = self.pids
         for rank in self._ranks.values():
             rank.writer.close()
         self._ranks = {}
@@ -373,6 +373,11 @@ class Driver:
             else:
                 generation.request.forget()
                 self._homeless.append(generation)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks that are connected, in order of ranks."""
+        return [self._ranks[rank].pid for rank in sorted(self._ranks)]
 
     def starting(self) -> None:
         """New ranks are on their way."""
