@@ -173,13 +173,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     layout: str = "dp=1",
+    out: str = "",
     json: Flag = False,
 ) -> None:
-    """Continue text with a trained model, on one process.
+    """Continue text with a trained model; without a prompt, a conversation in the terminal.
 
     fiveply generate runs/demo --prompt "ROMEO:" --max-tokens 100 --temperature 0.8
 
-    fiveply generate path/to/huggingface --prompts prompts.jsonl --json
+    fiveply generate path/to/huggingface --prompts prompts.jsonl --layout dp=2 --out answers.jsonl
 
     Args:
         model: A run's directory, a checkpoint, or a Hugging Face directory.
@@ -190,15 +191,25 @@ def generate(
         top_k: Sample among the k likeliest tokens; 0 for all.
         top_p: Sample among the likeliest tokens that together have this probability.
         seed: Of the sampling.
-        layout: One process for now.
+        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages.
+        out: A .jsonl file that completions are added to as they end; what it has already is not made again.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply import generate as generation
 
+    settings: dict[str, Any] = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "layout": layout,
+    }  # fmt: skip
+    if not (prompt or prompts or json) and sys.stdin.isatty():
+        generation.converse(model, **settings)
+        return
     result = generation.run(
-        model, prompt=prompt or None, prompts=Path(prompts) if prompts else None, max_tokens=max_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, layout=layout,
-    )  # fmt: skip
+        model,
+        prompt=prompt or None,
+        prompts=Path(prompts) if prompts else None,
+        out=Path(out) if out else None,
+        **settings,
+    )
     if json:
         _print_json(result)
         return

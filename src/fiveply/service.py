@@ -124,15 +124,21 @@ def serve(
 ) -> None:  # fmt: skip
     """The verb: until Ctrl-C or SIGTERM. `keys`: a file with an API key on each line. Raises as `run`."""
     try:
-        admitted = [line.strip() for line in keys.read_text(encoding="utf-8").splitlines() if line.strip()] if keys else []
+        admitted = (
+            [line.strip() for line in keys.read_text(encoding="utf-8").splitlines() if line.strip()] if keys else []
+        )
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read ({error})", where=str(keys), fix="give a file with a key on each line") from None
+        raise InputError(
+            f"cannot be read ({error})", where=str(keys), fix="give a file with a key on each line"
+        ) from None
     if keys and not admitted:
         raise InputError("holds no key", where=str(keys), fix="write one on each line")
     try:
         listener = socket.create_server((host, port))
     except OSError as error:
-        raise InputError(f"cannot listen at {host}:{port} ({error.strerror})", where="--port", fix="choose another") from None
+        raise InputError(
+            f"cannot listen at {host}:{port} ({error.strerror})", where="--port", fix="choose another"
+        ) from None
     address = f"http://{host}:{listener.getsockname()[1]}"
     if not admitted and host not in ("127.0.0.1", "localhost", "::1"):
         print(f"fiveply: anyone who reaches {address} may use it; --api-keys FILE asks for a key", file=sys.stderr)

@@ -135,7 +135,9 @@ def test_a_completion_is_that_of_the_model(client: openai.OpenAI, speaking: Path
 def test_prompts_are_scored_as_lm_eval_asks(client: openai.OpenAI) -> None:
     """Token ids in a batch, echoed with log-probabilities, one token or none beyond."""
     prompts = [[5, 6, 7, 8] * 10, [9, 10]]
-    answer = client.completions.create(model="tiny-talker", prompt=prompts, max_tokens=1, logprobs=1, echo=True, seed=1234)
+    answer = client.completions.create(
+        model="tiny-talker", prompt=prompts, max_tokens=1, logprobs=1, echo=True, seed=1234
+    )
     for prompt, choice in zip(prompts, answer.choices, strict=True):
         logprobs = choice.logprobs
         assert logprobs is not None
@@ -149,7 +151,9 @@ def test_prompts_are_scored_as_lm_eval_asks(client: openai.OpenAI) -> None:
     assert bare.choices[0].logprobs is not None
     first = answer.choices[0].logprobs
     assert first is not None
-    np.testing.assert_allclose((bare.choices[0].logprobs.token_logprobs or [])[1:], (first.token_logprobs or [])[1:-1], atol=1e-5)
+    np.testing.assert_allclose(
+        (bare.choices[0].logprobs.token_logprobs or [])[1:], (first.token_logprobs or [])[1:-1], atol=1e-5
+    )
 
 
 def test_streams_say_what_answers_say(client: openai.OpenAI) -> None:
@@ -164,7 +168,10 @@ def test_streams_say_what_answers_say(client: openai.OpenAI) -> None:
 
 
 def test_conversations(client: openai.OpenAI) -> None:
-    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    messages: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
     ask: dict[str, Any] = {"model": "tiny-talker", "messages": messages, "temperature": 0, "max_completion_tokens": 12}
     answer = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
     plain = client.completions.create(
@@ -245,7 +252,13 @@ def test_models(client: openai.OpenAI) -> None:
         ("chat/completions", b'{"prompt": "a"}', 400, "prompt", "the parameter 'prompt' is not supported"),
         ("chat/completions", b"{}", 400, "messages", "missing required field `messages`"),
         ("chat/completions", b'{"messages": []}', 400, "messages", "Expected `array` of length >= 1"),
-        ("chat/completions", b'{"messages": [{"role": "user"}], "tools": []}', 400, "tools", "'tools' is not supported"),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user"}], "tools": []}',
+            400,
+            "tools",
+            "'tools' is not supported",
+        ),
         ("embeddings", b'{"input": "a", "dimensions": 5}', 400, "dimensions", "'dimensions' is not supported"),
     ],
 )
@@ -342,7 +355,9 @@ def against(
     async def work(driver: Driver) -> None:
         await driver.ready.wait()
         app = Server(driver, Model("m", 258, 512), keys, limits).app
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60) as client:
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60
+        ) as client:
             await test(client, driver)
 
     service.run(service.Served.load(folder, "pp=2", "float32", cache_tokens), settings, work)
@@ -351,7 +366,12 @@ def against(
 def test_keys(speaking: Path) -> None:
     async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
         for path in ("/v1/models", "/metrics", "/v1/completions"):
-            for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer one "}, {"Authorization": "Bearer onetwo"}):
+            for headers in (
+                {},
+                {"Authorization": "Bearer "},
+                {"Authorization": "Bearer one "},
+                {"Authorization": "Bearer onetwo"},
+            ):
                 answer = await client.request("POST" if "comp" in path else "GET", path, headers=headers, content=b"{")
                 assert answer.status_code == 401
         for key in ("one", "two"):

@@ -335,7 +335,9 @@ class Server:
                             if piece.text or piece.finish or piece.scores or index not in seen:
                                 choice = (part or whole)(index, [piece], index not in seen)
                                 seen.add(index)
-                                yield protocol.event(top | {"choices": [choice]} | ({"usage": None} if counting else {}))
+                                yield protocol.event(
+                                    top | {"choices": [choice]} | ({"usage": None} if counting else {})
+                                )
                 except RunError as error:
                     yield b"data: " + RequestError(str(error), kind="server_error").body() + b"\n\n"
                 else:

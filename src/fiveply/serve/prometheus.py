@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,7 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        where = {"registry": self.registry}
+        where: Any = {"registry": self.registry}
         self.requests = Counter("fiveply_requests", "Requests accepted", **where)
         self.cancelled = Counter("fiveply_requests_cancelled", "Requests that nobody waited for to the end", **where)
         self.prompt_tokens = Counter("fiveply_prompt_tokens", "Tokens of prompts", **where)
