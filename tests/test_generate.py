@@ -20,11 +20,13 @@ from fiveply.checkpoint import store
 from fiveply.checkpoint.gguf import convert
 from fiveply.checkpoint.slices import Slice
 from fiveply.spec.errors import InputError, RunError
+from fiveply.world.device import Devices
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small products wait for a second thread longer than they take, the more so where other tests run."""
+    monkeypatch.setattr(Devices, "threads_for", lambda self, ranks: 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

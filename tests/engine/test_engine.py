@@ -4,7 +4,7 @@ scheduler cuts, shares and puts back."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,15 @@ SAMPLED = Sampling(0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1
                    presence_penalty=0.1, seed=7, logit_bias={5: 1.0}, top_logprobs=2)  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products wait for a second thread longer than they take, the more so where other tests run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     return save_random(request.param, tmp_path_factory.mktemp(request.param) / "hf"), FAMILIES[request.param]
+
+
+ALL = pytest.mark.parametrize("family", list(FAMILIES), indirect=True)
+ONE = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "qwen3" else pytest.mark.slow) for name in FAMILIES], indirect=True
+)  # fmt: skip
 
 
 async def tokens_of(generation: Generation) -> list[int]:
@@ -57,15 +54,17 @@ def asking(
     return work
 
 
+@ALL
 def test_greedy_equals_transformers(family: tuple[Any, str]) -> None:
     model, _ = family
     prompts = ragged(model.config.vocab_size)
     served = service.Served.load(model.name_or_path, dtype="float32")
-    told, _, _ = service.run(served, Settings(step_tokens=33, most_running=4), asking(prompts, 20, Sampling()))
+    told, _, _ = service.run(served, Settings(step_tokens=33, most_running=4), asking(prompts, 10, Sampling()))
     for prompt, tokens in zip(prompts, told, strict=True):
-        assert same_where_clear(tokens, greedy_by_transformers(model, prompt, 20), prompt, model)
+        assert same_where_clear(tokens, greedy_by_transformers(model, prompt, 10), prompt, model)
 
 
+@ONE
 def test_a_layout_gives_what_one_rank_gives(family: tuple[Any, str]) -> None:
     """In float64, where no rounding decides a token; sampled too, with everything that sampling knows."""
     model, layout = family
@@ -85,6 +84,7 @@ def test_a_layout_gives_what_one_rank_gives(family: tuple[Any, str]) -> None:
         assert preemptions > 0
 
 
+@ONE
 def test_the_cache_is_found_again(family: tuple[Any, str]) -> None:
     model, layout = family
     prompts = ragged(model.config.vocab_size, [64] * 2)
@@ -109,7 +109,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return save_random("llama", tmp_path_factory.mktemp("llama") / "hf")
 
 
-@pytest.mark.parametrize("layout", ["pp=3", "dp=3", "dp=2,pp=2", "tp=3,stages=7,zero=2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["dp=2,pp=2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("pp=3", "dp=3", "tp=3,stages=7,zero=2"))],
+)
 def test_further_layouts(llama: Any, layout: str) -> None:
     prompts = ragged(llama.config.vocab_size)
     work = asking(prompts, 10, Sampling())

@@ -1,8 +1,8 @@
 """A rank's own part of the model for inference: read by slices, frozen, with the products of one input fused.
 
 Notable: query, key and value, and gate and up, are slices of one matrix each, so that a layer multiplies four times and not
-seven (unfused took 2.4 times the calls' time; a compiler does not repair it). The decoder is not told: its parameters are
-views of the fused matrices, and `FusedProducts` finds the whole by the first part.
+seven (unfused took 2.4 times the calls' time; a compiler does not repair it). The decoder is not told: its parameters keep
+their shapes and stand for the fused matrix, which `FusedProducts` finds by the first of them.
 
 It knows layouts and files; what is computed with the weights is the decoder's affair.
 """
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from fiveply.checkpoint import store
 from fiveply.checkpoint.huggingface import HuggingFaceSource
-from fiveply.model.decoder import Decoder
-from fiveply.model.products import OneDnnProducts, Products
-from fiveply.parallel.parallelize import products_on
+from fiveply.model.decoder import Decoder, Linear
+from fiveply.model.products import Products
 from fiveply.parallel.pipeline_stages import stage_of_decoder
 from fiveply.parallel.tensor_parallel import apply_tensor_parallel
 from fiveply.spec.errors import InputError
@@ -30,32 +29,38 @@ from fiveply.world.mesh import Mesh
 
 Source = store.Checkpoint | HuggingFaceSource
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+PACKED_FOR = 16  # rows: packing is chosen for so many, and serves any number
 
 
 class FusedProducts(Products):
-    """Products of inference: no gradients, and matrices that share their input multiplied as one."""
+    """Products of inference: no gradients, and matrices that share their input multiplied as one.
 
-    def __init__(self, onednn: bool) -> None:
-        self._onednn = onednn
-        self._whole_of: dict[int, Tensor] = {}
+    On CPUs in float32 and bfloat16 a matrix is kept in oneDNN's own order, packed once: with few rows, as in decoding, a
+    product takes half to two thirds of the time of one that packs at each call (`docs/dev-log.md`).
+    """
 
-    def fuse(self, parts_OI: Sequence[Tensor]) -> list[Tensor]:
-        """The same matrices as views of one."""
-        whole_OI = torch.cat(list(parts_OI))
-        self._whole_of[whole_OI.data_ptr()] = whole_OI
-        return list(whole_OI.split([part.shape[0] for part in parts_OI]))
+    def __init__(self, packed: bool) -> None:
+        self._packed = packed
+        self._whole_of: dict[int, Tensor] = {}  # by the identity of the first part that stands for it
+
+    def adopt(self, parts_OI: Sequence[Tensor]) -> list[nn.Parameter]:
+        """Parameters of the same shapes that stand for the matrices from now on: they hold no numbers of their own."""
+        whole_OI = torch.cat(list(parts_OI)) if len(parts_OI) > 1 else parts_OI[0]
+        stands = [nn.Parameter(part.new_empty(1, 1).expand(part.shape), requires_grad=False) for part in parts_OI]
+        packs = torch.ops.mkldnn._reorder_linear_weight
+        self._whole_of[id(stands[0])] = packs(whole_OI, PACKED_FOR) if self._packed else whole_OI
+        return stands
 
     def linears(self, x_TI: Tensor, weights_OI: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if len(weights_OI) == 1:
-            return (self.forward(x_TI, weights_OI[0]),)
-        y_TO = self.forward(x_TI, self._whole_of[weights_OI[0].data_ptr()])
-        return y_TO.split([weight.shape[0] for weight in weights_OI], -1)
+        y_TO = self.forward(x_TI, weights_OI[0])
+        return y_TO.split([weight.shape[0] for weight in weights_OI], -1) if len(weights_OI) > 1 else (y_TO,)
 
     def forward(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        if self._onednn:
-            return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, None, "none", [], "")
-        return F.linear(x_TI, weight_OI)
+        whole_OI = self._whole_of[id(weight_OI)]
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise(x_TI, whole_OI, None, "none", [], "")
+        return F.linear(x_TI, whole_OI)
 
 
 def open_source(path: Path, *, verify: bool = True) -> Source:
@@ -92,13 +97,19 @@ def load(source: Source, mesh: Mesh, dtype: torch.dtype, device: torch.device) -
         owner, _, attribute = placed.name.rpartition(".")
         value = source.read(placed.name, placed.start, placed.size, dtype).to(device)
         setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
-    products = FusedProducts(isinstance(products_on(device, dtype), OneDnnProducts))
+    packed = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    products = FusedProducts(packed)
     for module in decoder.modules():
         for names in _FUSED:
             linears = [part for name in names if (part := getattr(module, name, None)) is not None]
-            if len(linears) == len(names):
-                for linear, weight in zip(linears, products.fuse([part.weight for part in linears]), strict=True):
-                    linear.weight = nn.Parameter(weight, requires_grad=False)
+            for linear, weight in zip(
+                linears, products.adopt([one.weight for one in linears]) if linears else [], strict=True
+            ):
+                linear.weight = weight
+    if decoder.model.norm is not None:
+        head = decoder.lm_head or Linear(spec.hidden, spec.vocabulary, False)
+        (head.weight,) = products.adopt([decoder.head_weight])
+        decoder.lm_head = head  # a tied embedding keeps its rows for looking up
     decoder.set_products(products, head=products)
     if mesh.tp is not None:
         apply_tensor_parallel(decoder, mesh.tp, sequence_parallel=False)
