@@ -26,6 +26,7 @@ from fiveply.spec.errors import InputError, RunError
 
 STEP_TOKENS = 2048  # nobody waits for the next token of an answer: prompts in large chunks
 TOGETHER = 64
+SILENCE_SECONDS = 600.0  # such a step of a large model may take minutes
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -188,7 +189,9 @@ async def _completion(generation: Generation) -> Completion:
 
 
 def _settings(prompts: int) -> Settings:
-    return Settings(most_running=TOGETHER, most_waiting=prompts + 1, step_tokens=STEP_TOKENS)
+    return Settings(
+        most_running=TOGETHER, most_waiting=prompts + 1, step_tokens=STEP_TOKENS, silence_seconds=SILENCE_SECONDS
+    )  # fmt: skip
 
 
 def _tokens(

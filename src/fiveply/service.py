@@ -95,21 +95,20 @@ def run(
     )
     problem: FiveplyError | None = None
     while problem is None and loop.working:
+        engines = loop.driver.engines
         try:
             launch(worker.work, served.layout.world, job, timeout_seconds=COLLECTIVE_SECONDS, apart=apart)
             break  # the driver sent the ranks home
         except FiveplyError as error:
             if not loop.working or stop_requested():
                 break
-            again = restarts and isinstance(error, RunError) and loop.was_ready
             loop.tell(loop.driver.lost, str(error))
-            if not again:
+            if restarts and isinstance(error, RunError) and loop.driver.engines > engines:
+                print(f"fiveply: {error}; starting again", file=sys.stderr, flush=True)
+                time.sleep(PAUSE_SECONDS)
+                loop.tell(loop.driver.starting)
+            else:
                 problem = error
-                break
-            print(f"fiveply: {error}; starting again", file=sys.stderr, flush=True)
-            time.sleep(PAUSE_SECONDS)
-            loop.was_ready = False
-            loop.tell(loop.driver.starting)
     if problem is not None:
         loop.tell(loop.driver.stop, str(problem))
     try:
@@ -165,7 +164,6 @@ class _Loop(Generic[Result]):
         self._made: Future[tuple[str, int, str]] = Future()
         self._result: Future[Result] = Future()
         self._served, self._settings = served, settings
-        self.was_ready = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="driver", daemon=True)
 
     def start(self) -> tuple[str, int, str]:
@@ -210,7 +208,6 @@ class _Loop(Generic[Result]):
         driver, lost_at = self.driver, 0.0
         while True:
             await asyncio.sleep(0.1)
-            self.was_ready = self.was_ready or driver.state == "ready"
             if stop_requested():
                 driver.stop_asked.set()
             if driver.state != "lost":

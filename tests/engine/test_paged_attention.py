@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 from fiveply.engine.paged_attention import PagedAttention, Span, kernels
 from fiveply.model.attention import RowsAttention
 from fiveply.serve.messages import BLOCK
+from fiveply.world import compiled
 
 CPU = torch.device("cpu")
 
@@ -99,8 +102,8 @@ def test_other_types(dtype: torch.dtype, tolerance: float) -> None:
     lengths = [260, 1, 45]
     sequences = make(lengths, 8, 2, 64, dtype, 3)
     blocks, total = tables(lengths, 3)
-    for compiled in (True, False):
-        attention = PagedAttention([0], 8, 2, 64, total, dtype, CPU, compiled_kernels=compiled)
+    for native in (True, False):
+        attention = PagedAttention([0], 8, 2, 64, total, dtype, CPU, compiled_kernels=native)
         outs = run_in_steps(sequences, [[100, *[1] * 160], [1], [45]], attention, blocks, 0)
         for out, sequence in zip(outs, sequences, strict=True):
             exact = whole(*(x.double() for x in sequence), 0)
@@ -137,3 +140,11 @@ def test_parts_of_a_fused_product_are_read_in_place() -> None:
     attention.begin([Span(0, 5, [0])])
     out = attention(q, k, v, layer=0, window=0)
     torch.testing.assert_close(out, whole(q.contiguous(), k.contiguous(), v.contiguous(), 0), atol=1e-6, rtol=1e-6)
+
+
+def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main( {")
+    assert re.match(r".*c\+\+ failed: .*error", str(compiled.library(source, ())))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    assert compiled.library(source, ()) == "no C++ compiler was found (c++, g++ or clang++)"

@@ -20,7 +20,7 @@ from fiveply.serve.http import Limits, Model, Server
 
 CLIENTS = 32
 """Four times what runs and waits."""
-EACH = 6
+EACH = 3
 MODEL = Model("m", 258, 512)
 
 
@@ -100,7 +100,7 @@ async def stream(
     return 200
 
 
-@pytest.mark.parametrize("layout", ["dp=2,pp=2", "pp=2"])
+@pytest.mark.parametrize("layout", [pytest.param("dp=2,pp=2", marks=pytest.mark.slow), "pp=2"])
 def test_load(folder: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
     async def work(driver: Driver) -> None:
         await driver.ready.wait()

@@ -170,6 +170,8 @@ class Driver:
         self.problem = ""
         """Why it is lost."""
         self.ready = asyncio.Event()
+        self.engines = 0
+        """How many have been ready so far."""
         places = [layout.coordinates(rank) for rank in range(layout.world)]
         self.replicas = [
             Replica([rank for rank, place in enumerate(places) if place.dp == dp]) for dp in range(layout.dp)
@@ -293,16 +295,17 @@ class Driver:
                 message = decoder.decode(await reader.readexactly(length))
                 if rank < 0:
                     rank = self._greet(message, writer)
-                    if rank < 0:
-                        break
-                else:
-                    self._ranks[rank].heard = time.monotonic()
-                    self._told(rank, message)
-        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, KeyError, asyncio.CancelledError):
+                known = self._ranks.get(rank)
+                if known is None or known.writer is not writer:
+                    break  # a stranger, or a rank of an engine that is given up
+                known.heard = time.monotonic()
+                self._told(rank, message)
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
-            if rank in self._ranks and self._ranks[rank].writer is writer:
+            known = self._ranks.get(rank)
+            if known is not None and known.writer is writer:
                 self.lost(f"rank {rank} closed its connection")
 
     def _greet(self, message: messages.FromRank, writer: asyncio.StreamWriter) -> int:
@@ -335,6 +338,7 @@ class Driver:
             for rank in replica.ranks:
                 self._ranks[rank].writer.write(messages.pack(messages.Begin(blocks)))
         self.state, self.problem = "ready", ""
+        self.engines += 1
         self.ready.set()
         homeless, self._homeless = self._homeless, []
         for generation in homeless:
@@ -354,6 +358,7 @@ class Driver:
     def lost(self, problem: str) -> None:
         """A rank is gone, so all are: their requests wait for other ones."""
         if self.state in ("lost", "stopped"):
+            self.problem = problem if self.state == "lost" else self.problem  # a later word is more exact
             return
         self.state, self.problem = "lost", problem
         self.ready.clear()

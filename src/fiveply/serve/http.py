@@ -35,6 +35,8 @@ from fiveply.spec.errors import RunError
 
 Value = TypeVar("Value")
 
+LONG_TEXT = 32_768  # characters that take a tokenizer longer than a step
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Of one request, and of the end."""
@@ -161,7 +163,7 @@ class Server:
     async def _completions(self, request: Request) -> Response:
         asked: CompletionRequest = await self._read(request, CompletionRequest)
         text, count = self.driver.text, asked.n or 1
-        prompts = protocol.prompts_of(asked.prompt, text, self.model.vocabulary, "prompt")
+        prompts = await self._tokens(asked.prompt, "prompt")
         max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
         if max_tokens == 0 and not asked.echo:
             raise RequestError("0 tokens without echo ask for nothing", "max_tokens")
@@ -233,7 +235,7 @@ class Server:
     async def _embeddings(self, request: Request) -> Response:
         asked: EmbeddingRequest = await self._read(request, EmbeddingRequest)
         self._check_model(asked.model)
-        prompts = protocol.prompts_of(asked.input, self.driver.text, self.model.vocabulary, "input")
+        prompts = await self._tokens(asked.input, "input")
         self._check_sizes(prompts, 0, len(prompts), "input")
         generations = [self.driver.submit(prompt, 0, Sampling(), embeds=True) for prompt in prompts]
         async with self._cancelling(generations):
@@ -264,6 +266,13 @@ class Server:
         except TimeoutError:
             raise RequestError(f"the body did not arrive within {self.limits.body_seconds:g} s", status=408) from None
         return protocol.read(bytes(body), kind)
+
+    async def _tokens(self, given: protocol.Prompts, param: str) -> list[list[int]]:
+        """Of the prompts; long texts are encoded aside, so that others are not kept waiting."""
+        arguments = given, self.driver.text, self.model.vocabulary, param
+        if sum(len(one) if isinstance(one, str) else 0 for one in given) < LONG_TEXT:
+            return protocol.prompts_of(*arguments)
+        return await asyncio.to_thread(protocol.prompts_of, *arguments)
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, "", self.model.name):
@@ -373,7 +382,9 @@ class _EventStream(Response):
         finally:
             for task in (writing, leaving):
                 task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+            written, _ = await asyncio.gather(writing, leaving, return_exceptions=True)
+        if isinstance(written, Exception) and not isinstance(written, TimeoutError):
+            raise written
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
