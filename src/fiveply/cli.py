@@ -264,7 +264,7 @@ def serve(
     )
     served = service.Served.load(model, layout, dtype, cache_tokens, backend)
     keys = Path(api_keys) if api_keys else None
-    service.serve(served, settings, name=name, host=host, port=port, keys=keys)
+    service.serve(served, settings, name=name or Path(model).resolve().name, host=host, port=port, keys=keys)
 
 
 @command

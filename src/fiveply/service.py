@@ -118,7 +118,7 @@ def run(
 
 
 def serve(
-    served: Served, settings: Settings, *, name: str = "", host: str = "127.0.0.1", port: int = 8000,
+    served: Served, settings: Settings, *, name: str, host: str = "127.0.0.1", port: int = 8000,
     keys: Path | None = None,
 ) -> None:  # fmt: skip
     """The verb: until Ctrl-C or SIGTERM. `keys`: a file with an API key on each line. Raises as `run`."""
@@ -133,15 +133,17 @@ def serve(
     if keys and not admitted:
         raise InputError("holds no key", where=str(keys), fix="write one on each line")
     try:
-        listener = socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise InputError(
             f"cannot listen at {host}:{port} ({error.strerror})", where="--port", fix="choose another"
         ) from None
-    address = f"http://{host}:{listener.getsockname()[1]}"
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
     if not admitted and host not in ("127.0.0.1", "localhost", "::1"):
         print(f"fiveply: anyone who reaches {address} may use it; --api-keys FILE asks for a key", file=sys.stderr)
-    model = Model(name or served.path.resolve().name, served.spec.vocabulary, served.spec.positions)
+    model = Model(name, served.spec.vocabulary, served.spec.positions)
 
     async def work(driver: Driver) -> None:
         def ready() -> None:
