@@ -31,6 +31,7 @@ from fiveply.corpus.chat import ChatTemplate
 from fiveply.corpus.tokenizer import Tokenizer
 from fiveply.engine import worker
 from fiveply.engine.paged_attention import kernels
+from fiveply.engine.products import few_rows
 from fiveply.engine.weights import Source, open_source
 from fiveply.serve.driver import Driver, Settings
 from fiveply.serve.http import Model, Server
@@ -87,7 +88,8 @@ def run(
     if joined():
         raise InputError("torchrun or Slurm has started this process as one of several", where="launch",
                          fix="start it once, by itself: it starts its ranks")  # fmt: skip
-    kernels()  # compiled once, before there are ranks that need it
+    if device.find().kind == "cpu":
+        kernels(), few_rows()  # compiled once, before there are ranks that need them
     loop = _Loop(served, settings, work)
     host, port, secret = loop.start()
     job = worker.Job(

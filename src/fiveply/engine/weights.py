@@ -10,17 +10,15 @@ It knows layouts and files; what is computed with the weights is the decoder's a
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fiveply.checkpoint import store
 from fiveply.checkpoint.huggingface import HuggingFaceSource
+from fiveply.engine.products import FusedProducts
 from fiveply.model.decoder import Decoder, Linear
-from fiveply.model.products import Products
 from fiveply.parallel.pipeline_stages import stage_of_decoder
 from fiveply.parallel.tensor_parallel import apply_tensor_parallel
 from fiveply.spec.errors import InputError
@@ -30,37 +28,6 @@ from fiveply.world.mesh import Mesh
 Source = store.Checkpoint | HuggingFaceSource
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-PACKED_FOR = 16  # rows: packing is chosen for so many, and serves any number
-
-
-class FusedProducts(Products):
-    """Products of inference: no gradients, and matrices that share their input multiplied as one.
-
-    On CPUs in float32 and bfloat16 a matrix is kept in oneDNN's own order, packed once: with few rows, as in decoding, a
-    product takes half to two thirds of the time of one that packs at each call (`docs/dev-log.md`).
-    """
-
-    def __init__(self, packed: bool) -> None:
-        self._packed = packed
-        self._whole_of: dict[int, Tensor] = {}  # by the identity of the first part that stands for it
-
-    def adopt(self, parts_OI: Sequence[Tensor]) -> list[nn.Parameter]:
-        """Parameters of the same shapes that stand for the matrices from now on: they hold no numbers of their own."""
-        whole_OI = torch.cat(list(parts_OI)) if len(parts_OI) > 1 else parts_OI[0]
-        stands = [nn.Parameter(part.new_empty(1, 1).expand(part.shape), requires_grad=False) for part in parts_OI]
-        packs = torch.ops.mkldnn._reorder_linear_weight
-        self._whole_of[id(stands[0])] = packs(whole_OI, PACKED_FOR) if self._packed else whole_OI
-        return stands
-
-    def linears(self, x_TI: Tensor, weights_OI: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        y_TO = self.forward(x_TI, weights_OI[0])
-        return y_TO.split([weight.shape[0] for weight in weights_OI], -1) if len(weights_OI) > 1 else (y_TO,)
-
-    def forward(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        whole_OI = self._whole_of[id(weight_OI)]
-        if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x_TI, whole_OI, None, "none", [], "")
-        return F.linear(x_TI, whole_OI)
 
 
 def open_source(path: Path, *, verify: bool = True) -> Source:
@@ -97,8 +64,7 @@ def load(source: Source, mesh: Mesh, dtype: torch.dtype, device: torch.device) -
         owner, _, attribute = placed.name.rpartition(".")
         value = source.read(placed.name, placed.start, placed.size, dtype).to(device)
         setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
-    packed = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-    products = FusedProducts(packed)
+    products = FusedProducts(dtype, device)
     for module in decoder.modules():
         for names in _FUSED:
             linears = [part for name in names if (part := getattr(module, name, None)) is not None]
