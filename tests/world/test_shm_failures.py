@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fiveply.spec.errors import RunError
-from fiveply.world import shm
+from fiveply.world import compiled, shm
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Groups
 from fiveply.world.process import failure
@@ -230,7 +230,7 @@ def _fallen_back() -> tuple[str, str, float]:
 
 
 def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
 
 
 def _with_broken_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,10 +320,10 @@ def test_ranks_compile_at_once_into_a_cache(tmp_path: Path, monkeypatch: pytest.
 def test_a_change_of_any_source_makes_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native = shutil.copytree(shm._NATIVE, tmp_path / "native")
     monkeypatch.setattr(shm, "_NATIVE", native)
-    names = {shm._library_name("c++")}
+    names = {compiled.file_name(*shm.sources(), "c++")}
     for path in native.iterdir():
         path.write_text(path.read_text() + "\n")
-        names.add(shm._library_name("c++"))
+        names.add(compiled.file_name(*shm.sources(), "c++"))
     assert len(names) == 1 + len(list(native.iterdir())) > 5
 
 

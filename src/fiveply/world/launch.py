@@ -115,6 +115,7 @@ def launch(
     backend: str | None = None,
     timeout_seconds: float = 600.0,
     shared_memory: bool = True,
+    apart: bool = False,
 ) -> Any:
     """Run `function(*args)` on `ranks` ranks, each within a default process group; return rank 0's value.
 
@@ -125,7 +126,7 @@ def launch(
 
     `log_folder` gets what each rank prints as `rank-00003.log`; rank 0 prints to the terminal as well, the others
     only there. `timeout_seconds` bounds each collective and the start. `shared_memory`: whether CPU ranks may talk
-    through it, for which its library is then made ready.
+    through it, for which its library is then made ready. `apart`: a single rank gets a process of its own too.
 
     Raises InputError if the world does not have `ranks` ranks; the FiveplyError that a rank raised first; RunError
     naming the rank that failed first otherwise (the traceback of a defect goes to standard error and the rank's log).
@@ -145,7 +146,7 @@ def launch(
         except OSError as error:
             raise InputError(f"cannot hold logs: {error.strerror}", where=str(log_folder)) from error
     job = _Job(function, args, ranks, backend, timedelta(seconds=timeout_seconds), log_folder)
-    if place or ranks == 1:
+    if place or (ranks == 1 and not apart):
         return _run_here(job, place)
     if shared_memory and "nccl" not in backend:
         shm.build()  # before there are ranks that would each compile or load it

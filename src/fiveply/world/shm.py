@@ -13,23 +13,20 @@ What it does not know: tensors, process groups, meshes (`fiveply.world.shm_backe
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import platform
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from fiveply.world import compiled
 
 KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "broadcast", "reduce", "gather", "scatter", "all-to-all", "barrier",
@@ -42,7 +39,7 @@ PENDING, DONE, MISMATCH, CANCELLED = range(4)  # of an operation
 _PRESENT, _LEFT, _FAILED = range(3)  # a member's status
 
 _NATIVE = Path(__file__).with_name("shm_native")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fwrapv", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
+_FLAGS = ("-fwrapv", "-ffp-contract=off", "-pthread")
 _SLICE_NS = 200_000_000  # how long a wait stays in compiled code: then signals are taken and peers looked at
 _SLOT_BYTES = 256 * 1024  # a rank has four slots: a mebibyte for collectives
 _RINGS_BYTES = 1024 * 1024  # of what a rank sends to its peers
@@ -65,56 +62,18 @@ def build() -> ctypes.CDLL | str:
 
     A launcher calls this before it forks, so that its ranks find it loaded.
     """
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux":
         return f"{platform.system()} has no futex and no memfd_create"
-    if compiler is None:
-        return "no C++ compiler was found (c++, g++ or clang++)"
-    name = _library_name(compiler)
-    folder = Path.home() / ".cache" / "fiveply"
-    with tempfile.TemporaryDirectory(prefix="fiveply-") as own, suppress(OSError):
-        path = folder / name
-        if not path.exists():
-            made = Path(own) / name
-            if problem := _compile(compiler, made):
-                return problem
-            path = _keep(made, path)
-        return _load(path)
-    return "the compiled library could not be loaded"
+    library = compiled.library(*sources())
+    return library if isinstance(library, str) else _declare(library)
 
 
-def _library_name(compiler: str) -> str:
-    """By all that it depends on; a home directory can be shared by machines whose processors differ."""
-    sources = [path.read_bytes() for path in sorted(_NATIVE.glob("*.?pp"))]
-    key = [*sources, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()]
-    return f"shm-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
+def sources() -> tuple[Path, tuple[str, ...], list[Path]]:
+    """What `compiled.library` takes."""
+    return _NATIVE / "group.cpp", _FLAGS, sorted(_NATIVE.glob("*.hpp"))
 
 
-def _compile(compiler: str, out: Path) -> str:
-    try:
-        done = subprocess.run(
-            [compiler, *_FLAGS, str(_NATIVE / "group.cpp"), "-o", str(out)], capture_output=True, text=True, timeout=120
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{compiler} failed: {error}"
-    complaint = (done.stderr.strip().splitlines() or ["no message"])[0]
-    return f"{compiler} failed: {complaint[:200]}" if done.returncode else ""
-
-
-def _keep(made: Path, path: Path) -> Path:
-    """Move it into the cache whole or not at all: ranks may do so at the same time. Where that fails, it serves once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        shutil.copy(made, aside)
-        aside.replace(path)
-        return path
-    except OSError:
-        return made
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, result, *arguments in (
         ("shm_size", i64, i32, i64, i64),
@@ -133,12 +92,6 @@ def _load(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
 def _born(pid: int) -> str:
