@@ -144,7 +144,7 @@ class Point:
 
 
 def measure(
-    url: str, model: str, *, concurrencies: str = "1", rates: str = "", requests: int = 0, prompt_tokens: int = 128,
+    url: str, model: str, *, concurrencies: str = "", rates: str = "", requests: int = 0, prompt_tokens: int = 128,
     output_tokens: int = 128, key: str = "", timeout: float = 300.0, seed: int = 0,
 ) -> list[Point]:  # fmt: skip
     """A point for each concurrency, or for each rate, one after the other.
