@@ -48,13 +48,14 @@ def strings(answer: Any) -> list[str]:
 
 
 def plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w.]", " ", text.lower().replace(",", "")).split())
+    """Words and numbers alone."""
+    return " ".join(re.sub(r"[^\w.]|\.(?!\d)", " ", text.lower().replace(",", "")).split())
 
 
 def share(answer: Any, text: str) -> float:
     """Of the strings of the right answer, how many the text has in it."""
     said = f" {plain(text)} "
-    return float(np.mean([plain(one) in said for one in strings(answer)]))
+    return float(np.mean([f" {plain(one)} " in said for one in strings(answer)]))
 
 
 def main() -> None:
