@@ -64,6 +64,33 @@ class Rope(msgspec.Struct, frozen=True):
     truncate: bool = True
 
 
+class Latent(msgspec.Struct, frozen=True):
+    """Latent attention (DeepSeek-V2): queries and keys-values through low ranks; sizes of one head in `*_dim`."""
+
+    q_rank: int
+    """0: queries are projected directly."""
+    kv_rank: int
+    nope_dim: int
+    """The part of a query's and key's head that is not rotated."""
+    rope_dim: int
+    """The rotated part; the key's is shared by all heads."""
+    value_dim: int
+
+
+class Experts(msgspec.Struct, frozen=True):
+    """Routed experts of the layers that have them (`layers`); the others have a plain MLP of `ModelSpec.ffn`."""
+
+    count: int
+    per_token: int
+    ffn: int
+    """One expert's inner size."""
+    layers: tuple[int, ...]
+    shared_ffn: int = 0
+    """Inner size of the MLP that every token passes beside its experts; 0 for none."""
+    bias: bool = False
+    """Biases in the experts and the router."""
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """A decoder: sizes and the choices that distinguish the families."""
 
@@ -91,6 +118,12 @@ class ModelSpec(msgspec.Struct, frozen=True):
     window: int = 0
     """Sliding window in tokens, 0 for none; `window_layers` says which layers have it."""
     window_layers: tuple[int, ...] = ()
+    experts: Experts | None = None
+    latent: Latent | None = None
+    sinks: bool = False
+    """A learnt logit per head that attention's softmax counts besides the keys."""
+    predicted: int = 1
+    """Tokens predicted at each position; beyond the first each has one more layer (multi-token prediction)."""
     tied: bool = False
     """The head shares the embedding's matrix."""
     dropout: float = 0.0
