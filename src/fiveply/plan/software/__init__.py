@@ -1,0 +1,98 @@
+"""What one training system keeps, overlaps and launches, as data: `NAME.toml` beside this file, a vintage a section."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from typing import Literal
+
+import msgspec
+
+from fiveply.spec.errors import InputError
+
+FIVEPLY = "fiveply"
+
+
+class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A training system's habits. The first group decides what is computed and kept, the second what state a parameter
+    costs, the third what runs beside what, the last how fast kernels follow one another."""
+
+    name: str
+    vintage: str = ""
+    """Release or month that these values describe."""
+
+    # Computed and kept (workload, footprint).
+    flash: bool = True
+    """Attention keeps queries, keys, values, output and one float32 a row; else scores, softmax and its dropout mask."""
+    dropout: float = 0.0
+    """Rate that the system's recipes train with; above 0 a byte an element of mask is kept at each site."""
+    norm_output: bool = True
+    """A norm's output is kept beside its input (as the input of the product that follows)."""
+    gathered_input: bool = False
+    """Under sequence parallel the gathered input of a product is kept; else its own part, and gathered again."""
+    activation_input: bool = True
+    """The MLP's pre-activation is kept as well as what the down product reads; else one is computed from the other."""
+    qkv_output: bool = False
+    """The fused query-key-value output stays alive beside the rotated queries and keys."""
+    loss: Literal["chunked", "fused", "plain"] = "plain"
+    """chunked: one chunk of logits at a time, logits never kept. fused: logits in the activation type, gradient in place.
+    plain: logits, their float32 copy, and the softmax."""
+    selective: Literal["core", "attention"] = "core"
+    """What `recompute=selective` computes again: attention's scores and softmax (Korthikanti), or its products too."""
+    gather_sequence: bool = True
+    """Sequence parallel wherever tp > 1 unless a row or flag says otherwise."""
+
+    # State of a parameter, bytes. Under ZeRO the sharded part is divided by the ranks that share it.
+    parameter_bytes: float = 2
+    """Of the parameters that are computed with."""
+    gradient_bytes: float = 4
+    optimizer_bytes: float = 12
+    """Master copy and moments."""
+    reduce_bytes: float = 4
+    """Of one gradient element when it is reduced."""
+    gather_bytes: float = 2
+    """Of one parameter element when it is gathered."""
+    vocabulary_multiple: int = 1
+    """The vocabulary is padded to a multiple of this times tp."""
+    context_bytes: int = 0
+    """Held outside tensors: CUDA context, NCCL; counted in reserved memory, not in allocated."""
+    workspace_bytes: int = 0
+    """Allocated once, whatever the model: cuBLAS, fused kernels' scratch."""
+
+    # Overlap: the share of a collective that may hide, where there is computation to hide it.
+    overlap_gradients: float = 1.0
+    overlap_parameters: float = 1.0
+    overlap_tensor: float = 0.0
+    overlap_pipeline: float = 0.0
+    overlap_experts: float = 0.0
+    contention: float = 1.15
+    """Kernels that run beside a collective slow down by this."""
+
+    # Speed.
+    memory_passes: float = 1.0
+    """Bytes that memory-bound operations move, relative to perfectly fused ones."""
+    launch_seconds: float = 4e-6
+    """Host time a kernel; what a step takes at least where kernels are small."""
+    products: float = 1.0
+    """Sustained over isolated speed of matrix products."""
+    attention: float = 1.0
+    """The same of attention."""
+    step_seconds: float = 0.0
+    """What is left once a step: data loading, logging, norms' synchronisation."""
+
+
+@functools.cache
+def load(name: str, vintage: str = "") -> Software:
+    """The system `name`, at the newest vintage at or before `vintage` ("YYYY-MM"; the newest by default).
+    Raises InputError for an unknown one."""
+    folder = resources.files(__name__)
+    known = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    if name not in known:
+        raise InputError(f"no system '{name}'", where="software", fix=f"known: {', '.join(known)}")
+    table = msgspec.toml.decode(folder.joinpath(f"{name}.toml").read_bytes())
+    values, newest = dict(table.get("always", {})), ""
+    for section in sorted(table.get("vintage", {})):
+        if not vintage or section <= vintage or not newest:
+            values |= table["vintage"][section]
+            newest = section
+    return msgspec.convert({"name": name, "vintage": newest} | values, Software)
