@@ -1,25 +1,271 @@
-"""Seconds of an operation and of a collective on a machine: a roofline by shape, calibrated; nothing here counts work."""
+"""Seconds of an operation and of a collective on a machine: a roofline by shape, calibrated. Nothing here counts work.
+
+Matrix products by tiles and waves, attention by sequence and head size, memory-bound operations by bytes, collectives by
+latency, bandwidth and where their ranks stand; then what of a collective hides behind the computation beside it. Every
+constant is a field of `Machine` (hardware/*.toml) or of `Software` (software/*.toml).
+"""
 
 from __future__ import annotations
 
-from fiveply.plan.machine import Machine, Precision
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import msgspec
+
+from fiveply.plan import machine as machines
+from fiveply.plan.machine import Link, Machine
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
-from fiveply.plan.workload import Operation, Phase, Work
+from fiveply.plan.workload import Operation, Work
+from fiveply.spec.cluster import ClusterSpec
+from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 
-
-def operation_seconds(operation: Operation, machine: Machine, software: Software, precision: Precision) -> float:
-    """All `operation.count` calls."""
-    raise NotImplementedError
-
-
-def work_seconds(work: Work, machine: Machine, software: Software, precision: Precision) -> dict[Phase, float]:
-    """Seconds of one micro-batch of a part by phase, without collectives."""
-    raise NotImplementedError
+TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
+"""Rows and columns of the output that one processor computes at a time."""
+_REUSE = 256 * 128 / (256 + 128)
+BYTES = {"fp64": 8.0, "fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5}
+_FACTORS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+GROUPED = 0.85
+"""Speed of grouped products relative to one product of a group's shape: uneven groups, permuted rows."""
 
 
-def collective_seconds(collective: Collective, machine: Machine, layout: Layout) -> float:
-    """ONE call, nothing hidden. Where the axis's ranks stand (in a node, in an NVLink domain, across) follows from the
-    order of ranks: tp, cp, dp, pp, fastest first."""
-    raise NotImplementedError
+class PartSeconds(msgspec.Struct, frozen=True):
+    """One micro-batch of one part on one rank, with what collectives leave exposed; `terms` add up to the three."""
+
+    forward: float
+    input: float
+    weight: float
+    terms: dict[str, float]
+
+
+def machine(cluster: ClusterSpec) -> Machine:
+    """The devices of `cluster`: a kind that ships, changed by what was measured. Raises InputError for an unknown kind."""
+    known = cluster.device in machines.names()
+    if not known and not cluster.measured:
+        return machines.load(cluster.device)
+    base = msgspec.to_builtins(machines.load(cluster.device)) if known else {"name": cluster.device}
+    try:
+        found = msgspec.convert(base | cluster.measured, Machine)
+    except msgspec.ValidationError as error:
+        raise InputError(str(error), where="cluster", key="measured", fix="write it with fiveply probe") from None
+    return msgspec.structs.replace(
+        found,
+        count=cluster.count,
+        memory_bytes=cluster.memory_bytes or found.memory_bytes,
+        devices_per_node=cluster.devices_per_node or found.devices_per_node,
+    )
+
+
+# --- operations ---
+
+
+@lru_cache(maxsize=1 << 16)
+def product_seconds(m: int, n: int, k: int, machine: Machine, precision: str, tiles: int = 1) -> float:
+    """One matrix product (m, k) x (k, n), or `tiles` equal ones in one kernel, on an otherwise idle device."""
+    speed = machine.product(precision)
+    processors, wide = machine.processors, BYTES[precision]
+    computing = math.inf
+    for rows, columns in TILES:
+        waves = tiles * math.ceil(m / rows) * math.ceil(n / columns) / processors
+        waves = max(1.0, waves + speed.quantisation * (math.ceil(waves) - waves))
+        reuse = (rows * columns / (rows + columns) / _REUSE) ** speed.small_tile
+        computing = min(computing, waves * rows * columns / reuse)
+    computing *= 2 * processors * (k + speed.prologue) / (machine.flops(precision) * speed.efficiency)
+    moving = tiles * (wide * (m + n) * k + 2 * m * n) / (machine.bandwidth * speed.memory)
+    if n % 64 or k % 64:  # rows that don't start at 128 bytes: loads and stores are split
+        computing *= 1.0 + MISALIGNED * (2 if n % 8 or k % 8 else 1)
+    return speed.launch + (computing**4 + moving**4) ** 0.25
+
+
+MISALIGNED = 0.15
+"""Slowdown of products whose n or k is no multiple of 64 elements, twice that where it is none of 8: our estimate from the
+published rows of GPT shapes (vocabulary 50,257, head size 96)."""
+
+
+def attention_seconds(shape: Sequence[int], machine: Machine, software: Software, precision: str, backward: bool) -> float:
+    """Fused attention of `rows` sequences, or scores, softmax and two products where the system has no fused one."""
+    rows, queries, keys, heads, _, size, values, window = shape
+    seen = min(window, keys) if window else keys
+    if not software.flash:
+        return _plain_attention(rows, queries, keys, heads, size, machine, software, precision, backward)
+    if window and window < keys:
+        pairs = queries * seen
+    elif queries < keys:  # a context-parallel part of a causal sequence, balanced
+        pairs = queries * keys / 2
+    else:
+        pairs = queries * keys / 2
+    flops = 2 * rows * heads * pairs * (size + values) * (2.5 if backward else 1.0)
+    speed = machine.attention
+    head = (size + values) / 2
+    reached = speed.efficiency * seen / (seen + speed.half_sequence) * head / (head + speed.half_head)
+    reached *= software.attention * (speed.backward if backward else 1.0)
+    return speed.launch + flops / (machine.flops("bf16") * reached)
+
+
+def _plain_attention(
+    rows: int, queries: int, keys: int, heads: int, size: int, machine: Machine, software: Software, precision: str, backward: bool
+) -> float:
+    """Scores and context as batched products of the whole square, softmax and dropout as kernels between them."""
+    groups = rows * heads
+    products = product_seconds(queries, keys, size, machine, precision, groups) + product_seconds(
+        queries, size, keys, machine, precision, groups
+    )
+    elements = groups * queries * keys
+    passes = 4 + (5 if software.dropout else 0)  # softmax reads and writes; dropout too, with its mask
+    moved = elements * (passes + 2) if backward else elements * passes
+    kernels = 2 if software.dropout else 1
+    return products * (2 if backward else 1) + moved / (machine.bandwidth * machine.stream) + kernels * machine.launch
+
+
+def operation_seconds(operation: Operation, machine: Machine, software: Software, precision: str) -> float:
+    """All `operation.count` calls, each as long as the device takes."""
+    shape = operation.shape
+    if operation.kind == "product":
+        one = product_seconds(*shape[:3], machine, precision) / (software.products * machine.clock)
+    elif operation.kind == "grouped":
+        groups, m, n, k = shape
+        one = product_seconds(max(1, m), n, k, machine, precision, max(1, groups)) / (
+            software.products * machine.clock * GROUPED
+        )
+    elif operation.kind == "attention":
+        backward = operation.phase == "input" and not operation.name.endswith("again")
+        one = attention_seconds(shape, machine, software, precision, backward) / machine.clock
+    else:
+        moved = operation.bytes * software.memory_passes
+        one = machine.launch + moved / (machine.bandwidth * machine.stream)
+    return one * operation.count
+
+
+def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> float:
+    """One optimiser step of the `parameters` that a rank holds: gradient, master copy and moments read, all but the gradient
+    written, and the parameter written; the gradients' norm reads them once more."""
+    moved = 2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes
+    return parameters * moved / (machine.bandwidth * machine.stream)
+
+
+# --- collectives ---
+
+
+def collective_seconds(collective: Collective, machine: Machine, stride: int) -> float:
+    """ONE call, nothing hidden; `stride` ranks stand between neighbours of its group."""
+    return call_seconds(collective.operation, collective.bytes, collective.size, machine, stride)
+
+
+@lru_cache(maxsize=1 << 16)
+def call_seconds(operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int) -> float:
+    """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host."""
+    if ranks < 2 and operation not in ("send", "receive"):
+        return 0.0
+    if operation in ("send", "receive"):
+        link = machine.link["send"] if stride < machine.joined else machine.network
+        return link.start + size_bytes / link.bandwidth
+    together = max(1, min(ranks, machine.joined // stride)) if stride < machine.joined else 1
+    if together >= ranks:
+        return _over(machine.link[operation], operation, size_bytes, ranks)
+    network, inner = machine.network, machine.link[operation]
+    if operation == "all-to-all":  # each rank sends to every other; what leaves the domain leaves through its own card
+        outside = size_bytes * (ranks - together) / ranks / network.bandwidth
+        inside = size_bytes * together / ranks / inner.bandwidth
+        return network.start + network.hop * ranks / together + max(outside, inside) + math.sqrt(network.half * outside)
+    hosts = math.ceil(ranks / together)
+    bandwidth = min(network.bandwidth * together, inner.bandwidth)
+    moving = _FACTORS[operation] * (ranks - 1) / ranks * size_bytes / bandwidth
+    start = network.start + inner.hop * together + network.hop * hosts * (2 if operation == "all-reduce" else 1)
+    if operation == "all-reduce":  # trees: latency grows with the logarithm
+        start = min(start, network.start * (1 + math.log2(hosts)) + inner.hop * together)
+    return start + moving + math.sqrt(network.half * moving)
+
+
+def _over(link: Link, operation: str, size_bytes: int, ranks: int) -> float:
+    moving = _FACTORS[operation] * (ranks - 1) / ranks * size_bytes / (link.bandwidth * (1 - link.loss / ranks))
+    return link.start + link.hop * ranks + moving + math.sqrt(link.half * moving)
+
+
+# --- parts ---
+
+
+def part_seconds(
+    work: Work,
+    collectives: Sequence[Collective],
+    machine: Machine,
+    software: Software,
+    precision: str,
+    strides: Mapping[str, int],
+) -> PartSeconds:
+    """One micro-batch of a part. `strides`: ranks between neighbours on each axis.
+
+    What may hide a collective is the computation of its own phase (`weight`: the weight gradients); the system's share of
+    overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
+    """
+    phases: dict[str, float] = {"forward": 0.0, "input": 0.0, "weight": 0.0}
+    terms: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = defaultdict(float)
+    for operation in work.operations:
+        if operation.phase == "step":
+            continue
+        seconds = operation_seconds(operation, machine, software, precision)
+        phases[operation.phase] += seconds
+        terms[_term(operation)] += seconds
+        kernels[operation.phase] += operation.count * software.kernels
+    if not software.graphs:
+        for phase, count in kernels.items():
+            late = max(0.0, count * machine.host - phases[phase])
+            phases[phase] += late
+            terms["launch"] += late
+    computing = dict(phases)
+    for collective in collectives:
+        if collective.phase not in phases:
+            continue
+        seconds = collective.count * collective_seconds(collective, machine, strides[collective.axis])
+        share = _overlap(collective, software)
+        beside = computing["weight" if collective.hides == "weight" else collective.phase] if collective.hides else 0.0
+        hidden = min(seconds * share, beside / software.contention)
+        exposed = seconds - hidden + hidden * (software.contention - 1)
+        phases[collective.phase] += exposed
+        terms[AXES.get(collective.axis, collective.axis)] += exposed
+    return PartSeconds(phases["forward"], phases["input"], phases["weight"], dict(terms))
+
+
+AXES = {"kv": "tp", "shard": "zero", "replica": "dp", "etp": "ep"}
+"""Under which term an axis's exposed seconds stand, where not under its own name."""
+
+
+def _overlap(collective: Collective, software: Software) -> float:
+    axis = AXES.get(collective.axis, collective.axis)
+    if axis == "tp":
+        return software.overlap_tensor
+    if axis == "ep":
+        return software.overlap_experts
+    if axis in ("zero", "dp"):
+        return software.overlap_parameters if collective.operation == "all-gather" else software.overlap_gradients
+    return 0.5 if axis == "cp" else 0.0
+
+
+def _term(operation: Operation) -> str:
+    if operation.name.endswith("again"):
+        return "recompute"
+    if operation.module in ("experts", "router"):
+        return "experts"
+    return {"product": "products", "grouped": "experts", "attention": "attention", "memory": "elementwise"}[operation.kind]
+
+
+# --- what is left, and how sure one may be ---
+
+
+def residual(seconds: float, machine: Machine, software: Software, layout: Layout) -> float:
+    """Seconds of a step of `seconds` that no term explains: stragglers, clocks, data loading, what is launched once."""
+    return software.step_seconds + seconds * software.pipeline_slip * (layout.pp > 1)
+
+
+def interval(seconds: float, machine: Machine, software: Software) -> tuple[float, float, float]:
+    """10, 50 and 90% of the step time, from the errors seen on rows of systems that were left out of the fit."""
+    spread = software.spread
+    return seconds * math.exp(-1.2816 * spread), seconds, seconds * math.exp(1.2816 * spread)
+
+
+def memory_error(machine: Machine, software: Software) -> tuple[float, float]:
+    """(mean, standard deviation) of log(measured / predicted) allocated bytes."""
+    return 0.0, software.memory_spread

@@ -37,10 +37,14 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loss: Literal["chunked", "fused", "plain"] = "plain"
     """chunked: one chunk of logits at a time, logits never kept. fused: logits in the activation type, gradient in place.
     plain: logits, their float32 copy, and the softmax."""
-    selective: Literal["core", "attention"] = "core"
-    """What `recompute=selective` computes again: attention's scores and softmax (Korthikanti), or its products too."""
-    gather_sequence: bool = True
-    """Sequence parallel wherever tp > 1 unless a row or flag says otherwise."""
+    selective: tuple[str, ...] = ("core",)
+    """Modules (workload.Module) that `recompute=selective` computes again; Korthikanti's is attention's core."""
+    fused_products: bool = True
+    """Queries, keys and values are one product, gate and up another."""
+    mask_bytes: int = 1
+    """Of one element of a dropout mask; 0: as wide as activations."""
+    sequence_parallel: bool = True
+    """Wherever tp > 1, unless the layout says otherwise."""
 
     # State of a parameter, bytes. Under ZeRO the sharded part is divided by the ranks that share it.
     parameter_bytes: float = 2
@@ -71,14 +75,22 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Speed.
     memory_passes: float = 1.0
     """Bytes that memory-bound operations move, relative to perfectly fused ones."""
-    launch_seconds: float = 4e-6
-    """Host time a kernel; what a step takes at least where kernels are small."""
+    kernels: float = 1.5
+    """Kernels launched for one operation of the count: casts, copies and small pieces beside it."""
+    graphs: bool = False
+    """Kernels are replayed from a graph: no host time each."""
     products: float = 1.0
     """Sustained over isolated speed of matrix products."""
     attention: float = 1.0
-    """The same of attention."""
+    """Speed of fused attention relative to the best known for the device (FlashAttention-2 on Hopper: 0.62)."""
+    pipeline_slip: float = 0.0
+    """Share of a pipeline step lost to stages waiting for one another beyond the schedule's own bubble."""
     step_seconds: float = 0.0
     """What is left once a step: data loading, logging, norms' synchronisation."""
+
+    # How sure one may be: standard deviations of log(measured / predicted) on rows that the fit did not see.
+    spread: float = 0.08
+    memory_spread: float = 0.03
 
 
 @functools.cache
