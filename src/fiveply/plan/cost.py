@@ -85,37 +85,39 @@ MISALIGNED = 0.15
 published rows of GPT shapes (vocabulary 50,257, head size 96)."""
 
 
-def attention_seconds(shape: Sequence[int], machine: Machine, software: Software, precision: str, backward: bool) -> float:
-    """Fused attention of `rows` sequences, or scores, softmax and two products where the system has no fused one."""
-    rows, queries, keys, heads, _, size, values, window = shape
-    seen = min(window, keys) if window else keys
+def attention_seconds(operation: Operation, machine: Machine, software: Software, precision: str) -> float:
+    """Fused attention, or scores, softmax and two products where the system has no fused one; context-parallel parts of a
+    row take the time of their share of its pairs."""
+    rows, queries, keys, heads, _, size, value, window = operation.shape
+    backward = operation.phase == "input" and not operation.again
     if not software.flash:
-        return _plain_attention(rows, queries, keys, heads, size, machine, software, precision, backward)
-    if window and window < keys:
-        pairs = queries * seen
-    elif queries < keys:  # a context-parallel part of a causal sequence, balanced
-        pairs = queries * keys / 2
-    else:
-        pairs = queries * keys / 2
-    flops = 2 * rows * heads * pairs * (size + values) * (2.5 if backward else 1.0)
+        return _plain_attention(rows * heads, queries, keys, size, machine, software, precision, backward)
+    seen = min(window, keys) if window else keys
+    head = (size + value) / 2
     speed = machine.attention
-    head = (size + values) / 2
     reached = speed.efficiency * seen / (seen + speed.half_sequence) * head / (head + speed.half_head)
     reached *= software.attention * (speed.backward if backward else 1.0)
-    return speed.launch + flops / (machine.flops("bf16") * reached)
+    return speed.launch + operation.flops / (machine.flops("bf16") * reached)
 
 
 def _plain_attention(
-    rows: int, queries: int, keys: int, heads: int, size: int, machine: Machine, software: Software, precision: str, backward: bool
+    squares: int,
+    queries: int,
+    keys: int,
+    size: int,
+    machine: Machine,
+    software: Software,
+    precision: str,
+    backward: bool,
 ) -> float:
-    """Scores and context as batched products of the whole square, softmax and dropout as kernels between them."""
-    groups = rows * heads
-    products = product_seconds(queries, keys, size, machine, precision, groups) + product_seconds(
-        queries, size, keys, machine, precision, groups
-    )
-    elements = groups * queries * keys
-    passes = 4 + (5 if software.dropout else 0)  # softmax reads and writes; dropout too, with its mask
-    moved = elements * (passes + 2) if backward else elements * passes
+    """Scores and context as batched products of whole squares, softmax and dropout as kernels between them."""
+    products = product_seconds(queries, keys, size, machine, precision, squares)
+    products += product_seconds(queries, size, keys, machine, precision, squares)
+    width = BYTES[precision]
+    passes = (3 if backward else 2) * width  # softmax: read and write, in backward its output too
+    if software.dropout:
+        passes += 2 * width + software.mask_bytes
+    moved = squares * queries * keys * passes
     kernels = 2 if software.dropout else 1
     return products * (2 if backward else 1) + moved / (machine.bandwidth * machine.stream) + kernels * machine.launch
 
@@ -124,18 +126,17 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
     """All `operation.count` calls, each as long as the device takes."""
     shape = operation.shape
     if operation.kind == "product":
-        one = product_seconds(*shape[:3], machine, precision) / (software.products * machine.clock)
+        one = product_seconds(*shape, machine, precision) / (software.products * machine.clock)
+        if operation.phase == "weight":  # added to the gradient so far: read and written
+            one += shape[0] * shape[1] * 2 * software.gradient_bytes / (machine.bandwidth * machine.stream)
     elif operation.kind == "grouped":
         groups, m, n, k = shape
-        one = product_seconds(max(1, m), n, k, machine, precision, max(1, groups)) / (
-            software.products * machine.clock * GROUPED
-        )
+        one = product_seconds(max(1, m), n, k, machine, precision, max(1, groups))
+        one /= software.products * machine.clock * GROUPED
     elif operation.kind == "attention":
-        backward = operation.phase == "input" and not operation.name.endswith("again")
-        one = attention_seconds(shape, machine, software, precision, backward) / machine.clock
+        one = attention_seconds(operation, machine, software, precision) / machine.clock
     else:
-        moved = operation.bytes * software.memory_passes
-        one = machine.launch + moved / (machine.bandwidth * machine.stream)
+        one = machine.launch + operation.bytes * software.memory_passes / (machine.bandwidth * machine.stream)
     return one * operation.count
 
 
@@ -245,7 +246,7 @@ def _overlap(collective: Collective, software: Software) -> float:
 
 
 def _term(operation: Operation) -> str:
-    if operation.name.endswith("again"):
+    if operation.again:
         return "recompute"
     if operation.module in ("experts", "router"):
         return "experts"

@@ -90,8 +90,6 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds of the host's time to launch one kernel."""
     clock: float = 1.0
     """Sustained over the speed of isolated kernels, under the power of a whole step."""
-    shared: int = 1
-    """Ranks that run on one device's cores at a time (CPU ranks on fewer cores)."""
     dollars_per_hour: float | None = None
     sources: dict[str, str] = {}
     """Where a figure is from, and when."""
@@ -101,6 +99,11 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def joined(self) -> int:
         """Devices of one fast domain."""
         return self.domain or self.devices_per_node
+
+    def with_threads(self, threads: float) -> Machine:
+        """A rank that computes with `threads` devices (CPU cores), or with a part of one."""
+        peak = {precision: flops * threads for precision, flops in self.peak.items()}
+        return msgspec.structs.replace(self, peak=peak, bandwidth=self.bandwidth * threads)
 
     def flops(self, precision: str) -> float:
         """Peak FLOP/s of `precision`; of the next wider one that the device has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -39,6 +39,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plain: logits, their float32 copy, and the softmax."""
     selective: tuple[str, ...] = ("core",)
     """Modules (workload.Module) that `recompute=selective` computes again; Korthikanti's is attention's core."""
+    stops_early: bool = False
+    """Recomputation stops at the last kept tensor (torch's non-reentrant checkpoint): a block's last collective is not run again."""
     fused_products: bool = True
     """Queries, keys and values are one product, gate and up another."""
     mask_bytes: int = 1
@@ -94,17 +96,26 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @functools.cache
+def names() -> list[str]:
+    """The systems that ship."""
+    return sorted(f.name.removesuffix(".toml") for f in resources.files(__name__).iterdir() if f.name.endswith(".toml"))
+
+
+@functools.cache
 def load(name: str, vintage: str = "") -> Software:
     """The system `name`, at the newest vintage at or before `vintage` ("YYYY-MM"; the newest by default).
     Raises InputError for an unknown one."""
-    folder = resources.files(__name__)
-    known = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
-    if name not in known:
-        raise InputError(f"no system '{name}'", where="software", fix=f"known: {', '.join(known)}")
-    table = msgspec.toml.decode(folder.joinpath(f"{name}.toml").read_bytes())
-    values, newest = dict(table.get("always", {})), ""
-    for section in sorted(table.get("vintage", {})):
-        if not vintage or section <= vintage or not newest:
-            values |= table["vintage"][section]
-            newest = section
-    return msgspec.convert({"name": name, "vintage": newest} | values, Software)
+    if name not in names():
+        raise InputError(f"no system '{name}'", where="software", fix=f"known: {', '.join(names())}")
+    return msgspec.convert(_read(name, vintage) | {"name": name}, Software)
+
+
+def _read(name: str, vintage: str) -> dict[str, Any]:
+    table = msgspec.toml.decode(resources.files(__name__).joinpath(f"{name}.toml").read_bytes())
+    values: dict[str, Any] = _read(table["like"], vintage) if "like" in table else {}
+    values |= table.get("always", {})
+    sections: dict[str, Any] = table.get("vintage", {})
+    for section in sorted(sections):
+        if not vintage or section <= vintage or section == min(sections):
+            values |= sections[section] | {"vintage": section}
+    return values
