@@ -56,6 +56,8 @@ class Work(msgspec.Struct, frozen=True):
     """Bytes that stand beyond the kept ones at forward's worst moment."""
     backward_working: int = 0
     """The same of backward: gradients on their way, and what recomputation forms again."""
+    deferred: int = 0
+    """Bytes kept from a split backward's input gradient to its weight gradient: inputs of products, their outputs' gradients."""
 
     @property
     def kept_bytes(self) -> int:
@@ -73,13 +75,25 @@ class Tally:
         self.element, self.again, self.software = element, again, software
         self.operations: list[Operation] = []
         self.kept: list[Kept] = []
+        self.dropped = 0
+        """Bytes that recomputation forms again in backward."""
+        self.deferred = 0
+        """Bytes that weight gradients need where they are put off: inputs of products, and gradients of their outputs."""
 
-    def work(self) -> Work:
-        return Work(tuple(self.operations), tuple(self.kept))
+    def work(self, forward_working: int = 0, backward_working: int = 0) -> Work:
+        return Work(
+            tuple(self.operations),
+            tuple(self.kept),
+            forward_working,
+            backward_working + self.dropped,
+            self.deferred,
+        )
 
     def keep(self, name: str, module: Module, size: int, *, always: bool = False) -> None:
         """`size` in bytes; dropped where its module is computed again, unless `always`."""
-        if size and (always or module not in self.again):
+        if module in self.again and not always:
+            self.dropped += size
+        elif size:
             self.kept.append(Kept(name, module, size))
 
     def products(self, module: Module, m: int, k: int, /, **columns: int) -> None:

@@ -370,9 +370,9 @@ def _gated_products(tally: Tally, part: Part, tokens: int, inner: int, name: str
 def _activation(tally: Tally, part: Part, elements: int, name: str, module: Module) -> None:
     inputs = 2 if part.gated else 1
     tally.memory(f"{name}activation", "activation", (inputs + 1) * elements, (2 * inputs + 1) * elements)
+    tally.keep(f"{name}activation input", module, inputs * elements * tally.element)
     if tally.software.activation_input:
-        tally.keep(f"{name}activation input", module, inputs * elements * tally.element)
-    tally.keep(f"{name}activation output", "activation", elements * tally.element)
+        tally.keep(f"{name}activation output", "activation", elements * tally.element)
 
 
 def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> None:

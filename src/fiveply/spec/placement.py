@@ -117,9 +117,7 @@ def _linear(
     name: str, unit: str, rows: int, columns: int, split: Split, bias: bool, init: Init = "normal"
 ) -> list[Parameter]:
     # What is not split computes for a rank's own tokens under sequence parallel, as norms do.
-    weight = Parameter(
-        f"{name}.weight", (rows, columns), unit, split, "sequence" if split == "none" else "never", init
-    )
+    weight = Parameter(f"{name}.weight", (rows, columns), unit, split, "sequence" if split == "none" else "never", init)
     if not bias:
         return [weight]
     # The bias of a row-parallel product is added after the sum over tensor ranks, where tokens may be split.
@@ -219,16 +217,25 @@ def place(spec: ModelSpec, layout: Layout, tp_rank: int, stage: int, ep_rank: in
         tied_copy = unit == "embed" and spec.embeds_at_end and last > 0
         for parameter in by_unit[unit]:
             placed.append(
-                _place_one(
-                    spec, layout, tp_rank, ep_rank, parameter, tied_copy, counted=not (tied_copy and stage == last)
+                place_parameter(
+                    layout, parameter, spec.kv_heads, tp_rank=tp_rank, ep_rank=ep_rank, tied_copy=tied_copy,
+                    counted=not (tied_copy and stage == last),
                 )
-            )
+            )  # fmt: skip
     return placed
 
 
-def _place_one(
-    spec: ModelSpec, layout: Layout, tp_rank: int, ep_rank: int, parameter: Parameter, tied_copy: bool, counted: bool
+def place_parameter(
+    layout: Layout,
+    parameter: Parameter,
+    kv_heads: int,
+    *,
+    tp_rank: int,
+    ep_rank: int = 0,
+    tied_copy: bool = False,
+    counted: bool = True,
 ) -> Placed:
+    """The slice of one parameter; `kv_heads` are the model's."""
     tp, shape = layout.tp, parameter.shape
     start, size = [0] * len(shape), list(shape)
     tp_sum = 1
@@ -236,9 +243,10 @@ def _place_one(
         partial = parameter.partial == "always" or (parameter.partial == "sequence" and layout.sequence_parallel)
         tp_sum = tp if partial else 1
         counted = counted and tp_rank == 0
-    elif parameter.split == "kv" and tp > spec.kv_heads:
-        tp_sum = tp // spec.kv_heads
-        start[0], size[0] = tp_rank // tp_sum * spec.head_dim, spec.head_dim
+    elif parameter.split == "kv" and tp > kv_heads:
+        tp_sum = tp // kv_heads
+        head = shape[0] // kv_heads
+        start[0], size[0] = tp_rank // tp_sum * head, head
         counted = counted and tp_rank % tp_sum == 0
     elif parameter.split in ("experts", "expert_rows", "expert_columns"):
         etp = layout.expert_tensor

@@ -58,6 +58,10 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of one gradient element when it is reduced."""
     gather_bytes: float = 2
     """Of one parameter element when it is gathered."""
+    separate_part: bool = False
+    """At zero 1 the reduced part of the gradients stands beside the whole ones."""
+    whole_batch: bool = False
+    """All of a step's tokens lie on the device from the start."""
     vocabulary_multiple: int = 1
     """The vocabulary is padded to a multiple of this times tp."""
     context_bytes: int = 0
