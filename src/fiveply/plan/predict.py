@@ -181,11 +181,7 @@ class Predictor:
         return seconds, seconds
 
     def _step_traffic(self, layout: Layout, rank: int) -> tuple[Collective, ...]:
-        job = self.job
-        return traffic.step_traffic(
-            job.spec, layout, pp_rank=rank, micro_batches=self.micro_batches(layout), sequence=job.sequence,
-            software=job.software, precision=job.precision,
-        )  # fmt: skip
+        return traffic.step_traffic(self.job.spec, layout, pp_rank=rank, software=self.job.software)
 
     def strides(self, layout: Layout) -> Mapping[str, int]:
         """Ranks between neighbours on each axis."""
