@@ -68,6 +68,18 @@ class Stage(msgspec.Struct, frozen=True):
     terms: dict[str, float]
 
 
+class Rank(msgspec.Struct, frozen=True):
+    """A pipeline rank: its stages by chunk, and the terms of what it does once gradients are reduced."""
+
+    stages: tuple[Stage, ...]
+    after: dict[str, float]
+
+    @property
+    def busy(self) -> float:
+        """Seconds of computing one micro-batch."""
+        return sum(stage.seconds.busy for stage in self.stages)
+
+
 def predict(job: Job, layout: Layout) -> Prediction:
     """Raises InputError for a layout that is not legal for the model and the batch (whether the runtime has it or not)."""
     layout = resolve(layout, job.spec, sequence=job.sequence, global_batch=job.global_batch, runtime=False)
@@ -75,26 +87,33 @@ def predict(job: Job, layout: Layout) -> Prediction:
 
 
 class Predictor:
-    """Predicts resolved layouts of one job."""
+    """Predicts resolved layouts of one job. Remembers prices by what they depend on, not by layout."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.kinds = workload.kinds(job.spec)
+        self._kinds = {part: number for number, part in enumerate(dict.fromkeys(workload.kinds(job.spec).values()))}
+        self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
         self._parts: dict[Hashable, PartSeconds] = {}
+        self._ranks: dict[Hashable, Rank] = {}
 
     def predict(self, layout: Layout) -> Prediction:
-        job, micro_batches = self.job, self.micro_batches(layout)
-        stages = self.stages(layout)
-        seconds, terms = self._step(layout, stages)
+        job = self.job
+        ranks = self.ranks(layout)
+        seconds, terms = self._step(layout, ranks)
         footprints = footprint.by_rank(
-            job.spec, layout, sequence=job.sequence, global_batch=layout.dp * layout.micro_batch * micro_batches,
-            software=job.software, precision=job.precision,
+            job.spec, layout, sequence=job.sequence, global_batch=job.global_batch, software=job.software,
+            precision=job.precision,
         )  # fmt: skip
-        interval = Interval(*cost.interval(seconds, job.machine, job.software))
-        worst = max(found.peak for found in footprints)
         return Prediction(
-            layout, interval, terms, footprints, tuple(stage.seconds for stage in stages), self.p_oom(worst)
-        )
+            layout, Interval(*cost.interval(seconds, job.machine, job.software)), terms, footprints,
+            tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
+        )  # fmt: skip
+
+    def seconds(self, layout: Layout) -> float:
+        """The step's middle estimate, without terms and bytes."""
+        step = self._simulated(layout, [stage.seconds for stage in self.stages(layout)])
+        step += max(sum(rank.after.values()) for rank in self.ranks(layout))
+        return step + cost.residual(step, self.job.machine, self.job.software, layout)
 
     def micro_batches(self, layout: Layout) -> int:
         return self.job.global_batch // layout.dp // layout.micro_batch
@@ -112,24 +131,16 @@ class Predictor:
 
     def simulate(self, layout: Layout) -> Simulated:
         """Every event of the step."""
-        return simulate(
-            self.schedule(layout), [stage.seconds for stage in self.stages(layout)], blocking=self._blocking
-        )
+        seconds = [stage.seconds for stage in self.stages(layout)]
+        return simulate(self.schedule(layout), seconds, blocking=self._blocking)
 
-    def seconds(self, layout: Layout) -> float:
-        """The step's middle estimate, without terms and bytes."""
-        stages = self.stages(layout)
-        step = self._simulated(layout, [stage.seconds for stage in stages])
-        step += max(sum(self.after(layout, rank).values()) for rank in range(layout.pp))
-        return step + cost.residual(step, self.job.machine, self.job.software, layout)
-
-    # stages
+    # parts, stages, ranks
 
     def part(self, layout: Layout, part: str) -> PartSeconds:
         """Seconds of one micro-batch of a part."""
         key = (
-            self.kinds[part], layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp,
-            layout.micro_batch, layout.recompute, layout.offload, *self.strides(layout).values(),
+            self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp,
+            layout.dp, layout.micro_batch, layout.recompute, *((layout.zero, layout.dp_shard) if layout.zero > 1 else ()),
         )  # fmt: skip
         found = self._parts.get(key)
         if found is None:
@@ -143,45 +154,86 @@ class Predictor:
 
     def stages(self, layout: Layout) -> list[Stage]:
         """By global stage."""
-        found: list[Stage | None] = [None] * layout.stage_count
-        for rank in range(layout.pp):
-            calls = self._step_traffic(layout, rank)
-            for chunk in range(layout.chunks):
-                stage = layout.stage_of(rank, chunk)
-                found[stage] = self._stage(layout, stage, calls)
-        return [stage for stage in found if stage is not None]
+        found = {
+            layout.stage_of(number, chunk): stage
+            for number, rank in enumerate(self.ranks(layout))
+            for chunk, stage in enumerate(rank.stages)
+        }
+        return [found[stage] for stage in range(layout.stage_count)]
 
-    def _stage(self, layout: Layout, stage: int, calls: tuple[Collective, ...]) -> Stage:
-        job = self.job
-        parts = workload.parts(job.spec, layout.stages, stage)
+    def ranks(self, layout: Layout) -> list[Rank]:
+        """By pipeline rank; those that hold parts of the same kinds are priced once."""
+        common = (
+            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.dp, layout.zero,
+            layout.dp_shard, layout.micro_batch, layout.recompute, layout.offload,
+        )  # fmt: skip
+        found: list[Rank] = []
+        for number in range(layout.pp):
+            held = [
+                workload.parts(self.job.spec, layout.stages, layout.stage_of(number, chunk))
+                for chunk in range(layout.chunks)
+            ]
+            key = (*common, *(tuple(self._kind_of[part] for part in parts) for parts in held))
+            if key not in self._ranks:
+                self._ranks[key] = self._rank(layout, number, held)
+            found.append(self._ranks[key])
+        return found
+
+    def _rank(self, layout: Layout, number: int, held: list[list[str]]) -> Rank:
+        calls = traffic.step_traffic(self.job.spec, layout, pp_rank=number, software=self.job.software)
+        return Rank(tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls))
+
+    def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> Stage:
         priced = [self.part(layout, part) for part in parts]
         forward, back, weight = (math.fsum(getattr(one, key) for one in priced) for key in ("forward", "input", "weight"))
         terms: dict[str, float] = defaultdict(float)
         for one in priced:
             for name, seconds in one.terms.items():
                 terms[name] += seconds
-        reductions = [call for call in calls if call.part in parts and call.axis in REDUCING and call.phase != "step"]
-        reduce = sum(self.call(call, layout) * call.count for call in reductions)
-        tail = max((self.call(call, layout) for call in reductions if call.part == parts[0]), default=0.0)
-        share = job.software.overlap_gradients
-        send, send_back = self._transfers(layout, stage)
+        reductions = [
+            (call.part, self.call(call, layout) * call.count)
+            for call in calls
+            if call.part in parts and call.axis in REDUCING and call.phase != "step"
+        ]
+        early = self.job.software.overlap_gradients * (back + weight) * (1 - 1 / len(parts))
+        tail = sum(seconds for part, seconds in reductions if part == parts[0])
+        send = self._transfer(layout)
         seconds = StageSeconds(
-            forward, back, weight, send, send_back, reduce=reduce,
-            reduce_early=share * (back + weight) * (1 - 1 / len(parts)), reduce_tail=tail,
+            forward, back, weight, send, send, reduce=sum(seconds for _, seconds in reductions), reduce_early=early,
+            reduce_tail=tail,
         )  # fmt: skip
         return Stage(seconds, dict(terms))
 
-    def _transfers(self, layout: Layout, stage: int) -> tuple[float, float]:
-        """Seconds until the next stage has this one's output, and the previous one its gradient."""
+    def _transfer(self, layout: Layout) -> float:
+        """Seconds until the neighbouring stage has what this one hands on."""
         if layout.pp == 1:
-            return 0.0, 0.0
+            return 0.0
         job = self.job
         size = traffic.handed_on(job.spec, layout, sequence=job.sequence, precision=job.precision)
-        seconds = cost.call_seconds("send", size, 2, job.machine, self.strides(layout)["pp"])
-        return seconds, seconds
+        return cost.call_seconds("send", size, 2, job.machine, self.strides(layout)["pp"])
 
-    def _step_traffic(self, layout: Layout, rank: int) -> tuple[Collective, ...]:
-        return traffic.step_traffic(self.job.spec, layout, pp_rank=rank, software=self.job.software)
+    def _after(
+        self, layout: Layout, number: int, held: list[list[str]], calls: tuple[Collective, ...]
+    ) -> dict[str, float]:
+        """Sums, the optimiser, and gathering what it updated, as far as the next forward does not hide that."""
+        job, software = self.job, self.job.software
+        state = footprint.state(job.spec, layout, traffic.held_units(job.spec, layout, number), software=software)
+        owned = round(state.optimizer / software.optimizer_bytes)
+        terms = {"optimizer": cost.optimizer_seconds(owned, job.machine, software), "sums": 0.0}
+        gathered = largest = reduced = 0.0
+        for call in calls:
+            if call.phase == "step":
+                seconds = self.call(call, layout)
+                if call.axis not in REDUCING:
+                    terms["sums"] += seconds * call.count
+                elif call.operation == "all-gather":
+                    gathered, largest = gathered + seconds * call.count, max(largest, seconds)
+                else:
+                    reduced += seconds * call.count
+        beside = sum(self.part(layout, part).forward for parts in held for part in parts)
+        exposed = _exposed(gathered, beside, software.overlap_parameters, software.contention)
+        terms["dp"] = reduced + (max(largest, exposed) if gathered else 0.0)
+        return terms
 
     def strides(self, layout: Layout) -> Mapping[str, int]:
         """Ranks between neighbours on each axis."""
@@ -211,67 +263,29 @@ class Predictor:
             layout.schedule, layout.pp, layout.chunks, self.micro_batches(layout), stages, blocking=self._blocking
         )
 
-    def after(self, layout: Layout, rank: int) -> dict[str, float]:
-        """Terms of what a pipeline rank does once its gradients are reduced: sums, the optimiser, gathering its result."""
-        job, software = self.job, self.job.software
-        parts = [
-            part
-            for chunk in range(layout.chunks)
-            for part in workload.parts(job.spec, layout.stages, layout.stage_of(rank, chunk))
-        ]
-        state = footprint.state(job.spec, layout, parts, software=software)
-        owned = state.optimizer / software.optimizer_bytes
-        terms: dict[str, float] = {"optimizer": cost.optimizer_seconds(int(owned), job.machine, software)}
-        gathered = largest = sums = 0.0
-        for call in self._step_traffic(layout, rank):
-            if call.phase != "step":
-                continue
-            seconds = self.call(call, layout)
-            if call.axis in REDUCING and call.operation == "all-gather":
-                gathered += seconds * call.count
-                largest = max(largest, seconds)
-            elif call.axis in REDUCING:
-                terms["dp"] = terms.get("dp", 0.0) + seconds * call.count
-            else:
-                sums += seconds * call.count
-        terms["sums"] = sums
-        if gathered:
-            beside = sum(self.part(layout, part).forward for part in parts)
-            terms["dp"] = terms.get("dp", 0.0) + max(
-                largest, _exposed(gathered, beside, software.overlap_parameters, software.contention)
-            )
-        return terms
-
-    def _step(self, layout: Layout, stages: list[Stage]) -> tuple[float, dict[str, float]]:
-        """The middle estimate and its terms."""
-        job, count = self.job, self.micro_batches(layout)
-        seconds = [stage.seconds for stage in stages]
-        ends = self._simulated(layout, seconds)
+    def _step(self, layout: Layout, ranks: list[Rank]) -> tuple[float, dict[str, float]]:
+        """The middle estimate and its terms: of the rank that computes longest, and what it waits for."""
+        count = self.micro_batches(layout)
+        seconds = [stage.seconds for stage in self.stages(layout)]
         still = [msgspec.structs.replace(stage, send=0.0, send_back=0.0) for stage in seconds]
-        alone = [
-            msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in still
-        ]
+        alone = [msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in still]
+        ends = self._simulated(layout, seconds)
         without_sends = self._simulated(layout, still) if layout.pp > 1 else ends
         without_any = self._simulated(layout, alone)
-
-        def busy(rank: int) -> float:
-            return sum(seconds[layout.stage_of(rank, chunk)].busy for chunk in range(layout.chunks))
-
-        critical = max(range(layout.pp), key=busy)
+        critical = max(ranks, key=lambda rank: rank.busy)
         terms: dict[str, float] = defaultdict(float)
-        for chunk in range(layout.chunks):
-            for name, value in stages[layout.stage_of(critical, chunk)].terms.items():
+        for stage in critical.stages:
+            for name, value in stage.terms.items():
                 terms[name] += count * value
-        terms["bubble"] += without_any - count * busy(critical)
+        terms["bubble"] += without_any - count * critical.busy
         terms["transfers"] += ends - without_sends
         terms["dp"] += without_sends - without_any
-        afters = [self.after(layout, rank) for rank in range(layout.pp)]
-        for name, value in afters[critical].items():
+        for name, value in critical.after.items():
             terms[name] += value
-        waited = max(sum(after.values()) for after in afters)
-        terms["bubble"] += waited - sum(afters[critical].values())
+        waited = max(sum(rank.after.values()) for rank in ranks)
+        terms["bubble"] += waited - sum(critical.after.values())
         step = ends + waited
-        terms["residual"] += cost.residual(step, job.machine, job.software, layout)
+        terms["residual"] += cost.residual(step, self.job.machine, self.job.software, layout)
         return step + terms["residual"], {name: value for name, value in terms.items() if value}
 
 
