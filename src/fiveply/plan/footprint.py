@@ -9,7 +9,9 @@ an allocator that loses nothing would hold them: not its fragmentation, not cont
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -89,24 +91,33 @@ def runtime(compute: int, reduce: int, optimizer: int, *, same: bool = False) ->
     )
 
 
+def state_of(elements: Any, shards: Any, zero: Any, *, software: Software = FIVEPLY) -> tuple[Any, Any, Any]:
+    """Bytes of (parameters, gradients, optimiser state) of one flat buffer of `elements` whose sharded state `shards` ranks
+    share. Whole numbers or arrays that broadcast together."""
+    zero = np.asarray(zero)
+    part = -(-elements // shards)
+    whole = part * shards
+    parameters = np.where(zero == 3, part, whole) * software.parameter_bytes
+    gradients = np.where(zero >= 2, part, whole) * software.gradient_bytes
+    if software.separate_part:
+        gradients = gradients + np.where((zero == 1) & (np.asarray(shards) > 1), part, 0) * software.gradient_bytes
+    return parameters, gradients, part * software.optimizer_bytes
+
+
 def state(
     spec: ModelSpec, layout: Layout, names: Iterable[str], *, software: Software = FIVEPLY, tp_rank: int = 0
 ) -> State:
     """Of the units `names` (`traffic.held_units`): flat buffers, cut into equal parts by the largest tensor rank."""
-    parameters = gradients = optimizer = 0.0
-    for name in names:
+    total = np.zeros(3)
+    for name, count in Counter(units.alike(spec)[name] for name in names).items():
         one = units.held(spec, layout, name, tp_rank)
         for elements, shards in (
             (one.longest, units.shard_ranks(layout)),
             (one.experts, units.expert_shard_ranks(layout)),
         ):
-            part = -(-elements // shards)
-            parameters += (part if layout.zero == 3 else part * shards) * software.parameter_bytes
-            gradients += (part if layout.zero >= 2 else part * shards) * software.gradient_bytes
-            if layout.zero == 1 and shards > 1 and software.separate_part:
-                gradients += part * software.gradient_bytes
-            optimizer += part * software.optimizer_bytes
-    return State(round(parameters), round(gradients), round(optimizer))
+            total += np.array(state_of(elements, shards, layout.zero, software=software)) * count
+    parameters, gradients, optimizer = total.round().astype(int).tolist()
+    return State(parameters, gradients, 0 if layout.offload == "optimizer" else optimizer)
 
 
 def stage(
@@ -126,15 +137,20 @@ def stage(
         for name in names
     ]
     split = split_of(layout, sequence=sequence, precision=precision, tp_rank=tp_rank)
+    away = layout.offload == "activations"
     kept = 0
     if spec.rope is not None and any(name.startswith("layers") for name in names):
         width = spec.latent.rope_dim if spec.latent else spec.head_dim
         kept += split.tokens * width * split.element  # cosine and sine, half a head each, which all its layers share
     forward = backward = kept
+    before = 0
     for one, gathered in zip(works, _gathered(spec, layout, names, software), strict=True):
-        kept += one.kept_bytes
+        # Offloaded, one part's tensors are on their way while the next computes.
+        kept = (before + one.kept_bytes) if away else kept + one.kept_bytes
+        before = one.kept_bytes
         forward = max(forward, kept + one.forward_working + gathered[0])
         backward = max(backward, kept + one.backward_working + gathered[1])
+    kept = 0 if away else kept
     if number < layout.stage_count - 1:
         output = handed_on(spec, layout, sequence=sequence, precision=precision)
         kept, forward, backward = kept + output, max(forward, kept + output), backward + output

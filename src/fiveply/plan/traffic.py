@@ -7,6 +7,7 @@ it for one rank of fiveply's own runtime, equal to what the running code calls.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from typing import Literal
 
@@ -243,6 +244,61 @@ def held_units(spec: ModelSpec, layout: Layout, pp_rank: int) -> dict[str, int]:
     return found
 
 
+def unit_step_traffic(
+    spec: ModelSpec, layout: Layout, unit: str, *, tp_rank: int = 0, software: Software = FIVEPLY
+) -> tuple[Collective, ...]:
+    """What one unit calls once a step over the ranks that hold the same of it: reductions of gradients that are not made every
+    micro-batch, and gathers after the optimiser."""
+    found: list[Collective] = []
+    for axis, replica_axis, shards, replicas, size in _buffers(spec, layout, unit, tp_rank):
+        reduce, gather = round(size * shards * software.reduce_bytes), round(size * shards * software.gather_bytes)
+        if layout.zero == 0 and replicas > 1:
+            dp = "dp" if axis == "shard" else axis
+            found.append(Collective(dp, "all-reduce", reduce, replicas, 1, "weight", unit, "backward"))
+        if layout.zero == 1 and shards > 1:
+            found.append(Collective(axis, "reduce-scatter", reduce, shards, 1, "weight", unit, "backward"))
+        if layout.zero >= 1 and replicas > 1:
+            part = round(size * software.reduce_bytes)
+            found.append(Collective(replica_axis, "all-reduce", part, replicas, 1, "weight", unit))
+        if layout.zero in (1, 2) and shards > 1:
+            found.append(Collective(axis, "all-gather", gather, shards, 1, "step", unit))
+    return tuple(found)
+
+
+def sums(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    pp_rank: int,
+    tp_rank: int = 0,
+    shard: int = 0,
+    software: Software = FIVEPLY,
+) -> tuple[Collective, ...]:
+    """What is added up once a step besides: gradients that tensor ranks share, the copies of a tied embedding, and the sums of
+    the step. `shard`: the rank's index among those that share its state."""
+    shared: Counter[str] = Counter()
+    for unit, stage in held_units(spec, layout, pp_rank).items():
+        one = units.held(spec, layout, unit, tp_rank)
+        part = -(-one.longest // units.shard_ranks(layout))
+        low, high = shard * part, (shard + 1) * part
+        if layout.tp > 1:
+            alike = layout.tp // spec.kv_heads
+            shared["tp"] += one.owned(layout.tp, low, high)
+            shared["kv"] += one.owned(alike, low, high) if 1 < alike < layout.tp else 0
+        at_end = stage in (0, layout.stage_count - 1)
+        if unit == "embed" and spec.embeds_at_end and len(layout.end_ranks) > 1 and at_end:
+            shared["tied"] += sum(one.owned(add, low, high) for add in {add for add, _ in one.shared})
+    sizes = {"tp": layout.tp, "kv": layout.tp // min(spec.kv_heads, layout.tp), "tied": 2}
+    found = [
+        Collective(axis, "all-reduce", round(elements * software.reduce_bytes), sizes[axis], 1, "step")
+        for axis, elements in shared.items()
+        if elements
+    ]
+    if layout.world > 1:
+        found.append(Collective("world", "all-reduce", SUMS_BYTES, layout.world, 1, "step"))
+    return tuple(found)
+
+
 def step_traffic(
     spec: ModelSpec,
     layout: Layout,
@@ -252,42 +308,11 @@ def step_traffic(
     shard: int = 0,
     software: Software = FIVEPLY,
 ) -> tuple[Collective, ...]:
-    """What a rank calls once a step: reductions of gradients that are not made every micro-batch, gathers after the
-    optimiser, sums over tensor ranks and tied copies, and the sums of the step. `shard`: its index among shard ranks."""
-    found: list[Collective] = []
+    """All that a rank calls once a step, transfers left out."""
     mine = held_units(spec, layout, pp_rank)
-    shared: Counter[str] = Counter()
-    last = layout.stage_count - 1
-    for unit, stage in mine.items():
-        for axis, replica_axis, shards, replicas, size in _buffers(spec, layout, unit, tp_rank):
-            reduce, gather = round(size * shards * software.reduce_bytes), round(size * shards * software.gather_bytes)
-            if layout.zero == 0 and replicas > 1:
-                dp = "dp" if axis == "shard" else axis
-                found.append(Collective(dp, "all-reduce", reduce, replicas, 1, "weight", unit, "backward"))
-            if layout.zero == 1 and shards > 1:
-                found.append(Collective(axis, "reduce-scatter", reduce, shards, 1, "weight", unit, "backward"))
-            if layout.zero >= 1 and replicas > 1:
-                part = round(size * software.reduce_bytes)
-                found.append(Collective(replica_axis, "all-reduce", part, replicas, 1, "step", unit))
-            if layout.zero in (1, 2) and shards > 1:
-                found.append(Collective(axis, "all-gather", gather, shards, 1, "step", unit))
-        one = units.held(spec, layout, unit, tp_rank)
-        part = -(-one.longest // units.shard_ranks(layout))
-        low, high = shard * part, (shard + 1) * part
-        if layout.tp > 1:
-            shared["tp"] += one.owned(layout.tp, low, high)
-            alike = layout.tp // spec.kv_heads
-            shared["kv"] += one.owned(alike, low, high) if 1 < alike < layout.tp else 0
-        if unit == "embed" and spec.embeds_at_end and len(layout.end_ranks) > 1 and stage in (0, last):
-            shared["tied"] += sum(one.owned(add, low, high) for add in {add for add, _ in one.shared})
-    sizes = {"tp": layout.tp, "kv": layout.tp // min(spec.kv_heads, layout.tp), "tied": 2}
-    for axis, elements in shared.items():
-        if elements:
-            bytes_ = round(elements * software.reduce_bytes)
-            found.append(Collective(axis, "all-reduce", bytes_, sizes[axis], 1, "step"))
-    if layout.world > 1:
-        found.append(Collective("world", "all-reduce", SUMS_BYTES, layout.world, 1, "step"))
-    return tuple(found)
+    each = (unit_step_traffic(spec, layout, unit, tp_rank=tp_rank, software=software) for unit in mine)
+    rest = sums(spec, layout, pp_rank=pp_rank, tp_rank=tp_rank, shard=shard, software=software)
+    return (*itertools.chain(*each), *rest)
 
 
 def traffic(

@@ -58,25 +58,39 @@ def expert_shard_ranks(layout: Layout) -> int:
 
 
 def held(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0, ep_rank: int = 0) -> Held:
-    """Remembered by the unit's parameters, so that equal layers are placed once."""
-    # All that placement asks of a layout.
-    degrees = Layout(tp=layout.tp, sp=layout.sp, dp=layout.dp, cp=layout.cp, ep=layout.ep, etp=layout.etp)
-    return _held(_declared(spec, unit), degrees, spec.kv_heads, tp_rank, ep_rank)
-
-
-def _declared(spec: ModelSpec, unit: str) -> tuple[Parameter, ...]:
-    """With a layer's number left out, so that equal layers are equal."""
-    kind, _, number = unit.partition(".")
-    if kind == "layers":
-        return tuple(msgspec.structs.replace(p, name="", unit=kind) for p in declare_layer(spec, int(number)))
-    bare = msgspec.structs.replace(spec, layers=0, predicted=1)
-    return tuple(p for p in declare(bare) if p.unit == unit)
+    """Equal layers are placed once."""
+    degrees = (layout.tp, layout.sp, layout.dp, layout.cp, layout.ep, layout.etp)
+    return _held(spec, alike(spec)[unit], degrees, tp_rank, ep_rank)
 
 
 @functools.cache
-def _held(parameters: tuple[Parameter, ...], layout: Layout, kv_heads: int, tp_rank: int, ep_rank: int) -> Held:
+def alike(spec: ModelSpec) -> dict[str, str]:
+    """Each unit's first equal: one with the same parameters but for the names."""
+    first: dict[tuple[Parameter, ...], str] = {}
+    found: dict[str, str] = {}
+    for parameter in declare(spec):
+        unit = parameter.unit
+        if unit not in found:
+            nameless = tuple(msgspec.structs.replace(p, name="", unit="") for p in _declared(spec, unit))
+            found[unit] = first.setdefault(nameless, unit)
+    return found
+
+
+def _declared(spec: ModelSpec, unit: str) -> list[Parameter]:
+    kind, _, number = unit.partition(".")
+    if kind == "layers":
+        return declare_layer(spec, int(number))
+    bare = msgspec.structs.replace(spec, layers=0, predicted=1)
+    return [parameter for parameter in declare(bare) if parameter.unit == unit]
+
+
+@functools.cache
+def _held(spec: ModelSpec, unit: str, degrees: tuple[int, ...], tp_rank: int, ep_rank: int) -> Held:
+    tp, sp, dp, cp, ep, etp = degrees
+    layout, parameters = Layout(tp=tp, sp=sp, dp=dp, cp=cp, ep=ep, etp=etp), _declared(spec, unit)
+
     def elements(parameter: Parameter, tp_rank: int) -> tuple[int, int]:
-        placed = place_parameter(layout, parameter, kv_heads, tp_rank=tp_rank, ep_rank=ep_rank)
+        placed = place_parameter(layout, parameter, spec.kv_heads, tp_rank=tp_rank, ep_rank=ep_rank)
         return placed.tp_sum, math.prod(placed.size)
 
     dense = [p for p in parameters if p.split not in EXPERT_SPLITS]

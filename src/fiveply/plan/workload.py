@@ -113,6 +113,7 @@ def kinds(spec: ModelSpec) -> dict[str, Hashable]:
     return {name: describe(spec, name) for name in parts(spec, (spec.layers,), 0)}
 
 
+@functools.cache
 def describe(spec: ModelSpec, name: str) -> Part:
     what, _, number = name.partition(".")
     layer = int(number) if number else -1

@@ -1,0 +1,146 @@
+"""What a step computes and holds, seen from below: a dispatch mode that follows every tensor's storage from birth to death.
+
+Under fake tensors nothing is allocated, yet storages know their sizes and die when the last tensor that needs them does, as
+autograd's kept ones do after backward. So the live bytes at any moment are those of a real run, fragmentation left out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fiveply.parallel.data_parallel import Unit
+from fiveply.plan.workload import seen
+
+aten = torch.ops.aten
+Product = tuple[int, int, int]
+"""(m, n, k) of an (m, k) by (k, n) product."""
+
+
+class Ledger(TorchDispatchMode):
+    """Live bytes by category, their peak, and the products computed. `category()` names the owner of what is made now."""
+
+    def __init__(self, category: Callable[[], str]) -> None:
+        super().__init__()
+        self.category = category
+        self.live: Counter[str] = Counter()
+        self.total = 0
+        self.peak: Counter[str] = Counter()
+        self.peak_total = 0
+        self.products: Counter[Product] = Counter()
+        self.attention: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        """(`forward` or `backward`, (rows, queries, keys, heads, key-value heads, head size))."""
+        self.on_peak: Callable[[], None] = lambda: None
+        self._categories: dict[int, str] = {}
+        self._watched: dict[int, weakref.ref[Any]] = {}
+        self._gathered: list[Unit] = []
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Of products, and of attention over the keys that a token may see."""
+        attention = 0
+        for (phase, (rows, queries, _, heads, _, size)), count in self.attention.items():
+            products = 2 if phase == "forward" else 5
+            attention += count * 2 * products * rows * heads * size * seen(queries, 0)
+        return {
+            "products": sum(2 * m * n * k * count for (m, n, k), count in self.products.items()),
+            "attention": attention,
+        }
+
+    def belongs(self, x: Tensor, category: str) -> None:
+        """`x`'s storage is of this category, whatever made it."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key in self._watched and self._categories[key] != category:
+            self.live[self._categories[key]] -= storage.nbytes()
+            self.live[category] += storage.nbytes()
+            self._categories[key] = category
+
+    def watch_gathered(self, units: list[Unit]) -> None:
+        """Flat parameters of zero 3 change size without an operation: they are asked at each one."""
+        self._gathered = [unit for unit in units if unit.zero == 3]
+        for unit in self._gathered:
+            self._forget(unit.full.untyped_storage()._cdata, 0)
+
+    def reset_peak(self) -> None:
+        self.peak, self.peak_total = Counter(self.live), self.total
+        self.products.clear()
+        self.attention.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._see(x.untyped_storage())
+        if (count := _COUNTED.get(func)) is not None:
+            count(self, args)
+        return out
+
+    def bytes(self) -> int:
+        return self.total + sum(unit.full.untyped_storage().nbytes() for unit in self._gathered)
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if (
+            key in self._watched
+            or size == 0
+            or any(unit.full.untyped_storage()._cdata == key for unit in self._gathered)
+        ):
+            return
+        category = self.category()
+        self._categories[key] = category
+        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self.live[category] += size
+        self.total += size
+        if (now := self.bytes()) > self.peak_total:
+            self.peak_total, self.peak = now, Counter(self.live)
+            if now > self.total:
+                self.peak["gathered"] = now - self.total
+            self.on_peak()
+
+    def _forget(self, key: int, size: int) -> None:
+        if self._watched.pop(key, None) is not None:
+            self.live[self._categories.pop(key)] -= size
+            self.total -= size
+
+
+def _product(ledger: Ledger, a: Tensor, b: Tensor) -> None:
+    ledger.products[a.shape[0], b.shape[1], a.shape[1]] += 1
+
+
+def _linear(ledger: Ledger, x: Tensor, weight: Tensor) -> None:
+    rows = x.numel() // x.shape[-1]
+    ledger.products[rows, weight.shape[0], x.shape[-1]] += 1
+
+
+def _attention(ledger: Ledger, phase: str, q: Tensor, k: Tensor) -> None:
+    rows, heads, queries, size = q.shape
+    ledger.attention[phase, (rows, queries, k.shape[2], heads, k.shape[1], size)] += 1
+
+
+_COUNTED: dict[Any, Callable[[Ledger, Any], None]] = {
+    aten.mm.default: lambda ledger, args: _product(ledger, args[0], args[1]),
+    aten.addmm.default: lambda ledger, args: _product(ledger, args[1], args[2]),
+    aten.addmm_.default: lambda ledger, args: _product(ledger, args[1], args[2]),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda ledger, args: _attention(
+        ledger, "forward", args[0], args[1]
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda ledger, args: _attention(
+        ledger, "backward", args[1], args[2]
+    ),
+    aten._scaled_dot_product_flash_attention.default: lambda ledger, args: _attention(
+        ledger, "forward", args[0], args[1]
+    ),
+    aten._scaled_dot_product_flash_attention_backward.default: lambda ledger, args: _attention(
+        ledger, "backward", args[1], args[2]
+    ),
+    torch.ops.mkldnn._linear_pointwise.default: lambda ledger, args: _linear(ledger, args[0], args[1]),
+    torch.ops.mkldnn._linear_pointwise.binary: lambda ledger, args: _linear(ledger, args[0], args[2]),
+}
