@@ -190,18 +190,18 @@ class Predictor:
         for one in priced:
             for name, seconds in one.terms.items():
                 terms[name] += seconds
-        reductions = [
-            (call.part, self.call(call, layout) * call.count)
-            for call in calls
-            if call.part in parts and call.axis in REDUCING and call.phase != "step"
-        ]
+        reduce = tail = 0.0
+        for call in calls:
+            if call.part in parts and call.axis in REDUCING and call.phase != "step":
+                once = self.call(call, layout) * call.count
+                reduce += once
+                if not call.hides or call.part == parts[0]:
+                    tail += once
         early = self.job.software.overlap_gradients * (back + weight) * (1 - 1 / len(parts))
-        tail = sum(seconds for part, seconds in reductions if part == parts[0])
         send = self._transfer(layout)
         seconds = StageSeconds(
-            forward, back, weight, send, send, reduce=sum(seconds for _, seconds in reductions), reduce_early=early,
-            reduce_tail=tail,
-        )  # fmt: skip
+            forward, back, weight, send, send, reduce=reduce, reduce_early=early, reduce_tail=tail
+        )
         return Stage(seconds, dict(terms))
 
     def _transfer(self, layout: Layout) -> float:
