@@ -7,7 +7,7 @@ and every state goes with every split, so that counting and pruning need not lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 
@@ -73,12 +73,13 @@ class Splits(msgspec.Struct, frozen=True):
 
     columns: dict[str, NDArray[Any]]
 
-    def __len__(self) -> int:
-        return len(self.columns["tp"])
-
-    def layout(self, row: int) -> Layout:
-        """One of them, with neither pipeline nor state."""
-        return Layout(**{key: column[row].item() for key, column in self.columns.items()})
+    def by_degrees(self) -> Iterator[tuple[tuple[int, int, int], list[Layout]]]:
+        """Splits (with neither pipeline nor state) of each (pp, dp, cp): those share pipelines and states."""
+        found: dict[tuple[int, int, int], list[Layout]] = {}
+        for values in zip(*(column.tolist() for column in self.columns.values()), strict=True):
+            layout = Layout(**dict(zip(self.columns, values, strict=True)))
+            found.setdefault((layout.pp, layout.dp, layout.cp), []).append(layout)
+        yield from found.items()
 
 
 def splits(spec: ModelSpec, world: int, *, sequence: int, global_batch: int, limits: Limits) -> Splits:
