@@ -17,6 +17,7 @@ import msgspec
 
 from fiveply.spec.errors import InputError
 
+
 class Rope(msgspec.Struct, frozen=True):
     """Rotary positions and their scaling (`kind`), with Hugging Face's parameter names."""
 
@@ -120,6 +121,10 @@ class ModelSpec(msgspec.Struct, frozen=True):
     config: dict[str, Any] = {}
     """The `config.json` as it was read, written back beside checkpoints."""
 
+    def __hash__(self) -> int:
+        """Of the sizes: `config` has no hash, and equality looks at all fields."""
+        return hash((self.family, self.vocabulary, self.hidden, self.layers, self.heads, self.ffn, self.positions))
+
     @property
     def q_size(self) -> int:
         return self.heads * self.head_dim
@@ -213,7 +218,9 @@ def presets() -> list[str]:
 def _block_size(spec: ModelSpec) -> int:
     """About the parameters of the blocks, to sort by."""
     experts = spec.experts
-    columns = spec.layers * spec.ffn + (len(experts.layers) * (experts.count * experts.ffn - spec.ffn) if experts else 0)
+    columns = spec.layers * spec.ffn + (
+        len(experts.layers) * (experts.count * experts.ffn - spec.ffn) if experts else 0
+    )
     return spec.hidden * (columns + spec.layers * spec.q_size)
 
 

@@ -42,7 +42,13 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "yarn": (),
 }
 """The numbers that each needs; yarn's factor follows from the positions."""
-_DEEPSEEK = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_DEEPSEEK = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -52,9 +58,9 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
     "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
                 "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_key_value_heads": 16, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
-                  "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+                  "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
                   "shared_expert_intermediate_size": 5632},
-    "qwen3_moe": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096, "num_experts": 128,
+    "qwen3_moe": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096,
                   "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     "deepseek_v2": _DEEPSEEK | {"max_position_embeddings": 2048, "n_routed_experts": 64, "n_shared_experts": 2,
                                 "moe_intermediate_size": 1407, "first_k_dense_replace": 0},
@@ -154,9 +160,10 @@ def _experts(config: dict[str, Any], layers: int, where: str) -> Experts | None:
             key = "decoder_sparse_step" if step < 1 else "mlp_only_layers"
             raise InputError("does not say which layers have experts", where=where, key=key,
                              fix="give a step from 1 and a list of layers")  # fmt: skip
+        renamed = "num_local_experts"  # as `transformers` 5 writes it
         shared = _take(config, "shared_expert_intermediate_size", where) if family == "qwen2_moe" else 0
         return Experts(
-            count=_take(config, "num_experts", where),
+            count=_take(config, renamed if renamed in config else "num_experts", where, 60 if family == "qwen2_moe" else 128),
             per_token=_take(config, "num_experts_per_tok", where),
             ffn=_take(config, "moe_intermediate_size", where),
             layers=tuple(i for i in every if i not in cast(list[Any], dense) and (i + 1) % step == 0),

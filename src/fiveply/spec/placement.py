@@ -178,15 +178,17 @@ def _experts(spec: ModelSpec, name: str, unit: str) -> list[Parameter]:
     assert experts is not None
     count, ffn, hidden = experts.count, experts.ffn, spec.hidden
     table = _linear(f"{name}.gate", unit, count, hidden, "none", experts.bias)
-    for projection in ("gate_proj", "up_proj") if spec.gated_mlp else ("up_proj",):
-        table.append(Parameter(f"{name}.experts.{projection}.weight", (count, ffn, hidden), unit, "expert_rows"))
+    shapes = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
+    for projection, (rows, columns) in shapes.items():
+        if projection == "gate_proj" and not spec.gated_mlp:
+            continue
+        down = projection == "down_proj"
+        split, bias_split = ("expert_columns", "experts") if down else ("expert_rows", "expert_rows")
+        stack = f"{name}.experts.{projection}"
+        init: Init = "residual" if down else "normal"
+        table.append(Parameter(f"{stack}.weight", (count, rows, columns), unit, split, init=init))
         if experts.bias:
-            table.append(Parameter(f"{name}.experts.{projection}.bias", (count, ffn), unit, "expert_rows", init="zeros", decay=False))  # fmt: skip
-    table.append(
-        Parameter(f"{name}.experts.down_proj.weight", (count, hidden, ffn), unit, "expert_columns", init="residual")
-    )
-    if experts.bias:
-        table.append(Parameter(f"{name}.experts.down_proj.bias", (count, hidden), unit, "experts", init="zeros", decay=False))  # fmt: skip
+            table.append(Parameter(f"{stack}.bias", (count, rows), unit, bias_split, init="zeros", decay=False))
     if experts.shared_ffn:
         table += _mlp(spec, f"{name}.shared_experts", unit, experts.shared_ffn, spec.mlp_bias)
     if experts.shared_gate:
