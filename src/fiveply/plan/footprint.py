@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from fiveply.pipeline_schedule import Action, Kind, Schedule
 from fiveply.plan import units
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import handed_on, held_units
-from fiveply.plan.workload import FIVEPLY, INDEX_BYTES, parts, split_of, work
+from fiveply.plan.workload import FIVEPLY, INDEX_BYTES, Split, Work, describe, parts, split_of, work
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 
@@ -68,13 +69,29 @@ class Stage(msgspec.Struct, frozen=True):
     """One chunk's bytes of one micro-batch."""
 
     kept: int
-    """From forward to backward."""
+    """From forward to backward, its input and its output included."""
     deferred: int
     """From a split backward's input gradient to its weight gradient."""
     forward: int
     """At forward's worst moment, what is kept included."""
     backward: int
-    """At backward's worst moment, what is kept by then included."""
+    """At the worst moment of backward, or of its first half, what is kept by then included."""
+    begin: int
+    """The same of its first two parts, during which the last micro-batch's reductions still stand, those included (zero 2 and 3)."""
+    last_backward: int
+    """The same as `backward` of the step's last, which starts reductions on its way (zero 1)."""
+    weight: int
+    """Beyond what is kept, in the second half of a split backward."""
+    handed: int
+    """What it hands on, or gets."""
+    gathered: int
+    """At zero 3: its first unit's parameters, which are gathered ahead of it."""
+    reducing: int
+    """Buffers of reductions that its last backward leaves under way."""
+    gradients: tuple[int, int]
+    """At zero 2 and 3: gradients that each half of a split backward leaves until they are reduced."""
+    waiting: int
+    """At zero 2 and 3: the head's gradient of an embedding that it shares with another chunk, until that chunk's are reduced."""
 
 
 def runtime(compute: int, reduce: int, optimizer: int, *, same: bool = False) -> Software:
@@ -137,44 +154,128 @@ def stage(
         for name in names
     ]
     split = split_of(layout, sequence=sequence, precision=precision, tp_rank=tp_rank)
-    away = layout.offload == "activations"
-    kept = 0
-    if spec.rope is not None and any(name.startswith("layers") for name in names):
-        width = spec.latent.rope_dim if spec.latent else spec.head_dim
-        kept += split.tokens * width * split.element  # cosine and sine, half a head each, which all its layers share
-    forward = backward = kept
-    before = 0
-    for one, gathered in zip(works, _gathered(spec, layout, names, software), strict=True):
-        # Offloaded, one part's tensors are on their way while the next computes.
-        kept = (before + one.kept_bytes) if away else kept + one.kept_bytes
-        before = one.kept_bytes
-        forward = max(forward, kept + one.forward_working + gathered[0])
-        backward = max(backward, kept + one.backward_working + gathered[1])
-    kept = 0 if away else kept
-    if number < layout.stage_count - 1:
-        output = handed_on(spec, layout, sequence=sequence, precision=precision)
-        kept, forward, backward = kept + output, max(forward, kept + output), backward + output
-    return Stage(kept, sum(one.deferred for one in works), forward, backward)
+    handed = handed_on(spec, layout, sequence=sequence, precision=precision)
+    shared = _shared(spec, layout, names, split)
+    kept = [one.kept_bytes for one in works]
+    held = list(accumulate(kept, initial=shared))[1:]
+    if layout.offload == "activations":  # one part's tensors are on their way while the next computes
+        held = [shared + this + before for this, before in zip(kept, [0, *kept], strict=False)]
+    output = 0 if number == layout.stage_count - 1 else handed
+    splits = layout.schedule in ("zb", "zbv") and layout.pp > 1
+    buffers = _Buffers(spec, layout, names, software, tp_rank)
+    forward = backward = begin = last_backward = shared
+    for index, one in enumerate(works):
+        forward = max(forward, held[index] + one.forward_working + buffers.gathered(index, 1))
+        now = held[index] + one.backward_working + buffers.gathered(index, -1)
+        start = (held[index - 1] if index else shared) + handed + buffers.gathered(index, -1) + buffers.copied(index)
+        if index == len(works) - 1:
+            now -= output  # the gradient that another stage sent is the stream's here, and held beside it further on
+        elif "embed" in names:
+            now, start = now + buffers.tied, start + buffers.tied
+        now += sum(later.deferred for later in works[index + 1 :]) if splits else 0
+        last_backward = max(last_backward, now + buffers.started(index))
+        backward = max(backward, now + buffers.reducing(index + 1, 2), start + buffers.reducing(index + 1, 1))
+        # A part's reduction starts when one other is under way at most; those of a micro-batch end with the first two units.
+        if index == len(works) - 1:
+            begin = max(begin, now + buffers.reducing(0, 2), start + buffers.reducing(0, 1))
+        elif index == len(works) - 2:
+            begin = max(begin, now + buffers.reducing(index + 1, 1) + buffers.reducing(0, 1))
+    whole = shared if layout.offload == "activations" else held[-1]
+    return Stage(
+        kept=whole + output,
+        deferred=sum(one.deferred for one in works),
+        forward=max(forward, held[-1] + output),
+        backward=backward + output,
+        begin=begin + output,
+        last_backward=last_backward + output,
+        weight=max(one.weight_working for one in works),
+        handed=handed,
+        gathered=buffers.first,
+        reducing=buffers.left,
+        gradients=buffers.gradients(works),
+        waiting=0 if "embed" in names else buffers.tied,
+    )
 
 
-def _gathered(spec: ModelSpec, layout: Layout, names: list[str], software: Software) -> list[tuple[int, int]]:
-    """Bytes of parameters and gradients that stand only around each part's use, (forward, backward)."""
-    if layout.zero < 2:
-        return [(0, 0)] * len(names)
-    sizes: list[int] = []
-    for name in names:
-        one = units.held(spec, layout, "embed" if name == "head" and spec.tied else name)
-        sizes.append(one.longest + one.experts)
-    found: list[tuple[int, int]] = []
-    for index, size in enumerate(sizes):
-        ahead = sizes[index + 1] if index + 1 < len(sizes) else 0
-        behind = sizes[index - 1] if index else 0
-        parameters = (size + ahead, size + behind) if layout.zero == 3 else (0, 0)
-        gradients = size * (software.parameter_bytes + software.reduce_bytes) + ahead * software.reduce_bytes
-        found.append(
-            (round(parameters[0] * software.gather_bytes), round(parameters[1] * software.gather_bytes + gradients))
+def _shared(spec: ModelSpec, layout: Layout, names: Sequence[str], split: Split) -> int:
+    """Bytes that all layers of a chunk keep together: cosine and sine, half a head each; and what recomputation calls with,
+    the tokens' numbers for dropout and a window's mask."""
+    layers = [name for name in names if name.startswith("layers")]
+    if not layers:
+        return 0
+    total = 0
+    if spec.rope is not None:
+        total += split.tokens * (spec.latent.rope_dim if spec.latent else spec.head_dim) * split.element
+    if layout.recompute == "full" and spec.dropout:
+        padded = (split.tp_rank + 1) * split.local > split.tokens and split.sequence_parallel
+        total += (split.local if padded else split.tokens) * INDEX_BYTES
+    if layout.recompute != "none" and any(describe(spec, name).window in range(1, split.sequence) for name in layers):
+        total += split.sequence**2
+    return total
+
+
+class _Buffers:
+    """Parameters and gradients of a chunk's units that stand only for a while: bytes by the index of the part."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, names: Sequence[str], software: Software, tp_rank: int) -> None:
+        self.zero, self.software = layout.zero, software
+        self.sizes: list[tuple[int, int]] = []
+        """Elements of each unit's whole buffers, and of the parts that a rank owns where it shares them."""
+        for name in names if layout.zero else ():
+            one = units.held(spec, layout, "embed" if name == "head" and spec.tied else name, tp_rank)
+            whole = own = 0
+            for elements, shards in (
+                (one.longest, units.shard_ranks(layout)),
+                (one.experts, units.expert_shard_ranks(layout)),
+            ):
+                part = -(-elements // shards)
+                whole, own = whole + part * shards, own + (part if shards > 1 else 0)
+            self.sizes.append((whole, own))
+        self.reduced = self.sizes
+        """Those whose reductions this chunk starts: not an embedding's that another place of the same rank starts."""
+        self.tied = 0
+        """Bytes of its gradient that wait for that."""
+        if layout.zero >= 1 and names[-1] == "head" and spec.tied and len(layout.end_ranks) == 1:
+            self.tied = round(self.sizes[-1][0] * software.parameter_bytes) if layout.zero >= 2 else 0
+            self.reduced = [*self.sizes[:-1], (0, 0)]
+        self.first = self.gathered(0, 0)
+        owned = sum(own for _, own in self.reduced)
+        self.left = round(owned * software.reduce_bytes) if self.zero == 1 else self.reducing(0, 2)
+
+    def gathered(self, index: int, step: int) -> int:
+        """At zero 3 a part's parameters, and those of the part that comes next."""
+        if self.zero != 3:
+            return 0
+        low, high = sorted((index, index + step))
+        return round(sum(whole for whole, _ in self.sizes[max(0, low) : high + 1]) * self.software.gather_bytes)
+
+    def copied(self, index: int) -> int:
+        """At zero 2 and 3 a part's gradients when its reduction starts: as they were formed, and in one buffer."""
+        if self.zero < 2:
+            return 0
+        return round(self.reduced[index][0] * (self.software.parameter_bytes + self.software.reduce_bytes))
+
+    def reducing(self, index: int, count: int) -> int:
+        """At zero 2 and 3 the buffers of `count` parts' reductions: all gradients of each, and the part that comes of them."""
+        if self.zero < 2:
+            return 0
+        sizes = self.reduced[index : index + count]
+        return round(sum(whole + own for whole, own in sizes if own) * self.software.reduce_bytes)
+
+    def started(self, index: int) -> int:
+        """At zero 1, what the last backward's reductions hold when it comes to part `index`."""
+        return (
+            round(sum(own for _, own in self.reduced[index + 1 :]) * self.software.reduce_bytes)
+            if self.zero == 1
+            else 0
         )
-    return found
+
+    def gradients(self, works: Sequence[Work]) -> tuple[int, int]:
+        if self.zero < 2:
+            return 0, 0
+        put_off = sum(one.weights for one in works)
+        rest = sum(whole for whole, _ in self.reduced) - put_off
+        return round(rest * self.software.parameter_bytes), round(put_off * self.software.parameter_bytes)
 
 
 def footprint(
@@ -196,16 +297,20 @@ def footprint(
         for chunk in range(layout.chunks)
     ]  # fmt: skip
     standing = state(spec, layout, held_units(spec, layout, pp_rank), software=software, tp_rank=tp_rank)
-    schedule = _schedule(layout.schedule, layout.pp, micro_batches, layout.chunks)
-    activations, working, when = _walk(schedule.ranks[pp_rank], stages)
-    split = split_of(layout, sequence=sequence, precision=precision)
+    schedule = _schedule(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.zero)
+    worst = max(walk(schedule, pp_rank, stages), key=lambda moment: moment.during)
     buffers = 0
     if software.whole_batch:
-        buffers += micro_batches * split.tokens * 3 * INDEX_BYTES  # tokens, positions, targets
-    peers = {a.peer for a in schedule.ranks[pp_rank] if a.kind in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)}
-    buffers += len(peers) * handed_on(spec, layout, sequence=sequence, precision=precision)
+        split = split_of(layout, sequence=sequence, precision=precision)
+        buffers = micro_batches * split.tokens * 3 * INDEX_BYTES  # tokens, positions, targets
     return Footprint(
-        standing.parameters, standing.gradients, standing.optimizer, activations, working, buffers, str(when)
+        standing.parameters,
+        standing.gradients,
+        standing.optimizer,
+        worst.kept,
+        worst.during - worst.kept - worst.posted,
+        buffers + worst.posted,
+        str(worst.action),
     )
 
 
@@ -227,34 +332,94 @@ def by_rank(
 
 
 @functools.lru_cache(maxsize=256)
-def _schedule(name: str, pp: int, micro_batches: int, vp: int) -> Schedule:
-    return pipeline_schedule.build(name, pp, micro_batches, vp)
+def _schedule(name: str, pp: int, micro_batches: int, vp: int, zero: int = 0) -> Schedule:
+    return pipeline_schedule.build(name, pp, micro_batches, vp, gather=zero == 3, reduce_each=zero >= 2)
 
 
-def _walk(actions: Iterable[Action], stages: list[Stage]) -> tuple[int, int, Action | None]:
-    """(bytes kept, bytes beyond them, the action) at the worst moment."""
-    alive, worst = 0, (0, 0, None)
-    for action in actions:
-        chunk = stages[action.chunk] if action.chunk >= 0 else None
-        if chunk is None:
-            continue
-        match action.kind:
+class Moment(msgspec.Struct, frozen=True):
+    """Bytes beside the state around one action of a rank."""
+
+    action: Action
+    during: int
+    """At its worst moment."""
+    after: int
+    kept: int
+    """Of `during`: kept by forwards and handed between stages."""
+    posted: int
+    """Of `during`: receives posted ahead."""
+
+
+def walk(schedule: Schedule, rank: int, stages: Sequence[Stage]) -> list[Moment]:
+    """The life of one step on pipeline rank `rank`, whose chunks are `stages`. One receive is posted ahead for each peer."""
+    actions = schedule.ranks[rank]
+    to_post = Counter(action.peer for action in actions if action.kind in _RECEIVES)
+    handed = stages[0].handed
+    posted, alive, reducing = len(to_post) * handed, 0, 0
+    halves = [[0, 0] for _ in stages]  # gradients that wait for their reduction
+    waiting = 0
+    moments: list[Moment] = []
+    for index, action in enumerate(actions):
+        worst, after, kind, number = alive, reducing, action.kind, max(0, action.chunk)
+        before = reducing + sum(map(sum, halves)) + waiting
+        chunk = stages[number]
+        match kind:
+            case Kind.RECEIVE_FORWARD | Kind.RECEIVE_BACKWARD:
+                to_post[action.peer] -= 1
+                posted -= 0 if to_post[action.peer] else handed
+                alive += handed
+            case Kind.SEND_BACKWARD:
+                alive -= handed
+            case Kind.GATHER:
+                alive += chunk.gathered
             case Kind.FORWARD:
-                now = (alive, chunk.forward, action)
+                # Its input stands already: received, or the output of another chunk of this rank.
+                alive -= 0 if schedule.adjacent(rank, number, -1) is None else handed
+                alive -= chunk.gathered if action.micro_batch == 0 else 0
+                worst = alive + chunk.forward
                 alive += chunk.kept
             case Kind.BACKWARD | Kind.INPUT:
                 alive -= chunk.kept
-                now = (alive, chunk.backward, action)
-                alive += chunk.deferred if action.kind is Kind.INPUT else 0
+                worst = alive + chunk.backward
+                alive += _left_between(schedule, rank, number, handed)
+                waiting = chunk.waiting or (waiting if number else 0)
+                if kind is Kind.INPUT:
+                    alive += chunk.deferred
+                    halves[number][0] = chunk.gradients[0]
+                elif schedule.reduce_each:  # reductions start as gradients arrive, in place of the last micro-batch's
+                    worst = max(worst, alive - chunk.kept + chunk.begin if reducing else 0) - reducing
+                    after = chunk.reducing
+                elif any(later.kind is Kind.REDUCE for later in actions[index + 1 : index + 3]):
+                    worst += chunk.last_backward - chunk.backward
+                    after += chunk.reducing
             case Kind.WEIGHT:
-                now = (alive, 0, action)
+                worst = alive + max(chunk.weight, chunk.gradients[1])
                 alive -= chunk.deferred
+                halves[number][1] = chunk.gradients[1]
+            case Kind.REDUCE:
+                split = actions[index - 1].kind is Kind.WEIGHT
+                halves[number], waiting = [0, 0], 0 if number == 0 else waiting
+                if split:
+                    after = chunk.reducing if schedule.reduce_each else reducing + chunk.reducing
+            case Kind.FINISH:
+                after = 0
             case _:
-                continue
-        if now[0] + now[1] > worst[0] + worst[1]:
-            kept = min(chunk.kept, now[1])
-            worst = (now[0] + kept, now[1] - kept, action)
-    return worst
+                pass
+        reducing = after
+        left = alive + reducing + sum(map(sum, halves)) + waiting
+        moments.append(Moment(action, max(worst + before, left) + posted, left + posted, alive, posted))
+    return moments
+
+
+def _left_between(schedule: Schedule, rank: int, chunk: int, handed: int) -> int:
+    """What a backward leaves of the gradients between stages: it takes one from the stage behind, and leaves one for the stage
+    before, whose output its input is where both are of this rank."""
+    taken = 0 if schedule.adjacent(rank, chunk, 1) is None else handed
+    before = schedule.adjacent(rank, chunk, -1)
+    left = 0 if before is None else 2 * handed if before[0] == rank else handed
+    return left - taken
+
+
+_RECEIVES = (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,7 @@ Nothing here knows a model or a layout.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -56,8 +57,15 @@ class Work(msgspec.Struct, frozen=True):
     """Bytes that stand beyond the kept ones at forward's worst moment."""
     backward_working: int = 0
     """The same of backward: gradients on their way, and what recomputation forms again."""
+    weight_working: int = 0
+    """The same of the weight gradients that a split backward puts off."""
     deferred: int = 0
     """Bytes kept from a split backward's input gradient to its weight gradient: inputs of products, their outputs' gradients."""
+
+    @property
+    def weights(self) -> int:
+        """Elements of the matrices whose gradients can be put off."""
+        return sum(math.prod(o.shape[:-1]) * o.count for o in self.operations if o.phase == "weight")
 
     @property
     def kept_bytes(self) -> int:
@@ -80,14 +88,10 @@ class Tally:
         self.deferred = 0
         """Bytes that weight gradients need where they are put off: inputs of products, and gradients of their outputs."""
 
-    def work(self, forward_working: int = 0, backward_working: int = 0) -> Work:
-        return Work(
-            tuple(self.operations),
-            tuple(self.kept),
-            forward_working,
-            backward_working + self.dropped,
-            self.deferred,
-        )
+    def work(self, forward: int = 0, backward: int = 0, weight: int = 0) -> Work:
+        """Given what stands beyond the kept tensors at the worst moment of each phase."""
+        kept = tuple(self.kept)
+        return Work(tuple(self.operations), kept, forward, backward + self.dropped, weight, self.deferred)
 
     def keep(self, name: str, module: Module, size: int, *, always: bool = False) -> None:
         """`size` in bytes; dropped where its module is computed again, unless `always`."""

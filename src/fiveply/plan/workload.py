@@ -200,7 +200,8 @@ def _embed(part: Part, split: Split, software: Software) -> Work:
         tally.keep("rows", "embed", split.tokens * (INDEX_BYTES + 1))
     if part.rotary:
         _dropout(tally, part, split, "embedding")
-    return tally.work()
+    # Its gradient is as long as the slice of the vocabulary, whatever tokens there were.
+    return tally.work(0, (split.part(part.vocabulary) + split.local) * hidden * split.element)
 
 
 def _positions(part: Part, split: Split, software: Software) -> Work:
@@ -216,13 +217,14 @@ def _final_norm(part: Part, split: Split, software: Software) -> Work:
     tally = Tally(split.element, frozenset(), software)
     tally.keep("input", "residual", split.local * part.hidden * split.element)
     _norm(tally, part, split.local, part.hidden, "norm")
-    return tally.work()
+    elements, exact = split.local * part.hidden, max(4, split.element)
+    # Its output, which only the head reads; in backward the incoming gradient, and three tensors in the exact type.
+    return tally.work(elements * max(split.element, exact), elements * (split.element + 3 * exact))
 
 
 def _head(part: Part, split: Split, software: Software) -> Work:
     tally = Tally(split.element, frozenset(), software)
-    _vocabulary(tally, part, split)
-    return tally.work()
+    return tally.work(*_vocabulary(tally, part, split))
 
 
 def _layer(part: Part, split: Split, software: Software) -> Work:
@@ -238,14 +240,35 @@ def _layer(part: Part, split: Split, software: Software) -> Work:
     tally.keep("middle", "residual", local * hidden * element)
     _norm(tally, part, local, hidden, "middle_norm")
     if part.experts is None:
+        inner = split.part(part.ffn)
+        columns, weight = split.tokens * inner, inner * hidden
         _mlp(tally, part, split, part.ffn, "")
     else:
-        _experts(tally, part, split, part.experts)
+        columns, weight = _experts(tally, part, split, part.experts)
     _residual(tally, part, split, "mlp")
     if part.predicts:
         _norm(tally, part, local, hidden, "head_norm")
         _vocabulary(tally, part, split)
-    return tally.work()
+    return tally.work(*_working(part, split, columns, weight))
+
+
+def _working(part: Part, split: Split, columns: int, weight: int) -> tuple[int, int, int]:
+    """Bytes beyond the kept ones at the worst moments of a layer's forward, backward and weight gradients, all in its MLP:
+    `columns` elements of one of its inner tensors, `weight` of one of its matrices.
+
+    Forward ends with the product before the sum over ranks, and the new residual stream; recomputed in full it keeps nothing,
+    so its inner tensors count. Backward starts with the gradient of the down product's input and weight; then come those of
+    the activation, when the tensor after it is gone; then those of the first products, when all inner tensors are.
+    """
+    inputs = 2 if part.gated else 1
+    stream, whole = split.local * part.hidden, split.gathered * part.hidden
+    forward = (inputs + 1) * columns + 2 * whole + stream if split.recompute == "full" else whole + 2 * stream
+    backward = stream + max(
+        columns + weight + (whole if split.sequence_parallel else 0),
+        (3 if part.gated else 1) * columns,
+        whole + inputs * weight - columns,
+    )
+    return forward * split.element, backward * split.element, (inputs + 1) * weight * split.element
 
 
 _EVERYTHING: frozenset[Module] = frozenset(get_args(Module)) - {"head", "loss"}
@@ -301,6 +324,7 @@ def _attention(tally: Tally, part: Part, split: Split) -> None:
     tally.keep("keys and values", "attention", 2 * kv * element)
     _core(tally, part, split, heads, kv_heads, size, size)
     tally.products("attention", tokens, heads * size, o=part.hidden)
+    tally.deferred += element * (2 * split.gathered * part.hidden + 2 * q + 2 * kv)
 
 
 def _latent_attention(tally: Tally, part: Part, split: Split) -> None:
@@ -332,6 +356,9 @@ def _latent_attention(tally: Tally, part: Part, split: Split) -> None:
     tally.keep("values", "latent", tokens * heads * value * element)
     _core(tally, part, split, heads, heads, size, value)
     tally.products("attention", tokens, heads * value, o=part.hidden)
+    ranks = 2 * (latent.q_rank + latent.kv_rank) + latent.rope_dim
+    expanded = heads * (size + latent.nope_dim + 2 * value)
+    tally.deferred += element * (local * part.hidden + split.gathered * (part.hidden + ranks) + tokens * expanded)
 
 
 def _core(tally: Tally, part: Part, split: Split, heads: int, kv_heads: int, size: int, value: int) -> None:
@@ -346,6 +373,8 @@ def _core(tally: Tally, part: Part, split: Split, heads: int, kv_heads: int, siz
     window = part.window if part.window < sequence else 0
     tally.attention(split.rows, queries, sequence, heads, kv_heads, size, value, window, pairs)
     numbers = split.rows * queries * heads
+    if window and tally.software.window_masks:
+        tally.keep("mask", "core", sequence * sequence * split.element)
     if tally.software.flash:
         tally.keep("log-sum", "core", numbers * max(4, split.element))
     else:
@@ -358,14 +387,11 @@ def _core(tally: Tally, part: Part, split: Split, heads: int, kv_heads: int, siz
 def _mlp(tally: Tally, part: Part, split: Split, ffn: int, name: str) -> None:
     tokens, inner = split.tokens, split.part(ffn)
     _entered(tally, split, part.hidden, f"{name}mlp input")
-    _gated_products(tally, part, tokens, inner, name)
-    tally.products("mlp", tokens, inner, **{f"{name}down": part.hidden})
-
-
-def _gated_products(tally: Tally, part: Part, tokens: int, inner: int, name: str) -> None:
     columns = {f"{name}gate": inner, f"{name}up": inner} if part.gated else {f"{name}up": inner}
     tally.products("mlp", tokens, part.hidden, **columns)
     _activation(tally, part, tokens * inner, name, "mlp")
+    tally.products("mlp", tokens, inner, **{f"{name}down": part.hidden})
+    tally.deferred += split.element * (2 * split.gathered * part.hidden + (1 + len(columns)) * tokens * inner)
 
 
 def _activation(tally: Tally, part: Part, elements: int, name: str, module: Module) -> None:
@@ -376,9 +402,10 @@ def _activation(tally: Tally, part: Part, elements: int, name: str, module: Modu
         tally.keep(f"{name}activation output", "activation", elements * tally.element)
 
 
-def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> None:
+def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> tuple[int, int]:
     """Router, dispatch, grouped products, combination; and the MLP that every token passes. Tensor ranks route their own
-    tokens each; where they split experts too, each sees the tokens of all of them."""
+    tokens each; where they split experts too, each sees the tokens of all of them. Returns the elements of one inner tensor
+    and of one projection's matrices."""
     tokens, element = split.routed, split.element
     chosen = tokens * experts.per_token
     rows = chosen * split.etp
@@ -401,6 +428,8 @@ def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> None:
         _mlp(tally, part, split, experts.shared_ffn, "shared ")
     if experts.shared_gate:
         tally.products("mlp", split.tokens, hidden, shared_gate=1)
+    tally.deferred += element * (2 * rows * hidden + (1 + len(columns)) * rows * inner)
+    return rows * inner, count * inner * hidden
 
 
 def _joining(tally: Tally, part: Part, split: Split) -> None:
@@ -413,31 +442,42 @@ def _joining(tally: Tally, part: Part, split: Split) -> None:
     tally.products("mlp", local, 2 * hidden, eh=hidden)
 
 
-def _vocabulary(tally: Tally, part: Part, split: Split) -> None:
-    """Head and cross-entropy. The runtime forms chunks of logits, and both gradients beside the loss in forward: those alone
-    are kept, as are three products a chunk then. Others keep logits."""
+def _vocabulary(tally: Tally, part: Part, split: Split) -> tuple[int, int]:
+    """Head and cross-entropy; returns what they need beyond what is kept, in forward and in backward.
+
+    The runtime forms chunks of logits, and both gradients beside the loss in forward: those alone are kept, as are three
+    products a chunk then. Others keep logits.
+    """
     tokens, hidden, element = split.tokens, part.hidden, split.element
-    multiple = tally.software.vocabulary_multiple * split.tp
-    vocabulary = (
-        -(-part.vocabulary // multiple) * multiple if tally.software.vocabulary_multiple > 1 else part.vocabulary
-    )
-    own = split.part(vocabulary)
-    logits = tokens * own
-    if tally.software.loss == "chunked":
-        chunk = chunk_rows(vocabulary, split.tp)
-        for rows, count in ((chunk, tokens // chunk), (tokens % chunk, 1)):
-            if rows and count:
-                tally.head_chunk(rows, own, hidden, count)
-        tally.keep("hidden gradient", "loss", tokens * hidden * element)
-        tally.keep("head gradient", "loss", own * hidden * element)
-        tally.keep("loss", "loss", max(4, element))
-    else:
-        tally.products("head", tokens, hidden, logits=own)
-        tally.keep(
-            "head input", "head", (split.gathered if tally.software.gathered_input else split.local) * hidden * element
-        )
-        tally.keep("softmax", "loss", logits * (element if tally.software.loss == "fused" else 4))
+    multiple = tally.software.vocabulary_multiple * split.tp if tally.software.vocabulary_multiple > 1 else 1
+    vocabulary = -(-part.vocabulary // multiple) * multiple
+    own, exact = split.part(vocabulary), max(4, element)
+    logits, gathered = tokens * own, split.gathered * hidden * element if split.sequence_parallel else 0
     tally.memory("cross-entropy", "loss", 4 * logits, 2 * logits)
+    if tally.software.loss != "chunked":
+        tally.products("head", tokens, hidden, logits=own)
+        whole = tally.software.gathered_input
+        tally.keep("head input", "head", (split.gathered if whole else split.local) * hidden * element)
+        tally.keep("softmax", "loss", logits * (element if tally.software.loss == "fused" else 4))
+        more = element + 4 if tally.software.loss == "plain" else element
+        return logits * more, logits * more + own * hidden * element
+    chunk = chunk_rows(vocabulary, split.tp)
+    for rows, count in ((chunk, tokens // chunk), (tokens % chunk, 1)):
+        if rows and count:
+            tally.head_chunk(rows, own, hidden, count)
+    tally.keep("hidden gradient", "loss", tokens * hidden * element)
+    tally.keep("head gradient", "loss", own * hidden * element)
+    tally.keep("loss", "loss", exact)
+    # A chunk's logits, their copy in the exact type, and its chances; those of the chunk before are still there, and so is
+    # their copy in the activation's type.
+    copied = element != exact
+    once = min(chunk, tokens) * own
+    softmax = once * (element + exact * (1 + copied))
+    if tokens > chunk:
+        softmax += once * (exact + element * copied)
+    product = once * (exact + element * copied) + own * hidden * element
+    output = split.local * hidden * element
+    return output + gathered + max(softmax, product), output
 
 
 def chunk_rows(vocabulary: int, tp: int) -> int:

@@ -38,9 +38,9 @@ class Ledger(TorchDispatchMode):
         self.attention: Counter[tuple[str, tuple[int, ...]]] = Counter()
         """(`forward` or `backward`, (rows, queries, keys, heads, key-value heads, head size))."""
         self.on_peak: Callable[[], None] = lambda: None
-        self._categories: dict[int, str] = {}
-        self._watched: dict[int, weakref.ref[Any]] = {}
-        self._gathered: list[Unit] = []
+        self._watched: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        """By storage: itself, its category and bytes."""
+        self._gathered: list[torch.UntypedStorage] = []
 
     @property
     def flops(self) -> dict[str, int]:
@@ -56,18 +56,18 @@ class Ledger(TorchDispatchMode):
 
     def belongs(self, x: Tensor, category: str) -> None:
         """`x`'s storage is of this category, whatever made it."""
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key in self._watched and self._categories[key] != category:
-            self.live[self._categories[key]] -= storage.nbytes()
-            self.live[category] += storage.nbytes()
-            self._categories[key] = category
+        key = x.untyped_storage()._cdata
+        if key in self._watched:
+            reference, old, size = self._watched[key]
+            self._watched[key] = reference, category, size
+            self.live[old] -= size
+            self.live[category] += size
 
     def watch_gathered(self, units: list[Unit]) -> None:
         """Flat parameters of zero 3 change size without an operation: they are asked at each one."""
-        self._gathered = [unit for unit in units if unit.zero == 3]
-        for unit in self._gathered:
-            self._forget(unit.full.untyped_storage()._cdata, 0)
+        self._gathered = [unit.full.untyped_storage() for unit in units if unit.zero == 3]
+        for storage in self._gathered:
+            self._forget(storage._cdata)
 
     def reset_peak(self) -> None:
         self.peak, self.peak_total = Counter(self.live), self.total
@@ -84,30 +84,25 @@ class Ledger(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        return self.total + sum(unit.full.untyped_storage().nbytes() for unit in self._gathered)
+        return self.total + sum(storage.nbytes() for storage in self._gathered)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if (
-            key in self._watched
-            or size == 0
-            or any(unit.full.untyped_storage()._cdata == key for unit in self._gathered)
-        ):
+        if key in self._watched or size == 0 or any(gathered._cdata == key for gathered in self._gathered):
             return
         category = self.category()
-        self._categories[key] = category
-        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key)), category, size
         self.live[category] += size
         self.total += size
         if (now := self.bytes()) > self.peak_total:
             self.peak_total, self.peak = now, Counter(self.live)
-            if now > self.total:
-                self.peak["gathered"] = now - self.total
+            self.peak["gathered"] = now - self.total
             self.on_peak()
 
-    def _forget(self, key: int, size: int) -> None:
-        if self._watched.pop(key, None) is not None:
-            self.live[self._categories.pop(key)] -= size
+    def _forget(self, key: int) -> None:
+        if key in self._watched:
+            _, category, size = self._watched.pop(key)
+            self.live[category] -= size
             self.total -= size
 
 

@@ -41,6 +41,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Modules (workload.Module) that `recompute=selective` computes again; Korthikanti's is attention's core."""
     stops_early: bool = False
     """Recomputation stops at the last kept tensor (torch's non-reentrant checkpoint): a block's last collective is not run again."""
+    window_masks: bool = False
+    """A sliding window's mask stands as a tensor of the activation's type in each layer that has one."""
     fused_products: bool = True
     """Queries, keys and values are one product, gate and up another."""
     mask_bytes: int = 1
