@@ -55,6 +55,8 @@ def train(
     profile: str = "",
     memory_snapshot: Flag = False,
     hang_timeout: float | None = None,
+    dry_run: Flag = False,
+    ranks: str = "",
     json: Flag = False,
 ) -> None:
     """Train a language model under a layout, from a run's TOML file or from flags alone; or start a script of your own.
@@ -66,6 +68,8 @@ def train(
     fiveply train --model 15m --data my.txt --layout dp=2,tp=2 --steps 200
 
     fiveply train run.toml --resume --layout tp=2
+
+    fiveply train run.toml --layout dp=128,tp=8,pp=16 --dry-run --ranks 0,16383
 
     Keys of the file, all with defaults: name, folder, seed, layout; [model] preset, init_from, overrides; [data] corpus,
     tokenizer, sequence, held_out, respect_documents, folder; [train] steps, until, patience, global_batch, sync_every,
@@ -90,6 +94,8 @@ def train(
         memory_snapshot: Write what each rank's memory holds to runs/NAME/memory, after the recorded step.
         hang_timeout: Seconds that no rank goes on until the run ends with a report of who waits for whom; 300 by default,
             0 for never.
+        dry_run: Train nothing: go through one step of some ranks without values; print bytes, collectives and operations.
+        ranks: Those of a dry run, as 0,17,16383; the first and the last by default.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply.spec.run import RunSpec
@@ -112,6 +118,15 @@ def train(
     settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value not in (None, ""))]
     defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
+    if dry_run:
+        from fiveply.train import dry_run as dry
+
+        found = dry.of_run(spec, layout, ranks)
+        if json:
+            _print_json(msgspec.to_builtins(found))
+        else:
+            dry.show(found)
+        return
     ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
     _finish(trainer.train(ready), json)
 
@@ -258,6 +273,35 @@ def report(
     _finish({"report": str(path)}, json, f"wrote {path}")
 
 
+@command
+def bench(
+    what: Annotated[Positional[Literal["plan"]], arg(metavar="plan")],
+    /,
+    *,
+    table: str = "",
+    json: Flag = False,
+) -> None:
+    """Score the planner on a table of published measurements: step time, memory, ranking of layouts.
+
+    fiveply bench plan --table measurements.csv
+
+    Args:
+        what: What is scored.
+        table: A CSV with the columns of the shipped table (src/fiveply/plan/published.csv), which is the default.
+        json: Print the score, with one prediction a row, as one JSON object on standard output.
+    """
+    from rich.console import Console
+
+    from fiveply import bench as benches
+    from fiveply.plan import score
+
+    found = score.score(table)
+    if json:
+        _print_json(msgspec.to_builtins(found))
+    else:
+        benches.show(found, Console())
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `fiveply` command."""
     args = sys.argv[1:] if args is None else args
@@ -300,7 +344,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "verify", "generate", "convert", "report"]
+    return ["train", "verify", "generate", "convert", "report", "bench"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:

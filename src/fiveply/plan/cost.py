@@ -62,22 +62,28 @@ def machine(cluster: ClusterSpec) -> Machine:
 # --- operations ---
 
 
-@lru_cache(maxsize=1 << 16)
-def product_seconds(m: int, n: int, k: int, machine: Machine, precision: str, tiles: int = 1) -> float:
-    """One matrix product (m, k) x (k, n), or `tiles` equal ones in one kernel, on an otherwise idle device."""
+def product_seconds(m: int, n: int, k: int, machine: Machine, precision: str, groups: int = 1) -> float:
+    """One matrix product (m, k) x (k, n), or `groups` equal ones in one kernel, on an otherwise idle device."""
     speed = machine.product(precision)
-    processors, wide = machine.processors, BYTES[precision]
-    computing = math.inf
-    for rows, columns in TILES:
-        waves = tiles * math.ceil(m / rows) * math.ceil(n / columns) / processors
-        waves = max(1.0, waves + speed.quantisation * (math.ceil(waves) - waves))
-        reuse = (rows * columns / (rows + columns) / _REUSE) ** speed.small_tile
-        computing = min(computing, waves * rows * columns / reuse)
-    computing *= 2 * processors * (k + speed.prologue) / (machine.flops(precision) * speed.efficiency)
-    moving = tiles * (wide * (m + n) * k + 2 * m * n) / (machine.bandwidth * speed.memory)
+    area = _waves(m, n, groups, machine.processors, speed.quantisation, speed.small_tile)
+    computing = area * 2 * (k + speed.prologue) / (machine.flops(precision) * speed.efficiency)
     if n % 64 or k % 64:  # rows that don't start at 128 bytes: loads and stores are split
         computing *= 1.0 + MISALIGNED * (2 if n % 8 or k % 8 else 1)
+    moving = groups * (BYTES[precision] * (m + n) * k + 2 * m * n) / (machine.bandwidth * speed.memory)
     return speed.launch + (computing**4 + moving**4) ** 0.25
+
+
+@lru_cache(maxsize=1 << 16)
+def _waves(m: int, n: int, groups: int, processors: int, quantisation: float, small_tile: float) -> float:
+    """Output elements that the device's waves of tiles cover, idle processors counted, with the best tile; a tile of less
+    operand reuse counts for more."""
+    best = math.inf
+    for rows, columns in TILES:
+        waves = groups * math.ceil(m / rows) * math.ceil(n / columns) / processors
+        waves = max(1.0, waves + quantisation * (math.ceil(waves) - waves))
+        reuse = (rows * columns / (rows + columns) / _REUSE) ** small_tile
+        best = min(best, waves * rows * columns / reuse)
+    return best * processors
 
 
 MISALIGNED = 0.15
@@ -155,7 +161,6 @@ def collective_seconds(collective: Collective, machine: Machine, stride: int) ->
     return call_seconds(collective.operation, collective.bytes, collective.size, machine, stride)
 
 
-@lru_cache(maxsize=1 << 16)
 def call_seconds(operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int) -> float:
     """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host."""
     if ranks < 2 and operation not in ("send", "receive"):

@@ -88,6 +88,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that a memory-bound kernel takes at least."""
     host: float = 4e-6
     """Seconds of the host's time to launch one kernel."""
+    host_bandwidth: float = 25e9
+    """Bytes/s between a device and its host's memory, one direction: PCIe 4.0 x16 as reached."""
     clock: float = 1.0
     """Sustained over the speed of isolated kernels, under the power of a whole step."""
     dollars_per_hour: float | None = None

@@ -195,7 +195,8 @@ def architecture(record: dict[str, str]) -> ModelSpec:
     )
     ffn = _whole(record, "ffn", 4 * hidden)
     count = _whole(record, "experts")
-    gated = bool(GATED.search(name)) or (not PLAIN.search(name) and ffn < 3.9 * hidden)
+    notes = record.get("notes", "")
+    gated = "SwiGLU" in notes or bool(GATED.search(name)) or (not PLAIN.search(name) and ffn < 3.9 * hidden)
     head = next((size for family, size in (("qwen3", 128), ("gpt.?oss", 64)) if re.search(family, name, re.I)), 0)
     if not head and hidden % heads:
         raise _NoRow(f"{heads} heads do not divide hidden {hidden}")
@@ -242,7 +243,7 @@ def architecture(record: dict[str, str]) -> ModelSpec:
         experts=experts,
         latent=latent,
         sinks=bool(window),
-        tied=older,
+        tied=older and "untied" not in notes,
     )
 
 
@@ -258,8 +259,8 @@ def system(record: dict[str, str]) -> Software:
         ("primus", "primus"),
         ("megatron-deepspeed", "megatron-deepspeed"),
         ("deepspeed", "deepspeed" if sharded else "megatron-deepspeed"),
-        ("Megatron-Bridge|NeMo|dgxc|nemotron", "nemo"),
-        ("Megatron|Korthikanti|MT-NLG", "deepspeed" if sharded else "megatron"),
+        ("Megatron-Bridge|NVIDIA/NeMo|dgxc|Nemotron-4", "nemo"),
+        ("Megatron|Korthikanti|MT-NLG", "deepspeed" if sharded and _vintage(record) < "2022" else "megatron"),
     )
     name = next((name for pattern, name in known if re.search(pattern, text, re.I)), "torchtitan" if sharded else "nemo")
     found = systems.load(name, _vintage(record))
@@ -270,6 +271,10 @@ def system(record: dict[str, str]) -> Software:
         changes["graphs"] = True
     if record.get("precision", "").startswith("amp"):  # autocast over float32 parameters: gathered wide, cast at each use
         changes["gather_bytes"] = 4.0
+    if "unfused attention" in record.get("notes", ""):
+        changes |= {"flash": False}
+    if "fused cross-entropy" in record.get("notes", ""):
+        changes["loss"] = "fused"
     if re.search(r"\beager\b", record.get("notes", "")):
         changes["memory_passes"] = EAGER * found.memory_passes
     if record.get("recompute", "").startswith("selective:"):
@@ -338,7 +343,7 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
         micro_batch=_whole(record, "micro_batch"),
         recompute="full" if recompute == "full" else "selective" if recompute.startswith("selective") else "none",
         sp=sp,
-        etp=1,
+        etp=(_whole(record, "etp") or (1 if software.vintage >= "2025-05" else tp)) if spec.experts else 1,
     )  # pyright: ignore[reportArgumentType]
 
 
