@@ -11,6 +11,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 from statistics import NormalDist
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,6 +29,16 @@ CHUNKS = {"interleaved": 2, "zbv": 2}
 GROUPS = 4
 
 
+class Divided(NamedTuple):
+    """How many of each kind: `parts` [pipeline rank, kind of part] in all its chunks, `passing` in its first one; `units`
+    [rank, kind of unit] held; `first` by kind of unit, of the first stage."""
+
+    parts: NDArray[np.int64]
+    passing: NDArray[np.int64]
+    units: NDArray[np.int64]
+    first: NDArray[np.int64]
+
+
 class Fitting:
     """Of one job. `capacity`: the most predicted bytes that fit at RISK."""
 
@@ -41,11 +52,20 @@ class Fitting:
         """The first unit of each kind."""
         self._place = {name: self.units.index(first) for name, first in self._unit_of.items()}
         self._layer = np.array([unit.startswith("layers") for unit in self.units])
-        self._times = self.count(self._unit_of)
-        self._first = {kind: part for part, kind in reversed(workload.kinds(self.spec).items())}
-        self._kind_of = {part: self._first[kind] for part, kind in workload.kinds(self.spec).items()}
-        self._kept: dict[Hashable, dict[str, int]] = {}
+        self._times = self._count(self._unit_of)
+        self._head = "embed" if self.spec.tied else "head"
+        kinds = workload.kinds(self.spec)
+        first = {kind: part for part, kind in reversed(kinds.items())}
+        self.kinds = list(dict.fromkeys(first[kind] for kind in kinds.values()))
+        """The first part of each kind."""
+        self.kind_of = {part: self.kinds.index(first[kind]) for part, kind in kinds.items()}
+        self._kind_layer = np.array([part.startswith("layers") for part in self.kinds])
+        self._kind_times = np.bincount(list(self.kind_of.values()), minlength=len(self.kinds))
+        self.parts = list(zip(self.kinds, self._kind_times.tolist(), strict=True))
+        """With how many there are in the model."""
+        self._bytes: dict[Hashable, NDArray[np.float64]] = {}
         self._states: dict[Hashable, NDArray[np.float64]] = {}
+        self._divided: dict[Hashable, Divided] = {}
 
     def fits(self, layout: Layout) -> bool:
         """Exactly, for a resolved layout."""
@@ -68,57 +88,69 @@ class Fitting:
     def may_fit(
         self, layouts: Sequence[Layout], orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
     ) -> NDArray[np.bool_]:
-        """[layout, pipeline, state]: whether the layers of splits of one pp, dp and cp could be dealt to ranks such that all
-        fit, if layers were divisible.
+        """[layout, pipeline, state]: whether the layers of splits of one pp, dp and cp could be dealt to ranks such that all fit.
 
-        A rank r with n(r) layers holds n(r) (s + a(r) k): s is a layer's state, k what it keeps of a micro-batch, a(r) the
-        micro-batches alive. The least possible maximum over ranks is L / sum(1 / (s + a(r) k)). At pp > 1 embedding and head
-        are left out, and ranks are taken in a few groups, each at its least a(r).
+        A rank r with n(r) layers holds n(r) (s + a(r) k) and what one layer needs to work: s is a layer's state, k what it
+        keeps of a micro-batch, a(r) the micro-batches alive. So it can take as many layers as its memory, less the embedding's
+        or the head's state at the ends, is a multiple of s + a(r) k. Ranks between the ends are taken in a few groups, each at
+        its least a(r).
         """
         pp = layouts[0].pp
-        kept = np.array([self._kept_inside_and_out(layout) for layout in layouts], float)
+        inside, outside, working = np.array([self._kept(layout) for layout in layouts], float).T[:, :, None]
         bytes_of = np.array([self.state(layout, kinds) for layout in layouts])  # [layout, state, unit]
-        inside = bytes_of[:, :, self._layer] @ self._times[self._layer]
+        state = bytes_of[:, :, self._layer] @ self._times[self._layer]
         if pp == 1:
-            outside = bytes_of[:, :, ~self._layer] @ self._times[~self._layer]
-            held = kept.sum(axis=1)[:, None] + inside + outside
+            held = inside + outside + working + state + bytes_of[:, :, ~self._layer] @ self._times[~self._layer]
             return np.repeat((held <= self.capacity)[:, None, :], len(orders), axis=1)
         layers = int(self._times[self._layer].sum())
-        layer_kept, layer_state = kept[:, 0] / layers, inside / layers
+        layer_kept, layer_state = inside / layers, state / layers
+        room = np.maximum(0.0, self.capacity - working)
+        first = np.maximum(0.0, room - bytes_of[:, :, self._place["embed"]])
+        last = np.maximum(0.0, room - bytes_of[:, :, self._place[self._head]])
         micro_batches = np.array([self.job.global_batch // one.dp // one.micro_batch for one in layouts])
         may = np.zeros((len(layouts), len(orders), len(kinds)), bool)
         for each in np.unique(micro_batches).tolist():
             here = np.flatnonzero(micro_batches == each)
+            kept, held, free = layer_kept[here], layer_state[here], room[here]
             for index, (name, vp) in enumerate(orders):
-                relief = np.zeros(layer_state[here].shape)
-                for ranks in np.array_split(alive(name, pp, vp or CHUNKS.get(name, 1), each), min(GROUPS, pp)):
-                    relief += len(ranks) / (layer_state[here] + ranks.min() * layer_kept[here, None])
-                may[here, index] = layers <= self.capacity * relief
+                rounds = alive(name, pp, vp or CHUNKS.get(name, 1), each)
+                end = first[here] if name == "zbv" else last[here]
+                takes = first[here] // (held + rounds[0] * kept) + end // (held + rounds[-1] * kept)
+                for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
+                    takes += len(ranks) * (free // (held + ranks.min() * kept))
+                may[here, index] = takes >= layers
         return may
 
-    def least_bytes(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
-        """[state, rank]: at least so many bytes are held by each rank of a divided layout."""
-        kept = self._kept_by_part(layout)
-        held = np.zeros((layout.pp, layout.chunks))
-        for rank in range(layout.pp):
-            for chunk in range(layout.chunks):
-                parts = workload.parts(self.spec, layout.stages, layout.stage_of(rank, chunk))
-                held[rank, chunk] = sum(kept[self._kind_of[part]] for part in parts)
-        # Every chunk as often as the one that keeps least: which of them are alive at the peak is the exact walk's affair.
-        whole = alive(layout.schedule, layout.pp, layout.chunks, self.job.global_batch // layout.dp // layout.micro_batch)
-        activations = np.minimum(whole, np.inf) * (held.min(axis=1) * layout.chunks if layout.chunks > 1 else held[:, 0])
-        return self.state(layout, kinds) @ self.counts(layout).T + activations * layout.micro_batch
+    def estimate(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+        """[state, rank]: about the bytes that each rank of a divided layout holds at its worst moment: all that can be alive,
+        and the most that one of its parts needs for itself."""
+        divided = self.divided(layout)
+        each = self._part_bytes(layout)
+        rounds = alive(layout.schedule, layout.pp, layout.chunks, self.job.global_batch // layout.dp // layout.micro_batch)
+        activations = rounds * (divided.parts @ each[:, 0]) * layout.micro_batch
+        working = ((divided.parts > 0) * each[:, 1]).max(axis=1) * layout.micro_batch
+        return self.state(layout, kinds) @ divided.units.T + activations + working
 
-    def counts(self, layout: Layout) -> NDArray[np.int64]:
-        """[rank, unit]: how many units of each kind a pipeline rank holds."""
-        return np.array([self.count(traffic.held_units(self.spec, layout, rank)) for rank in range(layout.pp)])
+    def divided(self, layout: Layout) -> Divided:
+        """What each pipeline rank, and the first stage, of a divided layout hold."""
+        key = layout.stages, layout.schedule == "zbv", layout.pp
+        if key not in self._divided:
+            parts = np.zeros((layout.pp, len(self.kinds)), np.int64)
+            passing = np.zeros((layout.pp, len(self.kinds)), np.int64)
+            for rank in range(layout.pp):
+                for chunk in range(layout.chunks):
+                    for part in workload.parts(self.spec, layout.stages, layout.stage_of(rank, chunk)):
+                        parts[rank, self.kind_of[part]] += 1
+                for part in workload.parts(self.spec, layout.stages, rank):
+                    passing[rank, self.kind_of[part]] += 1
+            held = np.array([self._count(traffic.held_units(self.spec, layout, rank)) for rank in range(layout.pp)])
+            first = self._count(stage_units(self.spec, layout.stages, 0))
+            self._divided[key] = Divided(parts, passing, held, first)
+        return self._divided[key]
 
-    def count(self, names: Iterable[str]) -> NDArray[np.int64]:
+    def _count(self, names: Iterable[str]) -> NDArray[np.int64]:
         """By kind of unit."""
         return np.bincount([self._place[name] for name in names], minlength=len(self.units))
-
-    def stage_units(self, layout: Layout, stage: int) -> list[str]:
-        return stage_units(self.spec, layout.stages, stage)
 
     def state(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
         """[state, unit]: bytes of parameters, gradients and optimiser state of one unit of each kind."""
@@ -145,29 +177,26 @@ class Fitting:
             total += np.array(footprint.state_of(np.array(elements), shards, zero, software=self.job.software))
         return total
 
-    def _kept_by_part(self, layout: Layout) -> dict[str, int]:
-        """Bytes that one part of each kind keeps of a row: micro-batches keep in proportion to their rows."""
+    def _part_bytes(self, layout: Layout) -> NDArray[np.float64]:
+        """[kind of part, (kept, needed beyond that)] of one row of a micro-batch, which grow in proportion to its rows."""
         key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.recompute, layout.offload)
-        if key not in self._kept:
+        if key not in self._bytes:
             job, one = self.job, msgspec.structs.replace(layout, micro_batch=1)
+            works = [
+                workload.work(self.spec, one, part, sequence=job.sequence, software=job.software, precision=job.precision)
+                for part in self.kinds
+            ]
             away = layout.offload == "activations"
-            self._kept[key] = {
-                part: 0 if away else workload.work(
-                    self.spec, one, part, sequence=job.sequence, software=job.software, precision=job.precision
-                ).kept_bytes
-                for part in self._first.values()
-            }  # fmt: skip
-        return self._kept[key]
+            self._bytes[key] = np.array(
+                [(0 if away else work.kept_bytes, work.backward_working) for work in works], float
+            )
+        return self._bytes[key]
 
-    def _kept_inside_and_out(self, layout: Layout) -> tuple[int, int]:
-        """What all layers, and what all other parts keep of a micro-batch."""
-        kept, inside, outside = self._kept_by_part(layout), 0, 0
-        for part, kind in self._kind_of.items():
-            if part.startswith("layers"):
-                inside += kept[kind]
-            else:
-                outside += kept[kind]
-        return inside * layout.micro_batch, outside * layout.micro_batch
+    def _kept(self, layout: Layout) -> tuple[float, float, float]:
+        """What all layers, and what all other parts keep of a micro-batch, and the least that a layer needs beside."""
+        each = self._part_bytes(layout) * layout.micro_batch
+        layers = self._kind_times * self._kind_layer
+        return float(layers @ each[:, 0]), float((self._kind_times - layers) @ each[:, 0]), float(each[self._kind_layer, 1].min())
 
 
 @lru_cache(maxsize=4096)

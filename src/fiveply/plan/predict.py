@@ -198,13 +198,13 @@ class Predictor:
                 if not call.hides or call.part == parts[0]:
                     tail += once
         early = self.job.software.overlap_gradients * (back + weight) * (1 - 1 / len(parts))
-        send = self._transfer(layout)
+        send = self.transfer(layout)
         seconds = StageSeconds(
             forward, back, weight, send, send, reduce=reduce, reduce_early=early, reduce_tail=tail
         )
         return Stage(seconds, dict(terms))
 
-    def _transfer(self, layout: Layout) -> float:
+    def transfer(self, layout: Layout) -> float:
         """Seconds until the neighbouring stage has what this one hands on."""
         if layout.pp == 1:
             return 0.0

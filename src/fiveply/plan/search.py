@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
 from collections.abc import Hashable
 from itertools import count
 from typing import Any, Literal, NamedTuple
@@ -25,16 +24,18 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fiveply.plan import cost, traffic, units, workload
+from fiveply.plan import cost, traffic, workload
 from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
-from fiveply.plan.simulate import bound
+from fiveply.plan.simulate import least_end
 from fiveply.plan.space import Limits, pipelines, splits, states
-from fiveply.plan.stages import Weights, balance, slowest
+from fiveply.plan.stages import Weights, balance, deal
 from fiveply.spec.layout import Layout
 
 BUDGET = 1500
 """Layouts priced exactly."""
+ROUGHLY = 1.02
+"""An estimate of memory further above what there is excludes a layout before the exact walk."""
 SURE = 0.999
 """Against rounding of shares in a bound."""
 
@@ -88,14 +89,10 @@ class _Search:
         self.splits = splits(self.spec, world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
         self.predictors = {order: Predictor(msgspec.structs.replace(job, order=order)) for order in ORDERS}
         self.fitting = Fitting(job)
-        kinds = workload.kinds(self.spec)
-        first = {kind: part for part, kind in reversed(kinds.items())}
-        self.parts = {part: first[kind] for part, kind in kinds.items()}
-        """Every part in forward order, with the first of its kind."""
-        self.unit_of = units.alike(self.spec)
         self._numbers = count()
         self._queue: list[tuple[float, int, Level, Any]] = []
         self._bare: dict[Hashable, tuple[float, float]] = {}
+        self._seconds: dict[Hashable, NDArray[np.float64]] = {}
         self._shared: dict[Hashable, _Shared] = {}
 
     def run(self, wanted: int, budget: int) -> Searched:
@@ -104,18 +101,22 @@ class _Search:
         priced = 0
         while self._queue and len(choices) < wanted and priced < budget:
             _, _, level, payload = heapq.heappop(self._queue)
+            if degrees(payload[0]) in choices:
+                continue
             if level == "found":
-                choices.setdefault(degrees(payload.layout), payload)
+                if self.fitting.fits(payload[0]):
+                    choices[degrees(payload[0])] = Choice(*payload)
             elif level == "split":
                 self._divide(*payload)
             elif level == "division":
                 self._share(*payload)
-            elif degrees(payload[0][0][1]) not in choices:
-                priced += self._price(*payload)
+            else:
+                self._price(*payload)
+                priced += 1
         left = min((entry[0] for entry in self._queue if entry[2] != "found"), default=math.inf)
-        for choice in sorted((entry[3] for entry in self._queue if entry[2] == "found"), key=lambda c: c.seconds):
-            if len(choices) < wanted:
-                choices.setdefault(degrees(choice.layout), choice)
+        for _, _, level, payload in sorted(self._queue, key=lambda entry: entry[:2]):
+            if level == "found" and len(choices) < wanted and degrees(payload[0]) not in choices and self.fitting.fits(payload[0]):
+                choices[degrees(payload[0])] = Choice(*payload)
         ordered = tuple(sorted(choices.values(), key=lambda choice: choice.seconds))
         gap = max(0.0, ordered[0].seconds / left - 1) if ordered else 0.0
         return Searched(ordered, legal, fit, priced, gap)
@@ -134,17 +135,17 @@ class _Search:
             if orders and kinds:
                 may = self.fitting.may_fit(layouts, orders, kinds)
                 fit += int(may.sum())
-                for layout, fits in zip(layouts, may.any(axis=(1, 2)).tolist(), strict=True):
-                    if fits:
-                        self._open_split(layout)
+                for layout, fits in zip(layouts, may.any(axis=2).tolist(), strict=True):
+                    if any(fits):
+                        self._open_split(layout, [order for order, fit in zip(orders, fits, strict=True) if fit])
         return legal, fit
 
-    def _open_split(self, layout: Layout) -> None:
+    def _open_split(self, layout: Layout, orders: list[tuple[str, int]]) -> None:
         busy, once = self._compute(layout)
         least = max(self._micro_batches(layout) * busy / layout.pp, once)
         apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < self.job.machine.joined < self.world
         for order in ORDERS if apart else ORDERS[:1]:
-            self._push(least, "split", (layout, order))
+            self._push(least, "split", (layout, order, orders))
 
     def _micro_batches(self, layout: Layout) -> int:
         return self.job.global_batch // layout.dp // layout.micro_batch
@@ -157,7 +158,7 @@ class _Search:
             job = self.job
             bare = msgspec.structs.replace(layout, sp=-1, recompute="none", cp_kind="gather")
             busy = once = 0.0
-            for part, times in Counter(self.parts.values()).items():
+            for part, times in self.fitting.parts:
                 work = workload.work(
                     self.spec, bare, part, sequence=job.sequence, software=job.software, precision=job.precision
                 )
@@ -169,100 +170,132 @@ class _Search:
 
     # 2. divisions
 
-    def _divide(self, layout: Layout, order: str) -> None:
-        """Queue each pipeline with its divisions of the layers: evenly by rank, and by the slowest path."""
+    def _divide(self, layout: Layout, order: str, orders: list[tuple[str, int]]) -> None:
+        """Queue each pipeline with its divisions of the layers: evenly by rank, and for one chunk by the slowest path."""
         weights, micro_batches = self._weights(layout, order), self._micro_batches(layout)
-        fixed = self.limits.fixed.get("stages")
-        for name, vp in pipelines(self.spec, layout.pp, self.limits):
+        found: dict[tuple[float, int, bool], tuple[int, ...] | None] = {}
+        for name, vp in orders:
             chosen = msgspec.structs.replace(layout, schedule=name, vp=vp)
-            shape = layout.pp, chosen.chunks, micro_batches
-            folded = name == "zbv"
-            divisions = {fixed} if fixed else {
-                balance(weights, *shape, ahead, folded=folded)
-                for ahead in ((0.0, 1.0 / chosen.chunks) if layout.pp > 1 else (0.0,))
-            }  # fmt: skip
+            chunks, folded = chosen.chunks, name == "zbv"
+            divisions: set[tuple[int, ...]] = set()
+            for ahead in (0.0, 1.0) if layout.pp > 1 and chunks == 1 else (0.0,):
+                for least in (0 if chunks == 1 else 1, chunks):  # mostly each rank gets enough for its chunks unasked
+                    key = ahead, least, folded
+                    if key not in found:
+                        found[key] = balance(weights, layout.pp, micro_batches, ahead, least=least, folded=folded)
+                    ranks = found[key]
+                    if ranks and (chunks == 1 or min(ranks) >= chunks):
+                        divisions.add(deal(ranks, chunks, folded=folded))
+                        break
+            if "stages" in self.limits.fixed:
+                divisions = {self.limits.fixed["stages"]}
             for stages in divisions:
-                if stages and len(stages) == chosen.stage_count:
-                    split = folded or name == "zb"  # what a rank puts off may fill its wait
-                    least = 0.0 if split else slowest(weights, stages, *shape, folded=folded)
-                    least = max(least, self._busiest(weights, stages, *shape, folded=folded))
-                    self._push(least * SURE, "division", (msgspec.structs.replace(chosen, stages=stages), order))
-
-    def _busiest(
-        self, weights: Weights, stages: tuple[int, ...], pp: int, vp: int, micro_batches: int, *, folded: bool
-    ) -> float:
-        """The longest that a rank computes."""
-        return micro_batches * max(
-            slowest(weights, stages, pp, vp, 1, folded=folded) / (pp + 1), (sum(weights.layers) + weights.first + weights.last) / pp
-        )
+                if len(stages) == chosen.stage_count:
+                    divided = msgspec.structs.replace(chosen, stages=stages)
+                    self._push(self._pipeline_end(divided, order) * SURE, "division", (divided, order))
 
     def _weights(self, layout: Layout, order: str) -> Weights:
-        predictor = self.predictors[order]
-        whole = msgspec.structs.replace(layout, zero=0, dp_shard=0, stages=(self.spec.layers,))
-        priced = {part: _busy(predictor.part(whole, part)) for part in dict.fromkeys(self.parts.values())}
-        busy = {part: priced[first] for part, first in self.parts.items()}
-        layers = [busy[part] for part in self.parts if part.startswith("layers.")][: self.spec.layers]
-        first = busy["embed"] + busy.get("positions", 0.0)
-        return Weights(tuple(layers), first, sum(busy.values()) - sum(layers) - first)
+        busy = self._part_seconds(layout, order).sum(axis=1)
+        parts = [(part, float(busy[kind])) for part, kind in self.fitting.kind_of.items()]
+        layers = [seconds for part, seconds in parts if part.startswith("layers.")][: self.spec.layers]
+        first = sum(seconds for part, seconds in parts if part in ("embed", "positions"))
+        return Weights(tuple(layers), first, sum(seconds for _, seconds in parts) - sum(layers) - first)
+
+    def _part_seconds(self, layout: Layout, order: str) -> NDArray[np.float64]:
+        """[kind of part, (forward, input, weight)] of one micro-batch, what every micro-batch gathers and reduces left out."""
+        key = (
+            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.micro_batch,
+            layout.recompute, layout.offload, order,
+        )  # fmt: skip
+        if key not in self._seconds:
+            plain = msgspec.structs.replace(layout, zero=0, dp_shard=0)
+            priced = [self.predictors[order].part(plain, part) for part in self.fitting.kinds]
+            self._seconds[key] = np.array([(one.forward, one.input, one.weight) for one in priced])
+        return self._seconds[key]
+
+    def _pipeline_end(self, layout: Layout, order: str, more: NDArray[np.float64] | None = None) -> float:
+        """The least end of the pipeline's part of a step. `more`: seconds by which each kind of part takes longer."""
+        each, divided = self._part_seconds(layout, order), self.fitting.divided(layout)
+        busy = divided.parts @ (each.sum(axis=1) + (0.0 if more is None else more))
+        forward, input_gradient, weight = each.T @ divided.passing[:-1].T
+        send = self.predictors[order].transfer(layout)
+        return least_end(
+            layout.schedule if layout.pp > 1 else "1f1b", self._micro_batches(layout), busy, forward + send,
+            input_gradient + weight + send,
+        )  # fmt: skip
 
     # 3. states
 
     def _share(self, layout: Layout, order: str) -> None:
         """Queue the states of a division that may fit, the most promising first; where none does, divide by memory."""
         kinds = states(layout.dp, layout.cp, self.limits)
-        held = self.fitting.least_bytes(layout, kinds)
-        fits = (held <= self.fitting.capacity).all(axis=1)
+        held = self.fitting.estimate(layout, kinds)
+        fits = (held <= ROUGHLY * self.fitting.capacity).all(axis=1)
         if not fits.any():
             divided = self._divide_by_memory(layout, held[held.max(axis=1).argmin()], order)
             if divided is None:
                 return
             layout = divided
-            fits = (self.fitting.least_bytes(layout, kinds) <= self.fitting.capacity).all(axis=1)
-        ends = self._ends(layout, order, kinds)
-        found = [
-            (end, msgspec.structs.replace(layout, zero=zero, dp_shard=shard))
-            for end, fit, (zero, shard) in zip(ends, fits.tolist(), kinds, strict=True)
-            if fit
-        ]
-        if found:
-            found.sort(key=lambda item: item[0])
-            self._push(found[0][0], "state", (found, 0, order))
+            fits = (self.fitting.estimate(layout, kinds) <= ROUGHLY * self.fitting.capacity).all(axis=1)
+        rows = np.flatnonzero(fits).tolist()
+        if rows:
+            ends = self._ends(layout, order, kinds, rows)
+            found = sorted(
+                ((end, msgspec.structs.replace(layout, zero=kinds[row][0], dp_shard=kinds[row][1]))
+                 for end, row in zip(ends, rows, strict=True)), key=lambda item: item[0],
+            )  # fmt: skip
+            self._push(found[0][0], "state", (found[0][1], order, found[1:]))
 
     def _divide_by_memory(self, layout: Layout, held: NDArray[np.float64], order: str) -> Layout | None:
         """The fastest division of the layers whose bytes, taken as proportional to layers, fit; None where there is none."""
         if layout.pp == 1 or "stages" in self.limits.fixed:
             return None
-        layers = np.zeros(layout.pp)
-        for rank in range(layout.pp):
-            layers[rank] = sum(layout.stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks))
+        layers = [
+            sum(layout.stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)) for rank in range(layout.pp)
+        ]
         most = np.floor(np.maximum(layers, 1) * self.fitting.capacity / held).astype(int).tolist()
-        found = balance(self._weights(layout, order), layout.pp, layout.chunks, self._micro_batches(layout),
-                        folded=layout.schedule == "zbv", most=most)  # fmt: skip
-        return None if found is None else msgspec.structs.replace(layout, stages=found)
+        least, folded = 0 if layout.chunks == 1 else layout.chunks, layout.schedule == "zbv"
+        ranks = balance(self._weights(layout, order), layout.pp, self._micro_batches(layout), least=least, folded=folded,
+                        most=most)  # fmt: skip
+        return None if ranks is None else msgspec.structs.replace(layout, stages=deal(ranks, layout.chunks, folded=folded))
 
-    def _ends(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> list[float]:
-        """By state, the least end of a step: after the pipeline's, what of the first stage's reductions and of each rank's
-        update nothing can hide."""
-        predictor, software, machine = self.predictors[order], self.job.software, self.job.machine
-        seconds = [stage.seconds for stage in predictor.stages(layout)]
-        least = bound(layout.schedule, layout.pp, layout.chunks, self._micro_batches(layout), seconds)
-        shared, counts = self._tables(layout, order, kinds), self.fitting.counts(layout)
-        first = self.fitting.count(self.fitting.stage_units(layout, 0))
-        opening = self.fitting.units.index(self.unit_of["embed"])
-        exposed = np.maximum(
-            (shared.early + shared.late) @ first - seconds[0].reduce_early, shared.late @ first + shared.early[:, opening]
-        )
+    def _ends(self, layout: Layout, order: str, kinds: list[tuple[int, int]], rows: list[int]) -> list[float]:
+        """For some of the states, the least end of a step: after the pipeline's, what of the first stage's reductions and of
+        each rank's update nothing can hide."""
+        software, machine = self.job.software, self.job.machine
+        shared, divided = self._tables(layout, order, kinds), self.fitting.divided(layout)
+        each = self._part_seconds(layout, order)
+        _, back, weight = divided.passing[0] @ each
+        early = software.overlap_gradients * (back + weight) * (1 - 1 / divided.passing[0].sum())
+        exposed = np.maximum((shared.early + shared.late) @ divided.first - early, shared.late @ divided.first)
         if layout.pp > 1 and layout.schedule in ("zb", "zbv"):  # the first rank need not be the last to end
             exposed = np.zeros_like(exposed)
-        after = shared.owned @ counts.T * (cost.optimizer_seconds(10**9, machine, software) / 1e9)
-        gathered = shared.gather @ counts.T
-        beside = np.zeros(layout.pp)
-        for rank in range(layout.pp):
-            beside[rank] = sum(seconds[layout.stage_of(rank, chunk)].forward for chunk in range(layout.chunks))
-        hidden = np.minimum(gathered * software.overlap_parameters, beside / software.contention)
-        after += np.maximum(gathered - hidden + hidden * (software.contention - 1), shared.longest.min(axis=1)[:, None])
-        ends = (least + exposed + after.max(axis=1)) * SURE
-        return [end + cost.residual(end, machine, software, layout) for end in ends.tolist()]
+        after = shared.owned @ divided.units.T * (cost.optimizer_seconds(10**9, machine, software) / 1e9)
+        gathered = shared.gather @ divided.units.T
+        hidden = np.minimum(gathered * software.overlap_parameters, divided.parts @ each[:, 0] / software.contention)
+        after += gathered - hidden + hidden * (software.contention - 1)
+        found: list[float] = []
+        plain = self._pipeline_end(layout, order)
+        for row in rows:
+            zero, shard = kinds[row]
+            least = plain
+            if zero > 1:
+                least = self._pipeline_end(layout, order, self._more(msgspec.structs.replace(layout, zero=zero, dp_shard=shard), order))
+            end = (least + exposed[row] + after[row].max()) * SURE
+            found.append(end + cost.residual(end, machine, software, layout))
+        return found
+
+    def _more(self, layout: Layout, order: str) -> NDArray[np.float64]:
+        """By kind of part, seconds by which the gathers and reductions of every micro-batch delay it (zero 2 and 3)."""
+        key = (
+            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.micro_batch,
+            layout.recompute, layout.offload, order, layout.zero, layout.dp_shard,
+        )  # fmt: skip
+        if key not in self._seconds:
+            predictor = self.predictors[order]
+            busy = np.array([_busy(predictor.part(layout, part)) for part in self.fitting.kinds])
+            self._seconds[key] = np.maximum(0.0, busy - self._part_seconds(layout, order).sum(axis=1))
+        return self._seconds[key]
 
     def _tables(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> _Shared:
         key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, layout.offload, order)
@@ -284,16 +317,12 @@ class _Search:
 
     # 4. layouts
 
-    def _price(self, found: list[tuple[float, Layout]], index: int, order: str) -> int:
-        """Queue a layout with its exact time, if it fits, and the next of its states; how many were simulated."""
-        if index + 1 < len(found):
-            self._push(found[index + 1][0], "state", (found, index + 1, order))
-        layout = found[index][1]
-        if not self.fitting.fits(layout):
-            return 0
+    def _price(self, layout: Layout, order: str, others: list[tuple[float, Layout]]) -> None:
+        """Queue a layout with its exact time, and the next of its division's states."""
+        if others:
+            self._push(others[0][0], "state", (others[0][1], order, others[1:]))
         seconds = self.predictors[order].seconds(layout)
-        self._push(seconds, "found", Choice(layout, order, seconds))
-        return 1
+        self._push(seconds, "found", (layout, order, seconds))
 
 
 def _busy(part: cost.PartSeconds) -> float:

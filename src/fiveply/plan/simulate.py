@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from fiveply.pipeline_schedule import COMPUTE, Action, Kind, Schedule, ScheduleError, build
 from fiveply.timeline import Event
@@ -158,21 +159,29 @@ def _period(trajectory: list[list[float]], step: int, pp: int) -> tuple[int, flo
 
 
 def bound(name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds]) -> float:
-    """A step cannot end earlier: each rank must wait for its first input, compute, and pass its last gradient back.
-
-    Under split backwards what a rank puts off may outlast that last passage, so it is left out.
-    """
-    split = name in ("zb", "zbv") and pp > 1
+    """A step cannot end earlier: each rank must wait for its first input, compute, and pass its last gradient back."""
     last = 2 * pp - 1
-    ends, reached, returned = 0.0, 0.0, 0.0
-    for rank in range(pp):
-        own = [stages[last - rank if name == "zbv" and chunk else chunk * pp + rank] for chunk in range(vp)]
-        busy = micro_batches * sum(stage.busy for stage in own)
-        ends = max(ends, reached + busy + (0.0 if split else returned))
-        reached += stages[rank].forward + stages[rank].send
-        if rank + 1 < pp:
-            returned += stages[rank].input + stages[rank].weight + stages[rank + 1].send_back
-    return ends
+    busy = [
+        sum(stages[last - rank if name == "zbv" and chunk else chunk * pp + rank].busy for chunk in range(vp))
+        for rank in range(pp)
+    ]
+    passing = [(stage.forward + stage.send, stage.input + stage.weight) for stage in stages[: pp - 1]]
+    forward, backward = np.array(passing).reshape(-1, 2).T
+    return least_end(name, micro_batches, np.array(busy), forward, backward + np.array([s.send_back for s in stages[1:pp]]))
+
+
+def least_end(
+    name: str, micro_batches: int, busy: NDArray[np.float64], forward: NDArray[np.float64], backward: NDArray[np.float64]
+) -> float:
+    """`bound` from what it depends on: seconds of one micro-batch on each rank, and of passing it on, and back, through the
+    first chunk of each rank but the last.
+
+    Under split backwards what a rank puts off may outlast the way back, so it is left out.
+    """
+    reached = np.concatenate(((0.0,), np.cumsum(forward)))
+    if name not in ("zb", "zbv"):
+        reached[1:] += np.cumsum(backward)
+    return float((reached + micro_batches * busy).max())
 
 
 @lru_cache(maxsize=256)

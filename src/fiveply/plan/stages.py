@@ -29,20 +29,21 @@ class Weights(msgspec.Struct, frozen=True):
 
 
 def balance(
-    weights: Weights, pp: int, vp: int, micro_batches: int, ahead: float = 0.0, *, folded: bool = False,
+    weights: Weights, pp: int, micro_batches: int, ahead: float = 0.0, *, least: int = 0, folded: bool = False,
     most: Sequence[int] | None = None,
 ) -> tuple[int, ...] | None:  # fmt: skip
-    """Layers of each of pp x vp stages; `folded`: the last stage is on the first rank (zbv). `most`: layers that each rank's
-    memory holds. None where that is too few."""
+    """Layers of each of `pp` ranks. `folded`: what stands after the last layer is on the first rank (zbv). A rank takes at
+    least `least` layers (0: one, but for the ends, which may hold the embedding or the head alone), and at most what its
+    memory holds of them (`most`). None where that can't be."""
     count = len(weights.layers)
     sums = list(accumulate(weights.layers, initial=0.0))
-    least = [vp] * pp
-    if vp == 1 and pp > 1:  # the ends may hold the embedding or the head alone
-        least[0] = least[-1] = 0
+    low_end = [least or 1] * pp
+    if not least and pp > 1:
+        low_end[0] = low_end[-1] = 0
     caps = [count] * pp if most is None else list(most)
-    if sum(caps) < count or any(cap < low for cap, low in zip(caps, least, strict=True)):
+    if sum(caps) < count or any(cap < low for cap, low in zip(caps, low_end, strict=True)):
         return None
-    must = list(accumulate(least, initial=0))  # layers left for the ranks ahead
+    must = list(accumulate(low_end, initial=0))  # layers left for the ranks ahead
     extra = [0.0] * pp
     extra[0] += weights.first
     extra[0 if folded else pp - 1] += weights.last
@@ -58,7 +59,7 @@ def balance(
             else:
                 begin = 0 if room >= 0 else end
             begin = max(begin, must[rank], end - caps[rank])
-            begin = min(begin, end - least[rank])
+            begin = min(begin, end - low_end[rank])
             if begin < must[rank]:
                 return None
             found[rank], end = end - begin, begin
@@ -81,29 +82,12 @@ def balance(
             low = middle
         else:
             best, high = found, middle
-    return _chunks(best, pp, vp, folded)
+    return tuple(best)
 
 
-def slowest(
-    weights: Weights, stages: Sequence[int], pp: int, vp: int, micro_batches: int, *, folded: bool = False
-) -> float:
-    """The longest of a P(r) + m w(r) with a = 1 / chunks: what a step takes at least, transfers and updates left out."""
-    sums = list(accumulate(weights.layers, initial=0.0))
-    ends = list(accumulate(stages, initial=0))
-    busy, reached, worst = [0.0] * pp, 0.0, 0.0
-    for stage in range(pp * vp):
-        rank = 2 * pp - 1 - stage if folded and stage >= pp else stage % pp
-        busy[rank] += sums[ends[stage + 1]] - sums[ends[stage]]
-    busy[0] += weights.first
-    busy[0 if folded else pp - 1] += weights.last
-    for rank in range(pp):
-        worst = max(worst, reached + micro_batches * busy[rank])
-        reached += sums[ends[rank + 1]] - sums[ends[rank]] + (weights.first if rank == 0 else 0.0)
-    return worst
-
-
-def _chunks(layers: list[int], pp: int, vp: int, folded: bool) -> tuple[int, ...]:
+def deal(layers: Sequence[int], vp: int, *, folded: bool = False) -> tuple[int, ...]:
     """By stage: each rank's layers dealt evenly to its chunks, the later ones first, since they are alive more briefly."""
+    pp = len(layers)
     stages = [0] * (pp * vp)
     for rank, held in enumerate(layers):
         base, extra = divmod(held, vp)
