@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fiveply.parallel.data_parallel import Unit
 from fiveply.plan.workload import seen
 
 aten = torch.ops.aten
@@ -25,11 +24,14 @@ Product = tuple[int, int, int]
 
 
 class Ledger(TorchDispatchMode):
-    """Live bytes by category, their peak, and the products computed. `category()` names the owner of what is made now."""
+    """Live bytes by category, their peak, and the products computed.
 
-    def __init__(self, category: Callable[[], str]) -> None:
+    `category()` names the owner of what is made now; `at_peak()` is called whenever there was never more than now.
+    """
+
+    def __init__(self, category: Callable[[], str], at_peak: Callable[[], None]) -> None:
         super().__init__()
-        self.category = category
+        self.category, self.at_peak = category, at_peak
         self.live: Counter[str] = Counter()
         self.total = 0
         self.peak: Counter[str] = Counter()
@@ -37,10 +39,9 @@ class Ledger(TorchDispatchMode):
         self.products: Counter[Product] = Counter()
         self.attention: Counter[tuple[str, tuple[int, ...]]] = Counter()
         """(`forward` or `backward`, (rows, queries, keys, heads, key-value heads, head size))."""
-        self.on_peak: Callable[[], None] = lambda: None
         self._watched: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         """By storage: itself, its category and bytes."""
-        self._gathered: list[torch.UntypedStorage] = []
+        self._resized: list[torch.UntypedStorage] = []
 
     @property
     def flops(self) -> dict[str, int]:
@@ -63,14 +64,15 @@ class Ledger(TorchDispatchMode):
             self.live[old] -= size
             self.live[category] += size
 
-    def watch_gathered(self, units: list[Unit]) -> None:
-        """Flat parameters of zero 3 change size without an operation: they are asked at each one."""
-        self._gathered = [unit.full.untyped_storage() for unit in units if unit.zero == 3]
-        for storage in self._gathered:
+    def resized(self, tensors: Iterable[Tensor]) -> None:
+        """Their storages change size without an operation (flat parameters of zero 3): they are asked each time."""
+        self._resized = [x.untyped_storage() for x in tensors]
+        for storage in self._resized:
             self._forget(storage._cdata)
 
-    def reset_peak(self) -> None:
-        self.peak, self.peak_total = Counter(self.live), self.total
+    def begin(self) -> None:
+        """Count from here on."""
+        self.peak, self.peak_total = Counter(self.live), self.bytes()
         self.products.clear()
         self.attention.clear()
 
@@ -84,11 +86,11 @@ class Ledger(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        return self.total + sum(storage.nbytes() for storage in self._gathered)
+        return self.total + sum(storage.nbytes() for storage in self._resized)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._watched or size == 0 or any(gathered._cdata == key for gathered in self._gathered):
+        if key in self._watched or size == 0 or any(resized._cdata == key for resized in self._resized):
             return
         category = self.category()
         self._watched[key] = weakref.ref(storage, lambda _: self._forget(key)), category, size
@@ -97,7 +99,7 @@ class Ledger(TorchDispatchMode):
         if (now := self.bytes()) > self.peak_total:
             self.peak_total, self.peak = now, Counter(self.live)
             self.peak["gathered"] = now - self.total
-            self.on_peak()
+            self.at_peak()
 
     def _forget(self, key: int) -> None:
         if key in self._watched:
