@@ -128,6 +128,9 @@ class Fitting:
         each = self._part_bytes(layout)
         rounds = alive(layout.schedule, layout.pp, layout.chunks, self.job.global_batch // layout.dp // layout.micro_batch)
         activations = rounds * (divided.parts @ each[:, 0]) * layout.micro_batch
+        if layout.schedule == "zb":  # whose weight gradients lag behind
+            lag = np.minimum(np.arange(layout.pp), rounds[0])
+            activations += lag * (divided.parts @ each[:, 2]) * layout.micro_batch
         working = ((divided.parts > 0) * each[:, 1]).max(axis=1) * layout.micro_batch
         return self.state(layout, kinds) @ divided.units.T + activations + working
 
@@ -178,7 +181,8 @@ class Fitting:
         return total
 
     def _part_bytes(self, layout: Layout) -> NDArray[np.float64]:
-        """[kind of part, (kept, needed beyond that)] of one row of a micro-batch, which grow in proportion to its rows."""
+        """[kind of part, (kept, needed beyond that, kept for a weight gradient put off)] of one row of a micro-batch, which grow in
+        proportion to its rows."""
         key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.recompute, layout.offload)
         if key not in self._bytes:
             job, one = self.job, msgspec.structs.replace(layout, micro_batch=1)
@@ -188,7 +192,7 @@ class Fitting:
             ]
             away = layout.offload == "activations"
             self._bytes[key] = np.array(
-                [(0 if away else work.kept_bytes, work.backward_working) for work in works], float
+                [(0 if away else work.kept_bytes, work.backward_working, work.deferred) for work in works], float
             )
         return self._bytes[key]
 

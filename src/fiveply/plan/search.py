@@ -34,8 +34,9 @@ from fiveply.spec.layout import Layout
 
 BUDGET = 1500
 """Layouts priced exactly."""
-ROUGHLY = 1.02
-"""An estimate of memory further above what there is excludes a layout before the exact walk."""
+ROUGHLY, SURELY = 1.02, 0.95
+"""An estimate of memory above the first share of what there is excludes a layout before the exact walk; one below the second
+needs none."""
 SURE = 0.999
 """Against rounding of shares in a bound."""
 
@@ -227,17 +228,18 @@ class _Search:
     # 3. states
 
     def _share(self, layout: Layout, order: str) -> None:
-        """Queue the states of a division that may fit, the most promising first; where none does, divide by memory."""
+        """Queue the states of a division that may fit, the most promising first; where it is not sure that any does, of
+        another one too, divided by memory."""
         kinds = states(layout.dp, layout.cp, self.limits)
-        held = self.fitting.estimate(layout, kinds)
-        fits = (held <= ROUGHLY * self.fitting.capacity).all(axis=1)
-        if not fits.any():
-            divided = self._divide_by_memory(layout, held[held.max(axis=1).argmin()], order)
-            if divided is None:
-                return
-            layout = divided
-            fits = (self.fitting.estimate(layout, kinds) <= ROUGHLY * self.fitting.capacity).all(axis=1)
-        rows = np.flatnonzero(fits).tolist()
+        held = self.fitting.estimate(layout, kinds) / self.fitting.capacity
+        self._queue_states(layout, order, kinds, held)
+        if held.max(axis=1).min() > SURELY and (divided := self._divide_by_memory(layout, held, order)):
+            self._queue_states(divided, order, kinds, self.fitting.estimate(divided, kinds) / self.fitting.capacity)
+
+    def _queue_states(
+        self, layout: Layout, order: str, kinds: list[tuple[int, int]], held: NDArray[np.float64]
+    ) -> None:
+        rows = np.flatnonzero((held <= ROUGHLY).all(axis=1)).tolist()
         if rows:
             ends = self._ends(layout, order, kinds, rows)
             found = sorted(
@@ -247,17 +249,20 @@ class _Search:
             self._push(found[0][0], "state", (found[0][1], order, found[1:]))
 
     def _divide_by_memory(self, layout: Layout, held: NDArray[np.float64], order: str) -> Layout | None:
-        """The fastest division of the layers whose bytes, taken as proportional to layers, fit; None where there is none."""
+        """The fastest division of the layers whose bytes, taken as proportional to layers, surely fit in the state that holds
+        least (`held`: [state, rank], shares of the capacity); None where there is none."""
         if layout.pp == 1 or "stages" in self.limits.fixed:
             return None
+        of_rank = held[held.max(axis=1).argmin()]
         layers = [
             sum(layout.stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)) for rank in range(layout.pp)
         ]
-        most = np.floor(np.maximum(layers, 1) * self.fitting.capacity / held).astype(int).tolist()
+        most = np.floor(np.maximum(layers, 1) * SURELY / of_rank).astype(int).tolist()
         least, folded = 0 if layout.chunks == 1 else layout.chunks, layout.schedule == "zbv"
         ranks = balance(self._weights(layout, order), layout.pp, self._micro_batches(layout), least=least, folded=folded,
                         most=most)  # fmt: skip
-        return None if ranks is None else msgspec.structs.replace(layout, stages=deal(ranks, layout.chunks, folded=folded))
+        stages = None if ranks is None else deal(ranks, layout.chunks, folded=folded)
+        return None if stages in (None, layout.stages) else msgspec.structs.replace(layout, stages=stages)
 
     def _ends(self, layout: Layout, order: str, kinds: list[tuple[int, int]], rows: list[int]) -> list[float]:
         """For some of the states, the least end of a step: after the pipeline's, what of the first stage's reductions and of

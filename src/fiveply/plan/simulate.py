@@ -187,7 +187,7 @@ def least_end(
 @lru_cache(maxsize=256)
 def _compiled(name: str, pp: int, vp: int, micro_batches: int, gather: bool, each: bool) -> tuple[_Program, list[list[int]]]:
     """A schedule's program, and by micro-batch where in it each stage's last gradient stands."""
-    schedule = build(name, pp, micro_batches, vp, gather=gather, reduce_each=each)
+    schedule = build(name, pp, micro_batches, vp, gather=gather, reduce_each=each, transfers=False)
     entries = _entries(schedule)
     gradients = [[0] * schedule.stages for _ in range(micro_batches)]
     for place, entry in enumerate(entries):
