@@ -43,6 +43,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Recomputation stops at the last kept tensor (torch's non-reentrant checkpoint): a block's last collective is not run again."""
     window_masks: bool = False
     """A sliding window's mask stands as a tensor of the activation's type in each layer that has one."""
+    alternate: bool = False
+    """`recompute=selective` also computes every second product of a layer again (torchtitan's `op` mode)."""
     fused_products: bool = True
     """Queries, keys and values are one product, gate and up another."""
     mask_bytes: int = 1
@@ -77,6 +79,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlap_tensor: float = 0.0
     overlap_pipeline: float = 0.0
     overlap_experts: float = 0.0
+    scatter_transfers: bool = False
+    """Without sequence parallel, tensor ranks hand on a part each of a pipeline's boundary and gather it on arrival."""
     contention: float = 1.15
     """Kernels that run beside a collective slow down by this."""
 
