@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiveply.plan import cost, footprint, traffic, units, workload
-from fiveply.plan.predict import Job
+from fiveply.plan.predict import Predictor
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
 
@@ -27,6 +27,9 @@ RISK = 0.05
 CHUNKS = {"interleaved": 2, "zbv": 2}
 """Of a rank, where `vp` is left to its default."""
 GROUPS = 4
+"""Of ranks, in the bound over arrays."""
+WORST = 3
+"""Ranks that are walked exactly."""
 
 
 class Divided(NamedTuple):
@@ -42,8 +45,9 @@ class Divided(NamedTuple):
 class Fitting:
     """Of one job. `capacity`: the most predicted bytes that fit at RISK."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.spec = job, job.spec
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor, self.job, self.spec = predictor, predictor.job, predictor.job.spec
+        job = self.job
         bias, deviation = cost.memory_error(job.machine, job.software)
         room = max(0.0, job.machine.memory_bytes - job.software.context_bytes)
         self.capacity = room * math.exp(-bias - deviation * NormalDist().inv_cdf(1 - RISK))
@@ -68,20 +72,10 @@ class Fitting:
         self._divided: dict[Hashable, Divided] = {}
 
     def fits(self, layout: Layout) -> bool:
-        """Exactly, for a resolved layout."""
-        return max(self.peaks(layout)) <= self.capacity
-
-    def peaks(self, layout: Layout) -> list[int]:
-        """Bytes by pipeline rank. Beyond a few rounds the number of micro-batches does not matter, but for GPipe."""
-        job = self.job
-        rows = job.global_batch // layout.dp
-        if layout.schedule != "gpipe" and rows // layout.micro_batch > 4 * layout.pp:
-            rows = layout.micro_batch * (4 * layout.pp + rows // layout.micro_batch % layout.pp)
-        found = footprint.by_rank(
-            self.spec, layout, sequence=job.sequence, global_batch=rows * layout.dp, software=job.software,
-            precision=job.precision,
-        )  # fmt: skip
-        return [one.peak for one in found]
+        """Whether the ranks that seem to hold most do, exactly."""
+        held = self.estimate(layout, [(layout.zero, layout.dp_shard)])[0]
+        worst = np.argsort(-held)[:WORST].tolist()
+        return all(self._predictor.footprint(layout, rank).peak <= self.capacity for rank in worst)
 
     # many at once
 

@@ -100,10 +100,7 @@ class Predictor:
         job = self.job
         ranks = self.ranks(layout)
         seconds, terms = self._step(layout, ranks)
-        footprints = footprint.by_rank(
-            job.spec, layout, sequence=job.sequence, global_batch=job.global_batch, software=job.software,
-            precision=job.precision,
-        )  # fmt: skip
+        footprints = tuple(self.footprint(layout, rank) for rank in range(layout.pp))
         return Prediction(
             layout, Interval(*cost.interval(seconds, job.machine, job.software)), terms, footprints,
             tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
@@ -124,6 +121,16 @@ class Predictor:
         room = self.job.machine.memory_bytes - self.job.software.context_bytes
         return 1.0 if room <= 0 else 1 - NormalDist(bias, deviation).cdf(math.log(room / peak))
 
+    def footprint(self, layout: Layout, rank: int) -> Footprint:
+        """Of a pipeline rank. Beyond a few rounds the number of micro-batches does not matter, but for GPipe."""
+        job, micro_batches = self.job, self.micro_batches(layout)
+        if layout.schedule != "gpipe" and micro_batches > 3 * layout.pp:
+            micro_batches = 2 * layout.pp + micro_batches % layout.pp
+        return footprint.footprint(
+            job.spec, layout, sequence=job.sequence, global_batch=layout.dp * layout.micro_batch * micro_batches,
+            pp_rank=rank, software=job.software, precision=job.precision,
+        )  # fmt: skip
+
     def schedule(self, layout: Layout) -> Schedule:
         """Compute and transfers as the runtime executes them; what is gathered and reduced for every micro-batch is part of
         its computation here, what is reduced once stands at the end of each chunk's last gradient."""
@@ -139,8 +146,9 @@ class Predictor:
     def part(self, layout: Layout, part: str) -> PartSeconds:
         """Seconds of one micro-batch of a part."""
         key = (
-            self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp,
-            layout.dp, layout.micro_batch, layout.recompute, *((layout.zero, layout.dp_shard) if layout.zero > 1 else ()),
+            self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch,
+            layout.recompute, *((layout.pp, layout.dp) if layout.zero > 1 or self.job.spec.experts else ()),
+            *((layout.zero, layout.dp_shard) if layout.zero > 1 else ()),
         )  # fmt: skip
         found = self._parts.get(key)
         if found is None:

@@ -3,9 +3,10 @@
 Bounds are tightened step by step, and always the most promising choice is looked at next:
 
 1. a split (`space.py`): the seconds of its products, attention and elementwise operations, shared perfectly;
-2. a split with a pipeline and a division of the layers (`stages.py`), its collectives included: its slowest path;
-3. the same with transfers, and with each state of the data-parallel ranks: what of reductions and update nothing hides;
-4. that layout, simulated.
+2. its collectives as well;
+3. with a pipeline and a division of the layers (`stages.py`): the slowest path through the ranks;
+4. with a state of the data-parallel ranks: what of their reductions and update nothing hides;
+5. that layout, simulated.
 
 A layout leaves the queue only once nothing left in it can be faster, so what is found is the best, in order. Where the
 budget of simulations ends first, the least bound left says how much better anything else could be at most (`gap`). What can't
@@ -70,7 +71,7 @@ def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 
     return _Search(job, world, limits or Limits()).run(wanted, budget)
 
 
-Level = Literal["split", "division", "state", "found"]
+Level = Literal["split", "priced", "division", "state", "found"]
 
 
 class _Shared(NamedTuple):
@@ -89,12 +90,13 @@ class _Search:
         self.job, self.world, self.limits, self.spec = job, world, limits, job.spec
         self.splits = splits(self.spec, world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
         self.predictors = {order: Predictor(msgspec.structs.replace(job, order=order)) for order in ORDERS}
-        self.fitting = Fitting(job)
+        self.fitting = Fitting(self.predictors[ORDERS[0]])
         self._numbers = count()
         self._queue: list[tuple[float, int, Level, Any]] = []
         self._bare: dict[Hashable, tuple[float, float]] = {}
         self._seconds: dict[Hashable, NDArray[np.float64]] = {}
         self._shared: dict[Hashable, _Shared] = {}
+        self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def run(self, wanted: int, budget: int) -> Searched:
         legal, fit = self._open()
@@ -108,6 +110,8 @@ class _Search:
                 if self.fitting.fits(payload[0]):
                     choices[degrees(payload[0])] = Choice(*payload)
             elif level == "split":
+                self._split(*payload)
+            elif level == "priced":
                 self._divide(*payload)
             elif level == "division":
                 self._share(*payload)
@@ -125,13 +129,19 @@ class _Search:
     def _push(self, least: float, level: Level, payload: Any) -> None:
         heapq.heappush(self._queue, (least, next(self._numbers), level, payload))
 
+    def _kinds(self, dp: int, cp: int) -> list[tuple[int, int]]:
+        """The states of so many data-parallel and context ranks."""
+        if (dp, cp) not in self._states:
+            self._states[dp, cp] = states(dp, cp, self.limits)
+        return self._states[dp, cp]
+
     # 1. splits
 
     def _open(self) -> tuple[int, int]:
         """Queue every split that may fit; how many layouts are legal, and how many may fit."""
         legal = fit = 0
         for (pp, dp, cp), layouts in self.splits.by_degrees():
-            orders, kinds = pipelines(self.spec, pp, self.limits), states(dp, cp, self.limits)
+            orders, kinds = pipelines(self.spec, pp, self.limits), self._kinds(dp, cp)
             legal += len(layouts) * len(orders) * len(kinds)
             if orders and kinds:
                 may = self.fitting.may_fit(layouts, orders, kinds)
@@ -144,9 +154,16 @@ class _Search:
     def _open_split(self, layout: Layout, orders: list[tuple[str, int]]) -> None:
         busy, once = self._compute(layout)
         least = max(self._micro_batches(layout) * busy / layout.pp, once)
+        self._push(least, "split", (layout, orders))
+
+    def _split(self, layout: Layout, orders: list[tuple[str, int]]) -> None:
+        """Queue a split once more, its collectives included, in each order of ranks that makes a difference."""
         apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < self.job.machine.joined < self.world
         for order in ORDERS if apart else ORDERS[:1]:
-            self._push(least, "split", (layout, order, orders))
+            weights = self._weights(layout, order)
+            whole = sum(weights.layers) + weights.first + weights.last
+            least = self._micro_batches(layout) * max(whole / layout.pp, min(weights.layers) * -(-self.spec.layers // layout.pp))
+            self._push(least * SURE, "priced", (layout, order, orders))
 
     def _micro_batches(self, layout: Layout) -> int:
         return self.job.global_batch // layout.dp // layout.micro_batch
@@ -169,7 +186,7 @@ class _Search:
             self._bare[key] = busy * SURE, once * SURE
         return self._bare[key]
 
-    # 2. divisions
+    # 3. divisions
 
     def _divide(self, layout: Layout, order: str, orders: list[tuple[str, int]]) -> None:
         """Queue each pipeline with its divisions of the layers: evenly by rank, and for one chunk by the slowest path."""
@@ -205,8 +222,8 @@ class _Search:
     def _part_seconds(self, layout: Layout, order: str) -> NDArray[np.float64]:
         """[kind of part, (forward, input, weight)] of one micro-batch, what every micro-batch gathers and reduces left out."""
         key = (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.micro_batch,
-            layout.recompute, layout.offload, order,
+            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch,
+            layout.recompute, layout.offload, layout.pp if self.spec.experts else 0, layout.dp if self.spec.experts else 0, order if self.spec.experts else "",
         )  # fmt: skip
         if key not in self._seconds:
             plain = msgspec.structs.replace(layout, zero=0, dp_shard=0)
@@ -225,12 +242,12 @@ class _Search:
             input_gradient + weight + send,
         )  # fmt: skip
 
-    # 3. states
+    # 4. states
 
     def _share(self, layout: Layout, order: str) -> None:
         """Queue the states of a division that may fit, the most promising first; where it is not sure that any does, of
         another one too, divided by memory."""
-        kinds = states(layout.dp, layout.cp, self.limits)
+        kinds = self._kinds(layout.dp, layout.cp)
         held = self.fitting.estimate(layout, kinds) / self.fitting.capacity
         self._queue_states(layout, order, kinds, held)
         if held.max(axis=1).min() > SURELY and (divided := self._divide_by_memory(layout, held, order)):
@@ -320,7 +337,7 @@ class _Search:
             self._shared[key] = _Shared(self.fitting.owned(layout, kinds), *table)
         return self._shared[key]
 
-    # 4. layouts
+    # 5. layouts
 
     def _price(self, layout: Layout, order: str, others: list[tuple[float, Layout]]) -> None:
         """Queue a layout with its exact time, and the next of its division's states."""
