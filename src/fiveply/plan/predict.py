@@ -18,7 +18,7 @@ from fiveply.plan import cost, footprint, traffic, workload
 from fiveply.plan.cost import PartSeconds
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
-from fiveply.plan.simulate import Simulated, StageSeconds, simulate, step_seconds
+from fiveply.plan.simulate import Ends, Simulated, StageSeconds, ends, simulate
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
 from fiveply.spec.architecture import ModelSpec
@@ -95,6 +95,7 @@ class Predictor:
         self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
         self._parts: dict[Hashable, PartSeconds] = {}
         self._ranks: dict[Hashable, Rank] = {}
+        self._ends: dict[Layout, Ends] = {}
 
     def predict(self, layout: Layout) -> Prediction:
         job = self.job
@@ -267,32 +268,38 @@ class Predictor:
         return self.job.software.overlap_pipeline < 0.5
 
     def _simulated(self, layout: Layout, stages: list[StageSeconds]) -> float:
-        return step_seconds(
-            layout.schedule, layout.pp, layout.chunks, self.micro_batches(layout), stages, blocking=self._blocking
-        )
+        """The end of the step's last reduction. Replicas that share a step's reductions alone share its pipeline."""
+        plain = layout if layout.zero > 1 else msgspec.structs.replace(layout, zero=0, dp_shard=0)
+        if plain not in self._ends:
+            self._ends[plain] = self._pipeline(layout, stages)
+        return self._ends[plain].seconds((layout.schedule, layout.pp, layout.chunks), stages)
+
+    def _pipeline(self, layout: Layout, stages: list[StageSeconds]) -> Ends:
+        shape = layout.schedule, layout.pp, layout.chunks
+        return ends(*shape, self.micro_batches(layout), stages, blocking=self._blocking)
 
     def _step(self, layout: Layout, ranks: list[Rank]) -> tuple[float, dict[str, float]]:
         """The middle estimate and its terms: of the rank that computes longest, and what it waits for."""
         count = self.micro_batches(layout)
         seconds = [stage.seconds for stage in self.stages(layout)]
         still = [msgspec.structs.replace(stage, send=0.0, send_back=0.0) for stage in seconds]
-        alone = [msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in still]
-        ends = self._simulated(layout, seconds)
-        without_sends = self._simulated(layout, still) if layout.pp > 1 else ends
-        without_any = self._simulated(layout, alone)
+        shape = layout.schedule, layout.pp, layout.chunks
+        ended = self._simulated(layout, seconds)
+        alone = self._pipeline(layout, still)
+        without_sends, without_any = alone.seconds(shape, still), float(alone.ranks.max())
         critical = max(ranks, key=lambda rank: rank.busy)
         terms: dict[str, float] = defaultdict(float)
         for stage in critical.stages:
             for name, value in stage.terms.items():
                 terms[name] += count * value
         terms["bubble"] += without_any - count * critical.busy
-        terms["transfers"] += ends - without_sends
+        terms["transfers"] += ended - without_sends
         terms["dp"] += without_sends - without_any
         for name, value in critical.after.items():
             terms[name] += value
         waited = max(sum(rank.after.values()) for rank in ranks)
         terms["bubble"] += waited - sum(critical.after.values())
-        step = ends + waited
+        step = ended + waited
         terms["residual"] += cost.residual(step, self.job.machine, self.job.software, layout)
         return step + terms["residual"], {name: value for name, value in terms.items() if value}
 

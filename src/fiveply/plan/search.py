@@ -210,7 +210,7 @@ class _Search:
             for stages in divisions:
                 if len(stages) == chosen.stage_count:
                     divided = msgspec.structs.replace(chosen, stages=stages)
-                    self._push(self._pipeline_end(divided, order) * SURE, "division", (divided, order))
+                    self._push(float(self._pipeline_end(divided, order)) * SURE, "division", (divided, order))
 
     def _weights(self, layout: Layout, order: str) -> Weights:
         busy = self._part_seconds(layout, order).sum(axis=1)
@@ -223,7 +223,7 @@ class _Search:
         """[kind of part, (forward, input, weight)] of one micro-batch, what every micro-batch gathers and reduces left out."""
         key = (
             layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch,
-            layout.recompute, layout.offload, layout.pp if self.spec.experts else 0, layout.dp if self.spec.experts else 0, order if self.spec.experts else "",
+            layout.recompute, layout.offload, *((layout.pp, layout.dp, order) if self.spec.experts else ()),
         )  # fmt: skip
         if key not in self._seconds:
             plain = msgspec.structs.replace(layout, zero=0, dp_shard=0)
@@ -231,10 +231,12 @@ class _Search:
             self._seconds[key] = np.array([(one.forward, one.input, one.weight) for one in priced])
         return self._seconds[key]
 
-    def _pipeline_end(self, layout: Layout, order: str, more: NDArray[np.float64] | None = None) -> float:
-        """The least end of the pipeline's part of a step. `more`: seconds by which each kind of part takes longer."""
+    def _pipeline_end(
+        self, layout: Layout, order: str, more: NDArray[np.float64] | float = 0.0
+    ) -> NDArray[np.float64]:
+        """The least end of the pipeline's part of a step. `more`: [case, kind of part] seconds by which each takes longer."""
         each, divided = self._part_seconds(layout, order), self.fitting.divided(layout)
-        busy = divided.parts @ (each.sum(axis=1) + (0.0 if more is None else more))
+        busy = (each.sum(axis=1) + more) @ divided.parts.T
         forward, input_gradient, weight = each.T @ divided.passing[:-1].T
         send = self.predictors[order].transfer(layout)
         return least_end(
@@ -296,19 +298,16 @@ class _Search:
         gathered = shared.gather @ divided.units.T
         hidden = np.minimum(gathered * software.overlap_parameters, divided.parts @ each[:, 0] / software.contention)
         after += gathered - hidden + hidden * (software.contention - 1)
-        found: list[float] = []
-        plain = self._pipeline_end(layout, order)
-        for row in rows:
-            zero, shard = kinds[row]
-            least = plain
-            if zero > 1:
-                least = self._pipeline_end(layout, order, self._more(msgspec.structs.replace(layout, zero=zero, dp_shard=shard), order))
-            end = (least + exposed[row] + after[row].max()) * SURE
-            found.append(end + cost.residual(end, machine, software, layout))
-        return found
+        more = np.array([
+            self._more(msgspec.structs.replace(layout, zero=kinds[row][0], dp_shard=kinds[row][1]), order) for row in rows
+        ])  # fmt: skip
+        found = (self._pipeline_end(layout, order, more) + exposed[rows] + after[rows].max(axis=1)) * SURE
+        return [end + cost.residual(end, machine, software, layout) for end in found.tolist()]
 
     def _more(self, layout: Layout, order: str) -> NDArray[np.float64]:
         """By kind of part, seconds by which the gathers and reductions of every micro-batch delay it (zero 2 and 3)."""
+        if layout.zero < 2:
+            return np.zeros(len(self.fitting.kinds))
         key = (
             layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.micro_batch,
             layout.recompute, layout.offload, order, layout.zero, layout.dp_shard,

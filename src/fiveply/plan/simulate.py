@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -47,6 +48,9 @@ class StageSeconds(msgspec.Struct, frozen=True):
         return self.forward + self.input + self.weight
 
 
+EMPTY = StageSeconds(0.0, 0.0, 0.0)
+
+
 class Simulated(msgspec.Struct, frozen=True):
     """A step. By pipeline rank: `busy` computing, `exposed` waiting at its end for reductions, `finish` after that."""
 
@@ -74,82 +78,132 @@ class _Entry(msgspec.Struct, frozen=True):
     """Whether it is handed to another rank."""
 
 
-_Program = tuple[tuple[int, int, int, int, int, bool], ...]
-"""(code, rank, stage, need, out, crosses): codes 0 to 3 compute, as COMPUTE; then what follows."""
-_FIRST_FORWARD, _GATHER, _REDUCE, _FINISH = 4, 5, 6, 7
+class _Program(NamedTuple):
+    """`steps`: (rank, what, need, out, travel). `what` from 0 on is a place in the table of costs, by kind of computation and
+    stage; -1 - stage gathers, and so on by _OTHERS. `travel` is a place in the table of transfers, 0 for none."""
+
+    steps: tuple[tuple[int, int, int, int, int], ...]
+    slots: int
+
+
+_OTHERS = (Kind.GATHER, Kind.REDUCE, Kind.FINISH)
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
     """Execute the schedule event by event; `stages` by global stage. Raises ScheduleError if it deadlocks."""
     entries = _entries(schedule)
-    spans, finish, exposed = _run(_program(schedule, entries), schedule.pp, schedule.stages, stages, blocking)
+    ended, finish, exposed = _run(_program(schedule, entries), schedule.pp, stages, blocking)
     busy = [0.0] * schedule.pp
     events: list[Event] = []
-    for entry, (start, end) in zip(entries, spans, strict=True):
+    for entry, end in zip(entries, ended, strict=True):
         kind, chunk, micro_batch, _ = entry.action
+        one = stages[entry.stage] if entry.stage >= 0 else EMPTY
         if kind in COMPUTE:
-            busy[entry.rank] += end - start
-            events.append(Event(entry.rank, kind, chunk, micro_batch, start, end, stage=entry.stage))
+            seconds = (one.forward, one.input + one.weight, one.input, one.weight)[COMPUTE.index(kind)]
+            busy[entry.rank] += seconds
+            events.append(Event(entry.rank, kind, chunk, micro_batch, end - seconds, end, stage=entry.stage))
             if entry.crosses:
                 back = kind is not Kind.FORWARD
-                travel = stages[entry.stage].send_back if back else stages[entry.stage].send
                 peer = schedule.rank_of(entry.stage + (-1 if back else 1))[0]
-                events.append(Event(entry.rank, "transfer", chunk, micro_batch, end, end + travel, "communication",
-                                    entry.stage, "pp", "send", peer=peer))  # fmt: skip
-        elif end > start:
-            lane = "compute" if kind is Kind.FINISH else "communication"
-            name = "wait" if kind is Kind.FINISH else "collective"
-            operation = {Kind.GATHER: "all-gather", Kind.REDUCE: "reduce-scatter"}.get(kind, "")
-            events.append(Event(entry.rank, name, chunk, micro_batch, start, end, lane, entry.stage, "dp", operation))
+                events.append(Event(entry.rank, "transfer", chunk, micro_batch, end, end + (one.send_back if back else one.send),
+                                    "communication", entry.stage, "pp", "send", peer=peer))  # fmt: skip
+        elif kind is Kind.FINISH:
+            events.append(Event(entry.rank, "wait", chunk, micro_batch, end - exposed[entry.rank], end, axis="dp"))
+        else:
+            seconds, operation = (one.gather, "all-gather") if kind is Kind.GATHER else (one.reduce, "reduce-scatter")
+            events.append(Event(entry.rank, "collective", chunk, micro_batch, end - seconds, end, "communication", entry.stage,
+                                "dp", operation))  # fmt: skip
+    events = [event for event in events if event.end > event.start or event.kind in COMPUTE]
     ordered = sorted(events, key=lambda event: (event.rank, event.lane, event.start))
     return Simulated(max(finish), tuple(busy), tuple(exposed), tuple(finish), tuple(ordered))
 
 
-def step_seconds(
-    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *,
-    blocking: bool = False, gather: bool = False, reduce_each: bool = False, tolerance: float = 1e-3,
-) -> float:  # fmt: skip
-    """The end of the step as `simulate` would give it: exactly once a short step has become periodic.
+class Ends(NamedTuple):
+    """When each pipeline rank has computed all that it computes in a step, and when each stage has its last gradient."""
+
+    ranks: NDArray[np.float64]
+    stages: NDArray[np.float64]
+
+    def seconds(self, shape: tuple[str, int, int], stages: Sequence[StageSeconds]) -> float:
+        """The end of the step once gradients are reduced, in the order in which a rank's chunks have them."""
+        name, pp, vp = shape
+        end = 0.0
+        for rank in range(pp):
+            own = sorted(stage_of(name, pp, rank, chunk) for chunk in range(vp))
+            lane = 0.0
+            for stage in sorted(own, key=lambda stage: self.stages[stage]):
+                one, ready = stages[stage], float(self.stages[stage])
+                lane = max(max(lane, ready - one.reduce_early) + one.reduce, ready + one.reduce_tail)
+            end = max(end, lane, float(self.ranks[rank]))
+        return end
+
+
+def stage_of(name: str, pp: int, rank: int, chunk: int) -> int:
+    """As `Schedule.stage_of`."""
+    return 2 * pp - 1 - rank if name == "zbv" and chunk == 1 else chunk * pp + rank
+
+
+def ends(
+    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False,
+    tolerance: float = 1e-3,
+) -> Ends:  # fmt: skip
+    """A step's ends as `simulate` would give them, reductions left out: exactly once a short step has become periodic.
 
     Where stages still drift apart (nearly equal ones do for long), the end lies between two bounds, and a step twice as
     long is tried until they are within `tolerance`; the lower one is returned.
     """
 
-    def ends(count: int) -> tuple[float, list[list[float]]]:
-        """The step's end, and by micro-batch the end of its gradient on each stage."""
-        program, gradients = _compiled(name, pp, vp, count, gather, reduce_each)
-        spans, finish, _ = _run(program, pp, pp * vp, stages, blocking)
-        return max(finish), [[spans[place][1] for place in places] for places in gradients]
+    stages = [msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in stages]
+
+    def run(count: int) -> tuple[Ends, NDArray[np.float64]]:
+        """The ends, and [micro-batch, stage] when each gradient is there."""
+        program, gradients = _compiled(name, pp, vp, count)
+        times, clock, _ = _run(program, pp, stages, blocking)
+        found = np.array(times)[gradients]
+        return Ends(np.array(clock), found.max(axis=0)), found
+
+    def later(found: Ends, seconds: float) -> Ends:
+        return Ends(found.ranks + seconds, found.stages + seconds)
 
     if name == "gpipe":  # its forwards all stand before its backwards, so one trajectory does not show the increment
         if micro_batches <= 3 * pp:
-            return ends(micro_batches)[0]
-        last, before = ends(3 * pp)[0], ends(3 * pp - 1)[0]
-        return last + (micro_batches - 3 * pp) * (last - before)
+            return run(micro_batches)[0]
+        last, before = run(3 * pp)[0], run(3 * pp - 1)[0]
+        return later(last, (micro_batches - 3 * pp) * float(last.ranks.max() - before.ranks.max()))
     rounds, least = (pp, 3 * pp + micro_batches % pp * (pp + 1)) if name == "interleaved" else (1, 3 * pp)
     drain = 2 * pp if vp > 1 else pp
     count = least + drain + pp
     while count < micro_batches:
         short = count - (count - micro_batches) % rounds
-        seconds, gradients = ends(short)
-        if found := _period(gradients[: short - drain], rounds, pp):
-            period, slowest, fastest = found
-            fitting = short + (micro_batches - short) % period
-            seconds = seconds if fitting == short else ends(fitting)[0]
-            left = (micro_batches - fitting) // period
-            low = max(seconds + left * fastest, bound(name, pp, vp, micro_batches, stages))
-            if seconds + left * slowest <= low * (1 + tolerance):
-                return low
+        found, gradients = run(short)
+        if period := _period(gradients[: short - drain], rounds, pp):
+            step, slowest, fastest = period
+            fitting = short + (micro_batches - short) % step
+            found = found if fitting == short else run(fitting)[0]
+            left = (micro_batches - fitting) // step
+            end = float(found.ranks.max())
+            low = max(end + left * fastest, bound(name, pp, vp, micro_batches, stages))
+            if end + left * slowest <= low * (1 + tolerance):
+                return later(found, low - end)
         count *= 2
-    return ends(micro_batches)[0]
+    return run(micro_batches)[0]
 
 
-def _period(trajectory: list[list[float]], step: int, pp: int) -> tuple[int, float, float] | None:
+def step_seconds(
+    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False,
+    tolerance: float = 1e-3,
+) -> float:  # fmt: skip
+    """The end of the step as `simulate` would give it, by `ends`."""
+    found = ends(name, pp, vp, micro_batches, stages, blocking=blocking, tolerance=tolerance)
+    return found.seconds((name, pp, vp), stages)
+
+
+def _period(trajectory: NDArray[np.float64], step: int, pp: int) -> tuple[int, float, float] | None:
     """(micro-batches, seconds) after which each stage repeats, in the last 2 * pp of `trajectory`; None before that.
 
     Of the slowest stage and the fastest: while these differ, the slow one has yet to hold up the others.
     """
-    window = np.array(trajectory[-2 * pp :])
+    window = trajectory[-2 * pp :]
     close = 1e-9 * window[-1].max()
     for period in range(step, pp + 1, step):
         increments = window[period:] - window[:-period]
@@ -160,39 +214,36 @@ def _period(trajectory: list[list[float]], step: int, pp: int) -> tuple[int, flo
 
 def bound(name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds]) -> float:
     """A step cannot end earlier: each rank must wait for its first input, compute, and pass its last gradient back."""
-    last = 2 * pp - 1
-    busy = [
-        sum(stages[last - rank if name == "zbv" and chunk else chunk * pp + rank].busy for chunk in range(vp))
-        for rank in range(pp)
-    ]
+    busy = [sum(stages[stage_of(name, pp, rank, chunk)].busy for chunk in range(vp)) for rank in range(pp)]
     passing = [(stage.forward + stage.send, stage.input + stage.weight) for stage in stages[: pp - 1]]
     forward, backward = np.array(passing).reshape(-1, 2).T
-    return least_end(name, micro_batches, np.array(busy), forward, backward + np.array([s.send_back for s in stages[1:pp]]))
+    back = backward + np.array([stage.send_back for stage in stages[1:pp]])
+    return float(least_end(name, micro_batches, np.array(busy), forward, back))
 
 
 def least_end(
     name: str, micro_batches: int, busy: NDArray[np.float64], forward: NDArray[np.float64], backward: NDArray[np.float64]
-) -> float:
+) -> NDArray[np.float64]:
     """`bound` from what it depends on: seconds of one micro-batch on each rank, and of passing it on, and back, through the
-    first chunk of each rank but the last.
+    first chunk of each rank but the last. Ranks in the last dimension, any number of cases before it.
 
     Under split backwards what a rank puts off may outlast the way back, so it is left out.
     """
-    reached = np.concatenate(((0.0,), np.cumsum(forward)))
-    if name not in ("zb", "zbv"):
-        reached[1:] += np.cumsum(backward)
-    return float((reached + micro_batches * busy).max())
+    passing = forward if name in ("zb", "zbv") else forward + backward
+    ends = micro_batches * busy
+    ends[..., 1:] += np.cumsum(passing, axis=-1)
+    return ends.max(axis=-1)
 
 
 @lru_cache(maxsize=256)
-def _compiled(name: str, pp: int, vp: int, micro_batches: int, gather: bool, each: bool) -> tuple[_Program, list[list[int]]]:
-    """A schedule's program, and by micro-batch where in it each stage's last gradient stands."""
-    schedule = build(name, pp, micro_batches, vp, gather=gather, reduce_each=each, transfers=False)
+def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program, NDArray[np.int64]]:
+    """A schedule's program, and [micro-batch, stage] where in it each gradient is complete."""
+    schedule = build(name, pp, micro_batches, vp, transfers=False)
     entries = _entries(schedule)
-    gradients = [[0] * schedule.stages for _ in range(micro_batches)]
+    gradients = np.zeros((micro_batches, schedule.stages), np.int64)
     for place, entry in enumerate(entries):
         if entry.action.kind in (Kind.BACKWARD, Kind.WEIGHT):
-            gradients[entry.action.micro_batch][entry.stage] = place
+            gradients[entry.action.micro_batch, entry.stage] = place
     return _program(schedule, entries), gradients
 
 
@@ -225,7 +276,7 @@ def _entries(schedule: Schedule) -> list[_Entry]:
                 waiting[need] = rank
                 break
             at += 1
-            if kind in _CODES:
+            if kind in COMPUTE or kind in _OTHERS:
                 entries.append(_Entry(action, rank, stage, need, out, crosses))
             if out > 1:
                 made.add(out)
@@ -240,66 +291,63 @@ def _entries(schedule: Schedule) -> list[_Entry]:
     return entries
 
 
-_CODES = {kind: code for code, kind in enumerate(COMPUTE)} | {
-    Kind.GATHER: _GATHER, Kind.REDUCE: _REDUCE, Kind.FINISH: _FINISH,
-}  # fmt: skip
-
-
 def _program(schedule: Schedule, entries: list[_Entry]) -> _Program:
+    count = schedule.stages
     gathered: set[int] = set()
-    program: list[tuple[int, int, int, int, int, bool]] = []
+    steps: list[tuple[int, int, int, int, int]] = []
     for entry in entries:
-        code = _CODES[entry.action.kind]
-        if code == 0 and schedule.gather and entry.stage not in gathered:
-            gathered.add(entry.stage)
-            code = _FIRST_FORWARD
-        program.append((code, entry.rank, entry.stage, entry.need, entry.out, entry.crosses))
-    return tuple(program)
+        kind, stage = entry.action.kind, entry.stage
+        if kind in _OTHERS:
+            steps.append((entry.rank, -1 - stage - count * _OTHERS.index(kind) if stage >= 0 else -1 - 2 * count, 0, 1, 0))
+            continue
+        code = COMPUTE.index(kind)
+        if code == 0 and schedule.gather and stage not in gathered:
+            gathered.add(stage)
+            code = len(COMPUTE)  # the first forward, which waits for its parameters
+        travel = 0 if not entry.crosses else 1 + stage + (count if code in (1, 2) else 0)
+        steps.append((entry.rank, code * count + stage, entry.need, entry.out, travel))
+    return _Program(tuple(steps), 2 + 2 * count * schedule.micro_batches)
 
 
 def _run(
-    program: _Program, pp: int, count: int, stages: Sequence[StageSeconds], blocking: bool
-) -> tuple[list[tuple[float, float]], list[float], list[float]]:
-    """(start, end) of each entry; when each rank is done, and how long it then waited for its other lane."""
-    backward = [stage.input + stage.weight for stage in stages]
+    program: _Program, pp: int, stages: Sequence[StageSeconds], blocking: bool
+) -> tuple[list[float], list[float], list[float]]:
+    """The end of each entry; when each rank is done, and how long it then waited for its other lane."""
+    count = len(stages)
+    first = len(COMPUTE) * count
     forward = [stage.forward for stage in stages]
-    costs = (forward, backward, [s.input for s in stages], [s.weight for s in stages], forward)
-    none = [0.0] * count
-    travels = ([s.send for s in stages], back := [s.send_back for s in stages], back, none, [s.send for s in stages])
+    costs = [
+        *forward, *(stage.input + stage.weight for stage in stages), *(stage.input for stage in stages),
+        *(stage.weight for stage in stages), *forward,
+    ]  # fmt: skip
+    travels = [0.0, *(stage.send for stage in stages), *(stage.send_back for stage in stages)]
     clock, lane, exposed = [0.0] * pp, [0.0] * pp, [0.0] * pp
     gathered = [0.0] * count
-    arrival = [0.0] * (2 + max(entry[4] for entry in program))
-    spans: list[tuple[float, float]] = []
-    note = spans.append
-    for code, rank, stage, need, out, crosses in program:
+    arrival = [0.0] * program.slots
+    ended: list[float] = []
+    note = ended.append
+    for rank, what, need, out, travel in program.steps:
         start = clock[rank]
-        if code <= _FIRST_FORWARD:
+        if what >= 0:
             if (arrived := arrival[need]) > start:
                 start = arrived
-            if code == _FIRST_FORWARD and gathered[stage] > start:
-                start = gathered[stage]
-            clock[rank] = end = start + costs[code][stage]
-            if crosses:
-                arrival[out] = end + travels[code][stage]
-                if blocking:
-                    clock[rank] = arrival[out]
-            else:
-                arrival[out] = end
-            if out == 1:
-                arrival[1] = 0.0
-        elif code == _GATHER:
-            start = max(start, lane[rank])
-            lane[rank] = gathered[stage] = end = start + stages[stage].gather
-        elif code == _REDUCE:
-            seconds = stages[stage]
-            ready, start = start, max(lane[rank], start - seconds.reduce_early)
-            lane[rank] = end = max(start + seconds.reduce, ready + seconds.reduce_tail)
+            if what >= first and gathered[what - first] > start:
+                start = gathered[what - first]
+            clock[rank] = end = start + costs[what]
+            arrival[out] = end + travels[travel]
+            if blocking:
+                clock[rank] = arrival[out]
+        elif what >= -count:
+            end = max(start, lane[rank]) + stages[-1 - what].gather
+            lane[rank] = gathered[-1 - what] = end
+        elif what >= -2 * count:
+            one = stages[-1 - what - count]
+            lane[rank] = end = max(max(lane[rank], start - one.reduce_early) + one.reduce, start + one.reduce_tail)
         else:
-            end = max(start, lane[rank])
+            clock[rank] = end = max(start, lane[rank])
             exposed[rank] = end - start
-            clock[rank] = end
-        note((start, end))
-    return spans, clock, exposed
+        note(end)
+    return ended, clock, exposed
 
 
 def memory(schedule: Schedule, simulated: Simulated, kept: Sequence[int]) -> list[list[tuple[float, int]]]:
