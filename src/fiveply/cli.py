@@ -274,6 +274,66 @@ def report(
 
 
 @command
+def plan(
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = "",
+    /,
+    *,
+    cluster: str,
+    seq: int = 0,
+    batch_tokens: str = "",
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4"] = "bf16",
+    objective: Literal["time", "cost", "devices"] = "time",
+    fix: UseAppendAction[tuple[str, ...]] = (),
+    max: UseAppendAction[tuple[str, ...]] = (),
+    why: UseAppendAction[tuple[str, ...]] = (),
+    emit: str = "",
+    explain_megatron: str = "",
+    out: str = "run.plan",
+    html: str = "",
+    json: Flag = False,
+) -> None:
+    """Find the best layout of a model on a cluster: ranked, with its step time, memory, and the reasons.
+
+    fiveply plan llama-3.1-8b --cluster h100:8 --seq 8192 --batch-tokens 4M
+
+    fiveply plan path/to/config.json --cluster cluster.toml --seq 4096 --batch-tokens 1M --fix tp=8 --max pp=4 --why tp=2
+
+    fiveply plan llama-3.1-70b --cluster h100:64 --seq 8192 --batch-tokens 4M --emit megatron
+
+    Args:
+        model: A preset, a config.json, or a Hugging Face directory.
+        cluster: Devices as NAME:COUNT (h100:64, cpu:4), or a file that fiveply probe wrote.
+        seq: Tokens of a row.
+        batch_tokens: Tokens of a global batch; 4M is 4 x 2^20.
+        precision: Of the computation.
+        objective: time of a step, cost (device-seconds) of a token, or the fewest devices that do.
+        fix: Hold a key of the layout at a value, as tp=8; may be given several times.
+        max: Hold a key of the layout at or below a value, as pp=4.
+        why: Say why the plan is not so, as tp=2 or tp=2,pp=4.
+        emit: Print the plan as another system's flags or configuration (megatron, torchtitan, deepspeed, accelerate, vllm).
+        explain_megatron: Megatron-LM arguments: say their predicted time and memory, and what to change.
+        out: The plan file to write, which every verb takes where it takes a layout.
+        html: A self-contained page to write.
+        json: Print the result as one JSON object on standard output.
+    """
+    from fiveply import planning
+
+    if explain_megatron:
+        found = planning.megatron(explain_megatron, cluster)
+        _finish(found, json, found["text"])
+        return
+    for flag, given in (("MODEL", model), ("--seq", seq), ("--batch-tokens", batch_tokens)):
+        if not given:
+            raise InputError(f"{flag} is missing", where="fiveply plan", fix="see fiveply plan --help")
+    values = planning.plan(
+        model, cluster, sequence=seq, batch_tokens=batch_tokens, precision=precision, objective=objective, fix=fix,
+        most=max, wishes=why, emit=emit, out=out, html=html, json=json,
+    )  # fmt: skip
+    if json:
+        _print_json(values)
+
+
+@command
 def bench(
     what: Annotated[Positional[Literal["plan"]], arg(metavar="plan")],
     /,
@@ -344,7 +404,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "verify", "generate", "convert", "report", "bench"]
+    return ["train", "plan", "verify", "generate", "convert", "report", "bench"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:

@@ -219,6 +219,8 @@ class Predictor:
             return 0.0
         job = self.job
         size = traffic.handed_on(job.spec, layout, sequence=job.sequence, precision=job.precision)
+        if job.software.scatter_transfers and not layout.sequence_parallel:  # each tensor rank sends a part
+            size //= layout.tp
         return cost.call_seconds("send", size, 2, job.machine, self.strides(layout)["pp"])
 
     def _after(

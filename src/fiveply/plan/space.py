@@ -24,10 +24,11 @@ SPLIT = ("tp", "cp", "pp", "dp", "micro_batch", "sp", "cp_kind", "ep", "etp", "r
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """A user's own constraints: `fixed` values and largest values (`most`) of a layout's keys."""
+    """Constraints: `fixed` values and largest values (`most`) of a layout's keys, and the values that a system has (`among`)."""
 
     fixed: dict[str, Any] = {}
     most: dict[str, int] = {}
+    among: dict[str, tuple[Any, ...]] = {}
 
     @classmethod
     def parse(cls, fix: Iterable[str] = (), most: Iterable[str] = ()) -> Limits:
@@ -53,6 +54,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     def allows(self, key: str, value: Any) -> bool:
         if key in self.fixed and self.fixed[key] != value:
+            return False
+        if key in self.among and value not in self.among[key]:
             return False
         return key not in self.most or value <= self.most[key]
 

@@ -21,6 +21,9 @@ class ClusterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_bytes: int = 0
     measured: dict[str, Any] = {}
     """What `fiveply probe` measured, by the keys of a hardware file; empty for a device known by name."""
+    shared: dict[str, dict[str, Any]] = {}
+    """The same by number of ranks that share the cores of one host, where devices are cores: each rank has its part of them,
+    and they slow each other down."""
 
     @classmethod
     def parse(cls, text: str, where: str = "--cluster") -> ClusterSpec:
@@ -29,7 +32,9 @@ class ClusterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return cls.load(text)
         name, colon, count = text.partition(":")
         if not colon:
-            raise InputError(f"'{text}' is no cluster", where=where, fix="write NAME:COUNT, as h100:64, or a file's name")
+            raise InputError(
+                f"'{text}' is no cluster", where=where, fix="write NAME:COUNT, as h100:64, or a file's name"
+            )
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"'{count}' is not a number of devices", where=where, fix=f"give 1 or more, as {name}:8")
         return cls(name.lower(), int(count))
@@ -49,7 +54,9 @@ class ClusterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def check(self, where: str) -> None:
         for key, least in (("count", 1), ("devices_per_node", 0), ("memory_bytes", 0)):
             if getattr(self, key) < least:
-                raise InputError(f"{getattr(self, key)} is too small", where=where, key=key, fix=f"give {least} or more")
+                raise InputError(
+                    f"{getattr(self, key)} is too small", where=where, key=key, fix=f"give {least} or more"
+                )
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(tomli_w.dumps(msgspec.to_builtins(self)))
