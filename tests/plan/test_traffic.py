@@ -111,7 +111,10 @@ def test_gradients_of_experts_are_summed_over_the_ranks_that_hold_them() -> None
 def test_context_ranks_add_gradients_as_data_ranks_do() -> None:
     spec, layout = planned("llama-3.1-8b", "dp=4,cp=2,zero=1,micro_batch=1")
     found = traffic.unit_step_traffic(spec, layout, "layers.0")
-    assert {(one.axis, one.operation, one.size) for one in found} == {("shard", "reduce-scatter", 8), ("shard", "all-gather", 8)}
+    assert {(one.axis, one.operation, one.size) for one in found} == {
+        ("shard", "reduce-scatter", 8),
+        ("shard", "all-gather", 8),
+    }
 
 
 def test_a_system_that_gathers_inputs_again_calls_so() -> None:

@@ -219,8 +219,8 @@ class _Buffers:
 
     def __init__(self, spec: ModelSpec, layout: Layout, names: Sequence[str], software: Software, tp_rank: int) -> None:
         self.zero, self.software = layout.zero, software
-        self.sizes: list[tuple[int, int]] = []
-        """Elements of each unit's whole buffers, and of the parts that a rank owns where it shares them."""
+        self.sizes: list[tuple[int, int, int]] = []
+        """Elements of each unit: of its whole buffers, of the parts that a rank owns where it shares them, and of its tensors."""
         for name in names if layout.zero else ():
             one = units.held(spec, layout, "embed" if name == "head" and spec.tied else name, tp_rank)
             whole = own = 0
@@ -230,16 +230,16 @@ class _Buffers:
             ):
                 part = -(-elements // shards)
                 whole, own = whole + part * shards, own + (part if shards > 1 else 0)
-            self.sizes.append((whole, own))
+            self.sizes.append((whole, own, one.elements))
         self.reduced = self.sizes
         """Those whose reductions this chunk starts: not an embedding's that another place of the same rank starts."""
         self.tied = 0
         """Bytes of its gradient that wait for that."""
         if layout.zero >= 1 and names[-1] == "head" and spec.tied and len(layout.end_ranks) == 1:
-            self.tied = round(self.sizes[-1][0] * software.parameter_bytes) if layout.zero >= 2 else 0
-            self.reduced = [*self.sizes[:-1], (0, 0)]
+            self.tied = round(self.sizes[-1][2] * software.parameter_bytes) if layout.zero >= 2 else 0
+            self.reduced = [*self.sizes[:-1], (0, 0, 0)]
         self.first = self.gathered(0, 0)
-        owned = sum(own for _, own in self.reduced)
+        owned = sum(own for _, own, _ in self.reduced)
         self.left = round(owned * software.reduce_bytes) if self.zero == 1 else self.reducing(0, 2)
 
     def gathered(self, index: int, step: int) -> int:
@@ -247,25 +247,26 @@ class _Buffers:
         if self.zero != 3:
             return 0
         low, high = sorted((index, index + step))
-        return round(sum(whole for whole, _ in self.sizes[max(0, low) : high + 1]) * self.software.gather_bytes)
+        return round(sum(whole for whole, _, _ in self.sizes[max(0, low) : high + 1]) * self.software.gather_bytes)
 
     def copied(self, index: int) -> int:
         """At zero 2 and 3 a part's gradients when its reduction starts: as they were formed, and in one buffer."""
         if self.zero < 2:
             return 0
-        return round(self.reduced[index][0] * (self.software.parameter_bytes + self.software.reduce_bytes))
+        whole, _, elements = self.reduced[index]
+        return round(elements * self.software.parameter_bytes + whole * self.software.reduce_bytes)
 
     def reducing(self, index: int, count: int) -> int:
         """At zero 2 and 3 the buffers of `count` parts' reductions: all gradients of each, and the part that comes of them."""
         if self.zero < 2:
             return 0
         sizes = self.reduced[index : index + count]
-        return round(sum(whole + own for whole, own in sizes if own) * self.software.reduce_bytes)
+        return round(sum(whole + own for whole, own, _ in sizes if own) * self.software.reduce_bytes)
 
     def started(self, index: int) -> int:
         """At zero 1, what the last backward's reductions hold when it comes to part `index`."""
         return (
-            round(sum(own for _, own in self.reduced[index + 1 :]) * self.software.reduce_bytes)
+            round(sum(own for _, own, _ in self.reduced[index + 1 :]) * self.software.reduce_bytes)
             if self.zero == 1
             else 0
         )
@@ -274,7 +275,7 @@ class _Buffers:
         if self.zero < 2:
             return 0, 0
         put_off = sum(one.weights for one in works)
-        rest = sum(whole for whole, _ in self.reduced) - put_off
+        rest = sum(elements for _, _, elements in self.reduced) - put_off
         return round(rest * self.software.parameter_bytes), round(put_off * self.software.parameter_bytes)
 
 

@@ -28,8 +28,11 @@ class Held(msgspec.Struct, frozen=True):
     """Elements of experts, beside these."""
     shared: tuple[tuple[int, int], ...]
     """(how many tensor ranks must add its gradient, elements) of each parameter outside experts, in the buffer's order."""
-    tensors: int
-    """Parameters, experts among them."""
+
+    @property
+    def elements(self) -> int:
+        """All that this rank holds."""
+        return self.experts + sum(elements for _, elements in self.shared)
 
     def owned(self, tp_sum: int, low: int, high: int) -> int:
         """Elements in [low, high) of the buffer whose gradients `tp_sum` tensor ranks must add."""
@@ -99,5 +102,4 @@ def _held(spec: ModelSpec, unit: str, degrees: tuple[int, ...], tp_rank: int, ep
         longest=sum(elements(p, 0)[1] for p in dense),
         experts=sum(elements(p, tp_rank)[1] for p in parameters if p.split in EXPERT_SPLITS),
         shared=tuple(own),
-        tensors=len(parameters),
     )
