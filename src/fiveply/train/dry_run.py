@@ -4,7 +4,7 @@ The mesh is the true one and the step is `Job`'s own, action by action; only val
 the code does: every collective (axis, operation, bytes), the live bytes from moment to moment, every matrix product. It is
 what `plan/workload.py`, `traffic.py` and `footprint.py` are held against. It allocates no tensor and reads no corpus.
 
-What a step needs of values is handed in at four places: parameters (`_Nothing`), rows of tokens (`_Blank`), the sums that the
+What a step needs of values is handed in at four places: parameters (`Nothing`), rows of tokens (`Blank`), the sums that the
 host reads (`_DryJob.numbers`), and whether a transfer is done (`_DryAxis`). Tensors are CPU ones, as the operations that
 torch chooses for them: a build of torch without CUDA cannot index a fake CUDA tensor.
 """
@@ -135,7 +135,7 @@ def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank:
         now = _Now(mesh.recorder)
         ledger = Ledger(now.category, now.keep)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-            job = _DryJob(run, spec, mesh, dtypes, source=_Nothing())
+            job = _DryJob(run, spec, mesh, dtypes, source=Nothing())
             job.optimizer.load(STEP, lambda _, segment: torch.empty_like(segment.value))
             _name(job, ledger)
             mesh.recorder.start(job.device)
@@ -143,7 +143,7 @@ def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank:
             assert recording is not None
             recording.now = ledger.bytes  # the clock of this recording reads bytes
             ledger.begin()
-            job.step(_Blank(run), STEP)  # pyright: ignore[reportArgumentType]
+            job.step(Blank(run), STEP)  # pyright: ignore[reportArgumentType]
             standing = metrics.bytes_by_category(job.model)
         calls = Counter((call.axis.name, call.operation, call.bytes) for call in recording.calls)
         spans = [
@@ -237,14 +237,14 @@ class _DryJob(Job):
         return [0.0] * x.numel()
 
 
-class _Nothing:
+class Nothing:
     """Parameters without values."""
 
     def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         return torch.empty(size)
 
 
-class _Blank:
+class Blank:
     """Zeros in the shapes that `corpus.batches.Batches` would give."""
 
     def __init__(self, run: RunSpec) -> None:
