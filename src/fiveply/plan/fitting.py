@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fiveply.pipeline_schedule import Kind, build
 from fiveply.plan import cost, footprint, traffic, units, workload
 from fiveply.plan.predict import Predictor
 from fiveply.spec.layout import Layout
@@ -119,13 +120,16 @@ class Fitting:
         """[state, rank]: about the bytes that each rank of a divided layout holds at its worst moment: all that can be alive,
         and the most that one of its parts needs for itself."""
         divided = self.divided(layout)
-        each = self._part_bytes(layout)
-        rounds = alive(layout.schedule, layout.pp, layout.chunks, self.job.global_batch // layout.dp // layout.micro_batch)
-        activations = rounds * (divided.parts @ each[:, 0]) * layout.micro_batch
-        if layout.schedule == "zb":  # whose weight gradients lag behind
-            lag = np.minimum(np.arange(layout.pp), rounds[0])
-            activations += lag * (divided.parts @ each[:, 2]) * layout.micro_batch
-        working = ((divided.parts > 0) * each[:, 1]).max(axis=1) * layout.micro_batch
+        each = self._part_bytes(layout) * layout.micro_batch
+        micro_batches = self.job.global_batch // layout.dp // layout.micro_batch
+        kept = divided.parts @ each[:, 0]
+        if layout.pp > 1 and layout.schedule in ("zb", "zbv"):
+            held = np.stack((kept, divided.parts @ each[:, 2]), axis=1) / layout.chunks
+            moments = _moments(layout.schedule, layout.pp, layout.chunks, min(micro_batches, 3 * layout.pp))
+            activations = (moments @ held[:, :, None])[:, :, 0].max(axis=1)
+        else:
+            activations = alive(layout.schedule, layout.pp, layout.chunks, micro_batches) * kept
+        working = ((divided.parts > 0) * each[:, 1]).max(axis=1)
         return self.state(layout, kinds) @ divided.units.T + activations + working
 
     def divided(self, layout: Layout) -> Divided:
@@ -195,6 +199,28 @@ class Fitting:
         each = self._part_bytes(layout) * layout.micro_batch
         layers = self._kind_times * self._kind_layer
         return float(layers @ each[:, 0]), float((self._kind_times - layers) @ each[:, 0]), float(each[self._kind_layer, 1].min())
+
+
+@lru_cache(maxsize=64)
+def _moments(schedule: str, pp: int, vp: int, micro_batches: int) -> NDArray[np.float64]:
+    """[rank, moment, (alive until their input gradient, then until their weight gradient)]: chunks of micro-batches, at the
+    moments that others don't exceed in both."""
+    rows: list[list[tuple[int, int]]] = []
+    for actions in build(schedule, pp, micro_batches, vp, transfers=False).ranks:
+        now, most = (0, 0), dict[int, int]()
+        for action in actions:
+            kind = action.kind
+            begun, passed, ended = kind is Kind.FORWARD, kind is Kind.INPUT, kind is Kind.WEIGHT
+            now = now[0] + begun - passed, now[1] + passed - ended
+            most[now[0]] = max(now[1], most.get(now[0], 0))
+        best, kept = -1, list[tuple[int, int]]()
+        for first in sorted(most, reverse=True):
+            if most[first] > best:
+                best = most[first]
+                kept.append((first, best))
+        rows.append(kept)
+    longest = max(len(row) for row in rows)
+    return np.array([row + row[-1:] * (longest - len(row)) for row in rows], float)
 
 
 @lru_cache(maxsize=4096)
