@@ -28,6 +28,8 @@ TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (6
 _REUSE = 256 * 128 / (256 + 128)
 BYTES = {"fp64": 8.0, "fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5}
 _FACTORS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+NETWORK = 0.8
+"""Share of its network cards' bandwidth that a collective across hosts reaches."""
 GROUPED = 0.85
 """Speed of grouped products relative to one product of a group's shape: uneven groups, permuted rows."""
 
@@ -172,12 +174,13 @@ def call_seconds(operation: str, size_bytes: int, ranks: int, machine: Machine, 
     if together >= ranks:
         return _over(machine.link[operation], operation, size_bytes, ranks)
     network, inner = machine.network, machine.link[operation]
+    reached = network.bandwidth * NETWORK
     if operation == "all-to-all":  # each rank sends to every other; what leaves the domain leaves through its own card
-        outside = size_bytes * (ranks - together) / ranks / network.bandwidth
+        outside = size_bytes * (ranks - together) / ranks / reached
         inside = size_bytes * together / ranks / inner.bandwidth
         return network.start + network.hop * ranks / together + max(outside, inside) + math.sqrt(network.half * outside)
     hosts = math.ceil(ranks / together)
-    bandwidth = min(network.bandwidth * together, inner.bandwidth)
+    bandwidth = min(reached * together, inner.bandwidth)
     moving = _FACTORS[operation] * (ranks - 1) / ranks * size_bytes / bandwidth
     start = network.start + inner.hop * together + network.hop * hosts * (2 if operation == "all-reduce" else 1)
     if operation == "all-reduce":  # trees: latency grows with the logarithm
@@ -203,8 +206,8 @@ def part_seconds(
 ) -> PartSeconds:
     """One micro-batch of a part. `strides`: ranks between neighbours on each axis.
 
-    What may hide a collective is the computation of its own phase (`weight`: the weight gradients); the system's share of
-    overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
+    What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
+    share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
     """
     phases: dict[str, float] = {"forward": 0.0, "input": 0.0, "weight": 0.0}
     terms: dict[str, float] = defaultdict(float)
@@ -227,7 +230,7 @@ def part_seconds(
             continue
         seconds = collective.count * collective_seconds(collective, machine, strides[collective.axis])
         share = _overlap(collective, software)
-        beside = computing["weight" if collective.hides == "weight" else collective.phase] if collective.hides else 0.0
+        beside = computing["weight" if collective.hides == "weight" else collective.phase]
         hidden = min(seconds * share, beside / software.contention)
         exposed = seconds - hidden + hidden * (software.contention - 1)
         phases[collective.phase] += exposed
@@ -262,8 +265,10 @@ def _term(operation: Operation) -> str:
 
 
 def residual(seconds: float, machine: Machine, software: Software, layout: Layout) -> float:
-    """Seconds of a step of `seconds` that no term explains: stragglers, clocks, data loading, what is launched once."""
-    return software.step_seconds + seconds * software.pipeline_slip * (layout.pp > 1)
+    """Seconds of a step of `seconds` that no term explains: a share for each doubling of the hosts, since all wait for the
+    slowest; and what is left once a step."""
+    hosts = max(1.0, layout.world / machine.devices_per_node)
+    return software.step_seconds + seconds * software.straggle * math.log2(hosts)
 
 
 def interval(seconds: float, machine: Machine, software: Software) -> tuple[float, float, float]:

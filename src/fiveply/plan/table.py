@@ -292,7 +292,7 @@ MODULES = {
     "mla_up_proj": ("latent",),
 }
 """Megatron-LM's names of what is recomputed, as workload.Module."""
-TENSOR_OVERLAP = 0.7
+TENSOR_OVERLAP = 0.4
 """Share of tensor-parallel collectives that userbuffers hide."""
 EAGER = 1.8
 """Memory-bound kernels' bytes without torch.compile, relative to those with."""

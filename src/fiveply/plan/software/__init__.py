@@ -95,8 +95,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sustained over isolated speed of matrix products."""
     attention: float = 1.0
     """Speed of fused attention relative to the best known for the device (FlashAttention-2 on Hopper: 0.62)."""
-    pipeline_slip: float = 0.0
-    """Share of a pipeline step lost to stages waiting for one another beyond the schedule's own bubble."""
+    straggle: float = 0.002
+    """Share of a step lost for each doubling of the hosts: all wait for the slowest."""
     step_seconds: float = 0.0
     """What is left once a step: data loading, logging, norms' synchronisation."""
 
