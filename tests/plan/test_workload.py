@@ -210,3 +210,14 @@ def test_a_system_that_keeps_logits_has_one_product_of_the_head_forward() -> Non
     ours = planned("llama-3.1-8b", "micro_batch=1", "head")
     assert ours.flops("forward") == 3 * work.flops("forward")
     assert ours.flops("input") == ours.flops("weight") == 0
+
+
+def test_saving_every_second_product() -> None:
+    """torchtitan's selective recomputation: outputs of products 1, 3, 5 ... and of attention are kept."""
+    work = planned("llama-3.1-8b", "micro_batch=1,recompute=selective", "layers.0", system="torchtitan")
+    again = {o.name for o in work.operations if o.again}
+    assert {"k", "o", "up", "rotary", "activation", "input_norm"} <= again
+    assert not {"q", "v", "gate", "down", "attention"} & again
+    assert {kept.name for kept in work.kept} == {
+        "input", "q output", "v output", "gate output", "down output", "attention output", "log-sum",
+    }  # fmt: skip

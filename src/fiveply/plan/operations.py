@@ -83,22 +83,21 @@ class Tally:
         self.element, self.again, self.software = element, again, software
         self.operations: list[Operation] = []
         self.kept: list[Kept] = []
-        self.dropped = 0
-        """Bytes that recomputation forms again in backward."""
+        self.dropped: list[Kept] = []
+        """What recomputation forms again in backward."""
         self.deferred = 0
         """Bytes that weight gradients need where they are put off: inputs of products, and gradients of their outputs."""
 
     def work(self, forward: int = 0, backward: int = 0, weight: int = 0) -> Work:
         """Given what stands beyond the kept tensors at the worst moment of each phase."""
-        kept = tuple(self.kept)
-        return Work(tuple(self.operations), kept, forward, backward + self.dropped, weight, self.deferred)
+        backward += sum(kept.bytes for kept in self.dropped)
+        return Work(tuple(self.operations), tuple(self.kept), forward, backward, weight, self.deferred)
 
     def keep(self, name: str, module: Module, size: int, *, always: bool = False) -> None:
         """`size` in bytes; dropped where its module is computed again, unless `always`."""
-        if module in self.again and not always:
-            self.dropped += size
-        elif size:
-            self.kept.append(Kept(name, module, size))
+        if size:
+            dropped = module in self.again and not always
+            (self.dropped if dropped else self.kept).append(Kept(name, module, size))
 
     def products(self, module: Module, m: int, k: int, /, **columns: int) -> None:
         """Products of one input (m, k) with weights (n, k) each, forward and backward: x W^T, g W, g^T x."""
@@ -108,6 +107,18 @@ class Tally:
             size = self.element * (m * k + n * k + m * n)
             for phase, shape in (("forward", (m, n, k)), ("input", (m, k, n)), ("weight", (n, k, m))):
                 self._add(name, "product", phase, module, shape, 2 * m * n * k, size)
+
+    def save_alternate(self) -> None:
+        """Of all that is computed again, save the outputs of every second product from the first on, and attention's."""
+        products = [o for o in self.operations if o.kind == "product" and o.phase == "forward"]
+        saved = {o.name for o in products[::2]} | {"attention"}
+        self.operations = [o for o in self.operations if not (o.again and o.name in saved)]
+        for one in products[::2]:
+            self.keep(f"{one.name} output", one.module, one.shape[0] * one.shape[1] * self.element, always=True)
+        for kept in self.dropped:
+            if kept.name in ("attention output", "log-sum"):
+                self.kept.append(kept)
+        self.dropped = [kept for kept in self.dropped if kept not in self.kept]
 
     def head_chunk(self, m: int, n: int, k: int, count: int) -> None:
         """The head's product of a chunk of `m` tokens and both its gradients, all in forward."""

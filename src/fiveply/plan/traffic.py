@@ -94,7 +94,9 @@ class _Calls:
 
     def __init__(self, split: Split, software: Software) -> None:
         self.split, self.software = split, software
+        alternate = software.alternate and split.recompute == "selective"
         self.full = split.recompute == "full"
+        self.enters = self.full or alternate  # what leaves is saved then
         self.selected = set(software.selective) if split.recompute == "selective" else set[str]()
         self.found: list[Collective] = []
 
@@ -147,10 +149,10 @@ def _attention(calls: _Calls, part: Part, split: Split) -> None:
     )
     latent = part.latent
     if latent is None:
-        calls.enter(part.hidden, again=again)
+        calls.enter(part.hidden, again=calls.enters)
     else:
-        calls.enter(latent.kv_rank + latent.rope_dim, again=again)
-        calls.enter(latent.q_rank or part.hidden, again=again)
+        calls.enter(latent.kv_rank + latent.rope_dim, again=calls.enters)
+        calls.enter(latent.q_rank or part.hidden, again=calls.enters)
         kv_heads, size, value = heads, latent.nope_dim + latent.rope_dim, latent.value_dim
     if split.cp > 1 and split.cp_kind == "ulysses":
         q, out = split.tokens * heads * size * element, split.tokens * heads * value * element
@@ -179,7 +181,7 @@ def _mlp(calls: _Calls, part: Part, split: Split) -> None:
                 "tp", "all-gather", "all-gather", split.tokens * part.hidden * split.element, split.tp, again=again
             )
     if experts is None or experts.shared_ffn:
-        calls.enter(part.hidden, again=inner)
+        calls.enter(part.hidden, again=inner or calls.enters)
         calls.leave(part.hidden, again=inner and not dropped)
 
 
