@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 
@@ -95,28 +95,30 @@ def load(system: str) -> Dialect:
     return msgspec.toml.decode(resources.files(__name__).joinpath(f"{system}.toml").read_bytes(), type=Dialect)
 
 
+class Emitted(NamedTuple):
+    """`text` is a command, or the contents of a configuration file; `comments` what a person should know beside it."""
+
+    text: str
+    comments: tuple[str, ...]
+
+
 def emit(
     system: str, layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, precision: str = "bf16",
     devices_per_node: int = 8, model: str = "",
-) -> str:  # fmt: skip
-    """A resolved layout as `system`'s command or configuration file. Raises InputError, with the reason, for what it has not."""
+) -> Emitted:  # fmt: skip
+    """A resolved layout in `system`'s words. Raises InputError, with the reason, for what it has not."""
     dialect = load(system)
     facts = facts_of(
         layout, spec, sequence=sequence, global_batch=global_batch, precision=precision,
         devices_per_node=devices_per_node, model=model,
     )  # fmt: skip
     check(dialect, layout, facts)
-    lines = [comment.text for comment in dialect.comment if holds(comment.when, facts)]
+    comments = tuple(one.text.format_map(facts) for one in dialect.comment if holds(one.when, facts))
     if dialect.form == "json":
-        return msgspec.json.format(msgspec.json.encode(_nested(dialect, facts)), indent=2).decode() + "\n"
-    comments = "".join(f"# {line}\n" for line in lines)
-    return comments + " \\\n  ".join(_command(dialect, facts)) + "\n"
-
-
-def comments(system: str, layout: Layout, spec: ModelSpec, **job: Any) -> list[str]:
-    """What a person should know beside a configuration file, which holds no comments."""
-    facts = facts_of(layout, spec, **job)
-    return [comment.text for comment in load(system).comment if holds(comment.when, facts)]
+        text = msgspec.json.format(msgspec.json.encode(_nested(dialect, facts)), indent=2).decode()
+    else:
+        text = " \\\n  ".join(_command(dialect, facts))
+    return Emitted(f"{text}\n", comments)
 
 
 def check(dialect: Dialect, layout: Layout, facts: Facts) -> None:
@@ -128,8 +130,10 @@ def check(dialect: Dialect, layout: Layout, facts: Facts) -> None:
                              fix=f"plan with --fix {key}={among.values[0]}")  # fmt: skip
     for refusal in dialect.refuse:
         if holds(refusal.when, facts):
-            said = ", ".join(f"{key}={_plain(facts[key])}" for key in refusal.when)
-            raise InputError(f"{dialect.title} does not have {said}: {refusal.why}", where="--emit", fix=refusal.fix)
+            keys = [key for key in refusal.when if key in Layout.__struct_fields__]
+            said = " with ".join(f"{key}={_plain(facts[key])}" for key in keys)
+            has_not = f" does not have {said}" if said else ""
+            raise InputError(f"{dialect.title}{has_not}: {refusal.why}", where="--emit", fix=refusal.fix)
 
 
 def holds(when: When, facts: Facts) -> bool:
@@ -213,7 +217,9 @@ def _arguments(text: str, where: str) -> dict[str, list[str]]:
     words: list[str] = []  # before the first flag: the launcher's and the script's names
     for token in tokens:
         if "$" in token:
-            raise InputError(f"'{token}' is a variable of the shell", where=where, fix="give the values that it stands for")
+            raise InputError(
+                f"'{token}' is a variable of the shell", where=where, fix="give the values that it stands for"
+            )
         if token.startswith("--"):
             key, equals, value = token.partition("=")
             words = given[key] = [value] if equals else []

@@ -36,7 +36,6 @@ def facts_of(
         "stage_layout": stage_layout(stages, spec.predicted - 1),
         "rows": rows,
         "micro_batches": micro_batches,
-        "accumulated": rows // layout.micro_batch if layout.pp == 1 else 1,
         "fills": micro_batches >= layout.pp,
         "global_batch": global_batch,
         "sequence": sequence,
@@ -47,18 +46,30 @@ def facts_of(
         "nodes": math.ceil(layout.world / per_node),
         "model": model or "MODEL",
         "ranks_a_replica": layout.world // layout.dp,
+        "many_nodes": layout.world // layout.dp > per_node,
+        "ep_in_shards": layout.shard_ranks * layout.cp * layout.tp % layout.ep == 0,
         **_ends(stages),
         **_model_facts(spec),
     }  # fmt: skip
 
 
 def _ends(stages: Sequence[int]) -> dict[str, Any]:
-    """How many layers fewer than the stages between them the first and the last stage have, where those are alike."""
-    middle = set(stages[1:-1]) or {max(stages)}
-    each = max(middle)
-    first, last = each - stages[0], each - stages[-1]
-    alike = len(stages) > 1 and len(middle) == 1 and 0 <= first <= each and 0 <= last <= each
-    return {"ends_alone": alike or len(stages) == 1, "less_first": first, "less_last": last, "layers_a_stage": each}
+    """Torchtitan's division: layers, and weights of both ends, spread evenly with what is left over on the first stages; the
+    weights then stand for layers that the first and the last stage lack. The least weights that give `stages`."""
+    layers, count = sum(stages), len(stages)
+    for weights in range(2 * max(stages) + 1):
+        each, more = divmod(layers + weights, count)
+        for less_first in range(min(weights, each) + 1):
+            less_last = weights - less_first
+            ends = [less_first, *[0] * (count - 2), less_last] if count > 1 else [weights]
+            if less_last <= each and [each + (i < more) - ends[i] for i in range(count)] == list(stages):
+                return {
+                    "ends_found": True,
+                    "less_first": less_first,
+                    "less_last": less_last,
+                    "layers_a_stage": each + (more > 0),
+                }
+    return {"ends_found": False, "less_first": 0, "less_last": 0, "layers_a_stage": 0}
 
 
 def stage_layout(stages: Sequence[int], predicted_more: int) -> str:
