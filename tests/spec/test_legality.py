@@ -113,7 +113,7 @@ def test_models_that_cannot_be_run_yet_say_why() -> None:
     with pytest.raises(InputError) as caught:
         check_runnable(model(latent=latent, sinks=True, predicted=2), "x.json")
     assert str(caught.value) == (
-        "x.json: model: llama: latent attention and attention sinks and multi-token prediction cannot be run yet; it can be "
+        "x.json: llama: latent attention and attention sinks and multi-token prediction cannot be run yet; it can be "
         "planned; give it to `fiveply plan`, or take a dense model"
     )
     check_runnable(model())

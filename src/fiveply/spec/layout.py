@@ -236,19 +236,19 @@ def kept(rules: Iterable[Rule], layouts: Layouts, job: object) -> NDArray[np.boo
     return np.asarray(legal, dtype=np.bool_)
 
 
-LAYOUT_RULES = (
-    *(
-        Rule(key, lambda x, _, key=key: getattr(x, key) < 1,
-             lambda x, _, key=key: (f"{getattr(x, key)} is not a degree", "give a whole number from 1"))
-        for key in DEGREES
-    ),
+def _at_least(key: str, least: int, kind: str) -> Rule:
+    return Rule(
+        key,
+        lambda x, _: getattr(x, key) < least,
+        lambda x, _: (f"{getattr(x, key)} is {kind}", "give a whole number from 1"),
+    )
+
+
+LAYOUT_RULES: tuple[Rule, ...] = (
+    *(_at_least(key, 1, "not a degree") for key in DEGREES),
     Rule("zero", lambda x, _: (x.zero < 0) | (x.zero > 3), lambda x, _: (f"{x.zero} is not a ZeRO stage", "give 0, 1, 2 or 3")),
     Rule("sp", lambda x, _: (x.sp < -1) | (x.sp > 1), lambda x, _: (f"{x.sp} is not a choice", "give 0 or 1")),
-    *(
-        Rule(key, lambda x, _, key=key: getattr(x, key) < 0,
-             lambda x, _, key=key: (f"{getattr(x, key)} is negative", "give a whole number from 1"))
-        for key in ("dp_shard", "vp", "micro_batch", "etp")
-    ),
+    *(_at_least(key, 0, "negative") for key in ("dp_shard", "vp", "micro_batch", "etp")),
     Rule("dp_shard", lambda x, _: x.dp % np.maximum(x.dp_shard, 1) != 0,
          lambda x, _: (f"dp_shard={x.dp_shard} does not divide dp={x.dp}", f"give one of {divisors(x.dp)}")),
     Rule("dp_shard", lambda x, _: (x.dp_shard > 1) & (x.zero == 0),

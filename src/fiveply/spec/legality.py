@@ -38,7 +38,7 @@ def resolve(
     layout.check(where)
     enforce(_MODEL_RULES, layout, job, where)
     if runtime:
-        check_runnable(spec, where)
+        check_runnable(spec)
         enforce(_RUNTIME_RULES, layout, job, where)
     _check_batch(job, where)
     enforce(_BATCH_RULES, layout, job, where)
@@ -70,7 +70,7 @@ def check_runnable(spec: ModelSpec, where: str = "model") -> None:
     }
     if missing := [name for name, has in parts.items() if has]:
         raise InputError(
-            f"{spec.family}: {' and '.join(missing)} cannot be run yet; it can be planned", where=where, key="model",
+            f"{' and '.join(missing)} cannot be run yet; it can be planned", where=where, key=spec.family,
             fix="give it to `fiveply plan`, or take a dense model",
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ def _most_columns(spec: ModelSpec) -> int:
     return min(*dense, *shared, spec.vocabulary, math.inf)
 
 
-_MODEL_RULES = (
+_MODEL_RULES: tuple[Rule, ...] = (
     Rule("tp", lambda x, j: j.spec.heads % x.tp != 0,
          lambda x, j: (f"tp={x.tp} does not divide {j.spec.heads} heads", f"tp in {_tensor_degrees(j.spec)} does")),
     Rule("tp", lambda x, j: (j.spec.kv_heads % x.tp != 0) & (x.tp % j.spec.kv_heads != 0),
@@ -174,7 +174,7 @@ _MODEL_RULES = (
                        "set cp_kind=gather, or lower cp")),
 )  # fmt: skip
 
-_BATCH_RULES = (
+_BATCH_RULES: tuple[Rule, ...] = (
     Rule("dp", lambda x, j: j.global_batch % x.dp != 0,
          lambda x, j: (f"dp={x.dp} does not divide a global batch of {j.global_batch} rows",
                        f"dp in {divisors(j.global_batch)} does")),
@@ -186,19 +186,26 @@ _BATCH_RULES = (
          lambda x, j: (f"cp={x.cp} cuts a sequence of {j.sequence} into {2 * x.cp} pieces", f"cp at most {j.sequence // 2}")),
 )  # fmt: skip
 
-_RUNTIME_RULES = (
-    *(
-        Rule(key, lambda x, _, key=key: getattr(x, key) > 1,
-             lambda x, _, key=key: (f"{key}={getattr(x, key)} cannot be run yet", f"leave {key} out"))
-        for key in ("cp", "ep", "etp")
-    ),
+
+def _not_yet(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda x, _: getattr(x, key) > 1,
+        lambda x, _: (f"{key}={getattr(x, key)} cannot be run yet", f"leave {key} out"),
+    )
+
+
+_RUNTIME_RULES: tuple[Rule, ...] = (
+    _not_yet("cp"),
+    _not_yet("ep"),
+    _not_yet("etp"),
     Rule("offload", lambda x, _: x.offload != "none",
          lambda x, _: (f"offload={x.offload} cannot be run yet", "leave offload out")),
     Rule("attention_dropout", lambda x, j: j.spec.attention_dropout > 0 and x.world > 1,
          lambda _, j: (f"dropout inside attention ({j.spec.attention_dropout}) is not keyed by token, so it would differ by layout",
                        "set it to 0 in config.json, or run on one rank")),
     Rule("recompute", lambda x, j: j.spec.attention_dropout > 0 and x.recompute != "none",
-         lambda *_: ("dropout inside attention would draw another mask when recomputed",
+         lambda _x, _j: ("dropout inside attention would draw another mask when recomputed",
                      "leave recompute out, or set the model's attention dropout to 0")),
 )  # fmt: skip
 
