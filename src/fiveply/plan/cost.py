@@ -61,6 +61,14 @@ def machine(cluster: ClusterSpec) -> Machine:
     )
 
 
+def used_by(software: Software, machine: Machine) -> Machine:
+    """The machine as a system drives it: what its collectives reach of the network."""
+    if software.network == 1.0:
+        return machine
+    network = msgspec.structs.replace(machine.network, bandwidth=machine.network.bandwidth * software.network)
+    return msgspec.structs.replace(machine, network=network)
+
+
 # --- operations ---
 
 
@@ -219,11 +227,6 @@ def part_seconds(
         phases[operation.phase] += seconds
         terms[_term(operation)] += seconds
         kernels[operation.phase] += operation.count * software.kernels
-    if not software.graphs:
-        for phase, count in kernels.items():
-            late = max(0.0, count * machine.host - phases[phase])
-            phases[phase] += late
-            terms["launch"] += late
     computing = dict(phases)
     for collective in collectives:
         if collective.phase not in phases:
@@ -235,6 +238,11 @@ def part_seconds(
         exposed = seconds - hidden + hidden * (software.contention - 1)
         phases[collective.phase] += exposed
         terms[AXES.get(collective.axis, collective.axis)] += exposed
+    if not software.graphs:  # the device waits where the host launches more slowly than it computes and exchanges
+        for phase, count in kernels.items():
+            late = max(0.0, count * machine.host - phases[phase])
+            phases[phase] += late
+            terms["launch"] += late
     return PartSeconds(phases["forward"], phases["input"], phases["weight"], dict(terms))
 
 

@@ -86,7 +86,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Devices that the fast link joins; a host's where 0."""
     launch: float = 3e-6
     """Seconds that a memory-bound kernel takes at least."""
-    host: float = 4e-6
+    host: float = 1e-5
     """Seconds of the host's time to launch one kernel."""
     host_bandwidth: float = 25e9
     """Bytes/s between a device and its host's memory, one direction: PCIe 4.0 x16 as reached."""

@@ -90,7 +90,7 @@ class Predictor:
     """Predicts resolved layouts of one job. Remembers prices by what they depend on, not by layout."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job = msgspec.structs.replace(job, machine=cost.used_by(job.software, job.machine))
         self._kinds = {part: number for number, part in enumerate(dict.fromkeys(workload.kinds(job.spec).values()))}
         self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
         self._parts: dict[Hashable, PartSeconds] = {}

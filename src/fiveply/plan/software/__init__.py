@@ -81,6 +81,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlap_experts: float = 0.0
     scatter_transfers: bool = False
     """Without sequence parallel, tensor ranks hand on a part each of a pipeline's boundary and gather it on arrival."""
+    network: float = 1.0
+    """Bandwidth between hosts that its collectives reach, relative to NCCL's own over all cards."""
     contention: float = 1.15
     """Kernels that run beside a collective slow down by this."""
 
