@@ -96,6 +96,15 @@ def test_the_peak_is_the_largest_moment() -> None:
     )  # where one stage's activations of two micro-batches are still alive
 
 
+def test_the_bytes_that_a_run_records_are_the_runtimes() -> None:
+    case = FEW[0]
+    counted = metrics.counted_bytes(
+        case.spec, case.resolved, 0, sequence=case.sequence, global_batch=case.rows, dtypes=case.dtypes
+    )
+    assert counted | case.dry.standing == counted
+    assert sum(counted.values()) == case.footprint().peak
+
+
 def test_a_world_is_left_behind() -> None:
     with fake_world(3, 4096):
         assert (dist.get_rank(), dist.get_world_size()) == (3, 4096)
