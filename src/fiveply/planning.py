@@ -33,7 +33,7 @@ def plan(
         from fiveply.plan import dialects
 
         dialect = dialects.load(emit)
-        limits = Limits(limits.fixed, limits.most, dict(dialect.among))
+        limits = Limits(limits.fixed, limits.most, dialects.choices(emit))
         system = systems.load(dialect.software)
     found = explain.answer(
         spec, devices, sequence=sequence, global_batch=rows(batch_tokens, sequence), precision=precision,
@@ -48,12 +48,10 @@ def plan(
         "plan": out,
     }
     if emit:
-        from fiveply.plan import dialects
+        from fiveply.plan import advice
 
-        values["emitted"] = dialects.emit(
-            emit, chosen.prediction.layout, spec, sequence=sequence, global_batch=found.job.global_batch,
-            precision=precision, devices_per_node=found.job.machine.devices_per_node, model=model,
-        )  # fmt: skip
+        chosen, text, comments = advice.expressible(emit, found, model)
+        values |= {"emitted": text, "comments": comments}
     _write(out, lambda path: explain.plan_of(found, model, chosen).save(path))
     if html:
         _write(html, lambda path: path.write_text(plan_page.render(found, model, reasons), encoding="utf-8"))
@@ -71,17 +69,22 @@ def _say(
     which = "the first layout" if first else "the first that fiveply's runtime runs"
     console.print(f"wrote {values['plan']} ({which})" + (f" and {html}" if html else ""), soft_wrap=True)
     if emitted and not json:
-        print(emitted)
+        for comment in values["comments"]:
+            print(f"# {comment}", file=sys.stderr)
+        print(emitted, end="")
 
 
 def megatron(flags: str, cluster: str) -> dict[str, Any]:
-    """What Megatron-LM arguments lead to, and what to change; `text` is for the terminal."""
-    from fiveply.plan import megatron as dialect_megatron
+    """What Megatron-LM arguments (or a file of them) lead to, and what to change; `text` is for the terminal."""
+    from fiveply.plan import advice
+    from fiveply.plan.dialects import megatron as arguments
+    from fiveply.report import advice_text
 
     devices = ClusterSpec.parse(cluster)
-    given = dialect_megatron.read(flags, devices.count)
-    values = dialect_megatron.explain(given, explain.machine_of(devices, devices.count))
-    return values | {"text": dialect_megatron.shown(values)}
+    file = Path(flags)
+    given = arguments.read(file.read_text() if len(flags) < 256 and file.is_file() else flags, devices.count)
+    found = advice.advise(given, devices)
+    return advice.values(found) | {"text": advice_text.shown(found)}
 
 
 def rows(tokens: str, sequence: int) -> int:

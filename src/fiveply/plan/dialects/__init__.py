@@ -102,15 +102,21 @@ class Emitted(NamedTuple):
     comments: tuple[str, ...]
 
 
+def choices(system: str) -> dict[str, tuple[Any, ...]]:
+    """The values of a layout's keys that the system has, of those keys where it has not all."""
+    return {key: among.values for key, among in load(system).among.items()}
+
+
 def emit(
     system: str, layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, precision: str = "bf16",
-    devices_per_node: int = 8, model: str = "",
+    devices_per_node: int = 8, model: str = "", order: str = "",
 ) -> Emitted:  # fmt: skip
-    """A resolved layout in `system`'s words. Raises InputError, with the reason, for what it has not."""
+    """A resolved layout in `system`'s words. `order` is that of ranks, fastest axis first; by default the runtime's.
+    Raises InputError, with the reason, for what the system has not."""
     dialect = load(system)
     facts = facts_of(
         layout, spec, sequence=sequence, global_batch=global_batch, precision=precision,
-        devices_per_node=devices_per_node, model=model,
+        devices_per_node=devices_per_node, model=model, order=order,
     )  # fmt: skip
     check(dialect, layout, facts)
     comments = tuple(one.text.format_map(facts) for one in dialect.comment if holds(one.when, facts))
@@ -185,6 +191,18 @@ def _nested(dialect: Dialect, facts: Facts) -> dict[str, Any]:
             place = place.setdefault(name, {})
         place[last] = value
     return tree
+
+
+def changes(dialect: Dialect, before: Facts, after: Facts) -> list[str]:
+    """What to change on a command line that says `before` so that it says `after`."""
+    old, new = ({flag.key: value for flag, value in _written(dialect, facts)} for facts in (before, after))
+    found = [f"add {_said(key, value)}" for key, value in new.items() if key not in old]
+    found += [f"drop {_said(key, value)}" for key, value in old.items() if key not in new]
+    return [*(f"{_said(key, old[key])} -> {new[key]}" for key in old if key in new and old[key] != new[key]), *found]
+
+
+def _said(key: str, value: Any) -> str:
+    return key if value is True else f"{key} {value}"
 
 
 # Reading

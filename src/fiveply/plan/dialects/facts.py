@@ -12,7 +12,8 @@ from fiveply.spec.layout import Layout
 
 
 def facts_of(
-    layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, precision: str, devices_per_node: int, model: str
+    layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, precision: str, devices_per_node: int = 8,
+    model: str = "", order: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """All facts of a resolved layout."""
     rows, stages = global_batch // layout.dp, layout.stages
@@ -45,6 +46,7 @@ def facts_of(
         "per_node": per_node,
         "nodes": math.ceil(layout.world / per_node),
         "model": model or "MODEL",
+        "order": order or "tp,cp,dp,pp",
         "ranks_a_replica": layout.world // layout.dp,
         "many_nodes": layout.world // layout.dp > per_node,
         "ep_in_shards": layout.shard_ranks * layout.cp * layout.tp % layout.ep == 0,

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from fiveply.plan.dialects import load, read as read_flags
+from fiveply.plan.dialects import load
+from fiveply.plan.dialects import read as read_flags
 from fiveply.spec.architecture import Experts, Latent, ModelSpec, Rope
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
@@ -28,6 +29,8 @@ class Given(msgspec.Struct, frozen=True):
     sequence: int
     global_batch: int
     precision: str
+    order: str
+    """Of ranks, fastest axis first."""
     notes: tuple[str, ...]
 
 
@@ -46,7 +49,7 @@ def read(flags: str, devices: int = 0) -> Given:
         notes.append("--recompute-method block recomputes some layers of a stage; all are counted here")
     if "--cp-comm-type p2p" in " ".join(flags.split()):
         notes.append("context parallelism by ring (p2p) is counted as by gathering")
-    return Given(spec, layout, sequence, global_batch, facts["precision"], tuple(notes))
+    return Given(spec, layout, sequence, global_batch, facts["precision"], facts["order"], tuple(notes))
 
 
 def _needed(facts: dict[str, Any], fact: str, key: str) -> int:
