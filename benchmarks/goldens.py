@@ -72,7 +72,7 @@ def convert(row: dict[str, str]) -> dict[str, object] | None:
         "micro_batch": int(float(row["mbs"])),
         "global_batch": int(float(row["gbs"])),
         "recompute": re.sub(r"\s.*", "", row["recompute"].strip()) or "none",
-        "precision": "fp8" if row["fp8"] else "bf16" if row["bf16"] == "True" else "fp32",
+        "precision": "fp8" if row["fp8"] else "bf16" if row["bf16"] == "True" else "fp16",
         "mem_gib": round(float(row["mem_max"]), 4),
         "mem_rank": "last",
         "mem_kind": "allocated",

@@ -238,6 +238,10 @@ def part_seconds(
         exposed = seconds - hidden + hidden * (software.contention - 1)
         phases[collective.phase] += exposed
         terms[AXES.get(collective.axis, collective.axis)] += exposed
+    if software.experts_stall and any(operation.module == "router" for operation in work.operations):
+        for phase in ("forward", "input"):
+            phases[phase] += software.experts_stall / 2
+            terms["experts"] += software.experts_stall / 2
     if not software.graphs:  # the device waits where the host launches more slowly than it computes and exchanges
         for phase, count in kernels.items():
             late = max(0.0, count * machine.host - phases[phase])
@@ -266,7 +270,9 @@ def _term(operation: Operation) -> str:
         return "recompute"
     if operation.module in ("experts", "router"):
         return "experts"
-    return {"product": "products", "grouped": "experts", "attention": "attention", "memory": "elementwise"}[operation.kind]
+    return {"product": "products", "grouped": "experts", "attention": "attention", "memory": "elementwise"}[
+        operation.kind
+    ]
 
 
 # --- what is left, and how sure one may be ---
@@ -279,10 +285,18 @@ def residual(seconds: float, machine: Machine, software: Software, layout: Layou
     return software.step_seconds + seconds * software.straggle * math.log2(hosts)
 
 
-def interval(seconds: float, machine: Machine, software: Software) -> tuple[float, float, float]:
-    """10, 50 and 90% of the step time, from the errors seen on rows of systems that were left out of the fit."""
-    spread = software.spread
-    return seconds * math.exp(-1.2816 * spread), seconds, seconds * math.exp(1.2816 * spread)
+def interval(
+    seconds: float, machine: Machine, software: Software, precision: str = "bf16", experts: bool = False
+) -> tuple[float, float, float]:
+    """10, 50 and 90% of the step time: log-normal, of the errors seen on rows of systems and devices that the fit had left
+    out, wider where there were few such rows or none."""
+    unsure = {"fp8": 0.08, "fp4": 0.12}.get(precision, 0.0)
+    spread = math.hypot(software.spread, machine.spread, unsure, 0.1 * experts)
+    return seconds * math.exp(-NINETIETH * spread), seconds, seconds * math.exp(NINETIETH * spread)
+
+
+NINETIETH = 1.2816
+"""Standard deviations from the middle of a normal distribution to its 90% point."""
 
 
 def memory_error(machine: Machine, software: Software) -> tuple[float, float]:

@@ -92,6 +92,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes/s between a device and its host's memory, one direction: PCIe 4.0 x16 as reached."""
     clock: float = 1.0
     """Sustained over the speed of isolated kernels, under the power of a whole step."""
+    spread: float = 0.08
+    """Standard deviation of log(measured / predicted) that not knowing this kind better adds."""
     dollars_per_hour: float | None = None
     sources: dict[str, str] = {}
     """Where a figure is from, and when."""
@@ -129,7 +131,9 @@ def names() -> list[str]:
 def load(name: str) -> Machine:
     """The kind `name`; a file may be `like` another and change some keys. Raises InputError for an unknown one."""
     if name not in names():
-        raise InputError(f"no device '{name}'", where="cluster", fix=f"known: {', '.join(names())}, or a ClusterSpec file")
+        raise InputError(
+            f"no device '{name}'", where="cluster", fix=f"known: {', '.join(names())}, or a ClusterSpec file"
+        )
     return msgspec.convert(_read(name) | {"name": name}, Machine)
 
 

@@ -103,7 +103,7 @@ class Predictor:
         seconds, terms = self._step(layout, ranks)
         footprints = tuple(self.footprint(layout, rank) for rank in range(layout.pp))
         return Prediction(
-            layout, Interval(*cost.interval(seconds, job.machine, job.software)), terms, footprints,
+            layout, Interval(*cost.interval(seconds, job.machine, job.software, job.precision, job.spec.experts is not None)), terms, footprints,
             tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
         )  # fmt: skip
 
@@ -146,11 +146,7 @@ class Predictor:
 
     def part(self, layout: Layout, part: str) -> PartSeconds:
         """Seconds of one micro-batch of a part."""
-        key = (
-            self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch,
-            layout.recompute, *((layout.pp, layout.dp) if layout.zero > 1 or self.job.spec.experts else ()),
-            *((layout.zero, layout.dp_shard) if layout.zero > 1 else ()),
-        )  # fmt: skip
+        key = self._part_key(layout, part)
         found = self._parts.get(key)
         if found is None:
             job = self.job
@@ -160,6 +156,13 @@ class Predictor:
                 job.machine, job.software, job.precision, self.strides(layout),
             )  # fmt: skip
         return found
+
+    def _part_key(self, layout: Layout, part: str) -> Hashable:
+        """All that a part's seconds depend on."""
+        key = (self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.micro_batch, layout.zero > 1)
+        if part.startswith("layers"):
+            key = (*key, layout.cp_kind, layout.recompute, layout.ep, layout.etp, self._expert_stride(layout))
+        return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
 
     def stages(self, layout: Layout) -> list[Stage]:
         """By global stage."""
@@ -190,11 +193,15 @@ class Predictor:
 
     def _rank(self, layout: Layout, number: int, held: list[list[str]]) -> Rank:
         calls = traffic.step_traffic(self.job.spec, layout, pp_rank=number, software=self.job.software)
-        return Rank(tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls))
+        return Rank(
+            tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls)
+        )
 
     def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> Stage:
         priced = [self.part(layout, part) for part in parts]
-        forward, back, weight = (math.fsum(getattr(one, key) for one in priced) for key in ("forward", "input", "weight"))
+        forward, back, weight = (
+            math.fsum(getattr(one, key) for one in priced) for key in ("forward", "input", "weight")
+        )
         terms: dict[str, float] = defaultdict(float)
         for one in priced:
             for name, seconds in one.terms.items():
@@ -208,9 +215,7 @@ class Predictor:
                     tail += once
         early = self.job.software.overlap_gradients * (back + weight) * (1 - 1 / len(parts))
         send = self.transfer(layout)
-        seconds = StageSeconds(
-            forward, back, weight, send, send, reduce=reduce, reduce_early=early, reduce_tail=tail
-        )
+        seconds = StageSeconds(forward, back, weight, send, send, reduce=reduce, reduce_early=early, reduce_tail=tail)
         return Stage(seconds, dict(terms))
 
     def transfer(self, layout: Layout) -> float:
@@ -248,16 +253,19 @@ class Predictor:
 
     def strides(self, layout: Layout) -> Mapping[str, int]:
         """Ranks between neighbours on each axis."""
-        inner = layout.tp * layout.cp
+        inner, etp = layout.tp * layout.cp, layout.expert_tensor
         pp, dp = (inner, inner * layout.pp) if self.job.order == ORDERS[1] else (inner * layout.dp, inner)
-        etp = layout.expert_tensor
-        # Expert ranks run over tensor, context and then data ranks: under the other order the last of these lie far apart.
-        ep = dp if layout.ep * etp > inner and self.job.order == ORDERS[1] else etp
+        ep = self._expert_stride(layout)
         return {
             "tp": 1, "kv": 1, "etp": 1, "cp": layout.tp, "ep": ep, "dp": dp, "shard": dp,
             "replica": dp * layout.shard_ranks, "edp": max(dp, etp * layout.ep), "pp": pp, "tied": pp,
             "world": 1, "model": 1,
         }  # fmt: skip
+
+    def _expert_stride(self, layout: Layout) -> int:
+        """Expert ranks run over tensor, context and then data ranks, which lie far apart where pipelines stand between."""
+        inner, etp = layout.tp * layout.cp, layout.expert_tensor
+        return inner * layout.pp if layout.ep * etp > inner and self.job.order == ORDERS[1] else etp
 
     def call(self, collective: Collective, layout: Layout) -> float:
         """Seconds of one call."""

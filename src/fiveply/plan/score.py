@@ -180,9 +180,7 @@ def _memory_errors(scored: Scored) -> tuple[float, float, bool | None] | None:
     return scored.measured_bytes, scored.predicted_bytes, None
 
 
-def _group(
-    scored: Iterable[Scored], pick: Callable[[Scored], tuple[float, float, bool | None] | None]
-) -> Group:
+def _group(scored: Iterable[Scored], pick: Callable[[Scored], tuple[float, float, bool | None] | None]) -> Group:
     measured = [(one, pair) for one in scored if (pair := pick(one)) is not None]
     whole = errors([pair for _, pair in measured])
 

@@ -22,7 +22,9 @@ from fiveply.spec.layout import Layout
 NEEDED = ("source", "model", "gpu", "num_gpus", "layers", "hidden", "heads", "ffn", "vocab", "seq", "global_batch")
 """Columns without which a table is none."""
 HALF = {"bf16", "fp16", "amp_bf16", "fp16/bf16", "amp_fp16"}
-GATED = re.compile(r"llama|mistral|mixtral|qwen|deepseek|kimi|grok|gpt.?oss|gemma|yi-|olmo|phi|internlm|baichuan|glm", re.I)
+GATED = re.compile(
+    r"llama|mistral|mixtral|qwen|deepseek|kimi|grok|gpt.?oss|gemma|yi-|olmo|phi|internlm|baichuan|glm", re.I
+)
 PLAIN = re.compile(r"gpt|mpt|nemotron|megatron|mt-nlg|turing|opt|bloom|bert|falcon|palm", re.I)
 GIB = 1 << 30
 
@@ -262,15 +264,21 @@ def system(record: dict[str, str]) -> Software:
         ("Megatron-Bridge|NVIDIA/NeMo|dgxc|Nemotron-4", "nemo"),
         ("Megatron|Korthikanti|MT-NLG", "deepspeed" if sharded and _vintage(record) < "2022" else "megatron"),
     )
-    name = next((name for pattern, name in known if re.search(pattern, text, re.I)), "torchtitan" if sharded else "nemo")
+    name = next(
+        (name for pattern, name in known if re.search(pattern, text, re.I)), "torchtitan" if sharded else "nemo"
+    )
     found = systems.load(name, _vintage(record))
     changes: dict[str, Any] = {}
     if (overlap := record.get("tp_comm_overlap")) in ("0", "1"):
         changes["overlap_tensor"] = TENSOR_OVERLAP * (overlap == "1")
-    if record.get("cuda_graph", "none")[:4] not in ("", "none"):
-        changes["graphs"] = True
-    if record.get("precision", "").startswith("amp"):  # autocast over float32 parameters: gathered wide, cast at each use
+    if "full_iteration" in record.get("cuda_graph", "") and not record["cuda_graph"].startswith("none"):
+        changes |= {"graphs": True, "experts_stall": 0.0}
+    if record.get("precision", "").startswith(
+        "amp"
+    ):  # autocast over float32 parameters: gathered wide, cast at each use
         changes["gather_bytes"] = 4.0
+    if record.get("precision") == "fp16" and found.optimizer_bytes == 12:  # float32 gradients stay beside master copies
+        changes["optimizer_bytes"] = 16.0
     if "unfused attention" in record.get("notes", ""):
         changes |= {"flash": False}
     if "fused cross-entropy" in record.get("notes", ""):
@@ -302,14 +310,14 @@ def _vintage(record: dict[str, str]) -> str:
     """The month that a row was measured, by its container, release, paper or page."""
     source, notes = record.get("source", ""), record.get("notes", "")
     for text, pattern in (
-        (notes, r"\b(2\d)\.(\d\d)(?:\.\d+)? NeMo"),
+        (notes, r"\b(2\d)\.(\d\d(?:\.\d+)?) NeMo"),
         (source, r"@v(2\d)\.(\d\d)"),
         (source, r"\((2\d)\.(\d\d)\)"),
         (source, r"20(2\d)(\d\d)_"),
         (source, r"arXiv:(2\d)(\d\d)\."),
     ):
         if found := re.search(pattern, text):
-            return f"20{found[1]}-{found[2]}"
+            return f"20{found[1]}-{found[2]}".replace(".", "-")
     if found := re.search(r"\b20(2\d)\b", source):
         return f"20{found[1]}-06"
     if "SC21" in source:

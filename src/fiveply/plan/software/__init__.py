@@ -91,6 +91,9 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes that memory-bound operations move, relative to perfectly fused ones."""
     kernels: float = 1.5
     """Kernels launched for one operation of the count: casts, copies and small pieces beside it."""
+    experts_stall: float = 0.0
+    """Seconds a micro-batch that a layer with experts waits for its router's counts on the host, forward and backward
+    together; none where a whole step is one graph."""
     graphs: bool = False
     """Kernels are replayed from a graph: no host time each."""
     products: float = 1.0
