@@ -300,10 +300,10 @@ def footprint(
     standing = state(spec, layout, held_units(spec, layout, pp_rank), software=software, tp_rank=tp_rank)
     schedule = _schedule(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.zero)
     worst = max(walk(schedule, pp_rank, stages), key=lambda moment: moment.during)
-    buffers = 0
+    buffers = software.workspace_bytes
     if software.whole_batch:
         split = split_of(layout, sequence=sequence, precision=precision)
-        buffers = micro_batches * split.tokens * 3 * INDEX_BYTES  # tokens, positions, targets
+        buffers += micro_batches * split.tokens * 3 * INDEX_BYTES  # tokens, positions, targets
     return Footprint(
         standing.parameters,
         standing.gradients,

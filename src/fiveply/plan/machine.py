@@ -92,6 +92,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes/s between a device and its host's memory, one direction: PCIe 4.0 x16 as reached."""
     clock: float = 1.0
     """Sustained over the speed of isolated kernels, under the power of a whole step."""
+    workspace_bytes: int = 0
+    """That libraries allocate on it beyond what they do on an A100."""
     spread: float = 0.08
     """Standard deviation of log(measured / predicted) that not knowing this kind better adds."""
     dollars_per_hour: float | None = None

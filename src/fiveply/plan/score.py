@@ -145,7 +145,7 @@ def predicted(row: Row) -> Prediction:
 
 def _bytes(row: Row, prediction: Prediction) -> float:
     ranks = prediction.memory_bytes
-    allocated = ranks[-1] if row.last_rank else max(ranks)
+    allocated = (ranks[-1] if row.last_rank else max(ranks)) + machine(row).workspace_bytes
     return allocated * RESERVED if row.reserved else allocated
 
 

@@ -277,12 +277,14 @@ def system(record: dict[str, str]) -> Software:
         "amp"
     ):  # autocast over float32 parameters: gathered wide, cast at each use
         changes["gather_bytes"] = 4.0
-    if record.get("precision") == "fp16" and found.optimizer_bytes == 12:  # float32 gradients stay beside master copies
-        changes["optimizer_bytes"] = 16.0
+    if "local transformer" in record.get("notes", ""):  # without Transformer Engine, and what it allocates
+        changes["workspace_bytes"] = 0
+    elif re.search(r"\bdeterministic\b", record.get("notes", "")):  # cuBLAS gets CUBLAS_WORKSPACE_CONFIG=:4096:8
+        changes["workspace_bytes"] = DETERMINISTIC
     if "unfused attention" in record.get("notes", ""):
         changes |= {"flash": False}
     if "fused cross-entropy" in record.get("notes", ""):
-        changes["loss"] = "fused"
+        changes["loss"] = "plain"  # its fusion keeps more than it saves
     if re.search(r"\beager\b", record.get("notes", "")):
         changes["memory_passes"] = EAGER * found.memory_passes
     if record.get("recompute", "").startswith("selective:"):
@@ -300,6 +302,8 @@ MODULES = {
     "mla_up_proj": ("latent",),
 }
 """Megatron-LM's names of what is recomputed, as workload.Module."""
+DETERMINISTIC = 70_000_000
+"""Bytes that cuBLAS and Transformer Engine allocate in Megatron-LM's deterministic tests: measured, beside model state."""
 TENSOR_OVERLAP = 0.4
 """Share of tensor-parallel collectives that userbuffers hide."""
 EAGER = 1.8
@@ -338,8 +342,13 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
     kind = "zbv" if "zbv" in schedule else "zb" if "zb" in schedule or "zero-bubble" in schedule else "1f1b"
     sequence_parallel = record.get("seq_parallel", "")
     sp = -1 if tp == 1 else int(sequence_parallel == "1" if sequence_parallel else software.sequence_parallel)
+    instances = re.search(
+        r"(\d+) optimizer instances|optimizer_instances=(\d+)", record.get("notes", "") + record.get("fsdp", "")
+    )
+    copies = int(instances[1] or instances[2]) if instances else 1
     return Layout(
         dp=dp,
+        dp_shard=dp // copies if copies > 1 and dp % copies == 0 else 0,
         tp=tp,
         pp=pp,
         cp=cp,

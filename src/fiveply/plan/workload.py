@@ -333,7 +333,7 @@ def _vocabulary(tally: Tally, part: Part, split: Split) -> tuple[int, int]:
         whole = tally.software.gathered_input
         tally.keep("head input", "head", (split.gathered if whole else split.local) * hidden * element)
         tally.keep("softmax", "loss", logits * (element if tally.software.loss == "fused" else 4))
-        more = element + 4 if tally.software.loss == "plain" else element
+        more = element + 4 if tally.software.loss == "plain" else element  # the others change logits in place
         return logits * more, logits * more + own * hidden * element
     chunk = chunk_rows(vocabulary, split.tp)
     for rows, count in ((chunk, tokens // chunk), (tokens % chunk, 1)):

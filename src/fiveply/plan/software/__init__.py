@@ -34,9 +34,10 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The MLP's pre-activation is kept as well as what the down product reads; else one is computed from the other."""
     qkv_output: bool = False
     """The fused query-key-value output stays alive beside the rotated queries and keys."""
-    loss: Literal["chunked", "fused", "plain"] = "plain"
+    loss: Literal["chunked", "fused", "parallel", "plain"] = "plain"
     """chunked: one chunk of logits at a time, logits never kept. fused: logits in the activation type, gradient in place.
-    plain: logits, their float32 copy, and the softmax."""
+    parallel: a float32 copy that becomes softmax and gradient in place (Megatron-LM's over a split vocabulary). plain: logits,
+    a float32 copy, and the softmax beside it."""
     selective: tuple[str, ...] = ("core",)
     """Modules (workload.Module) that `recompute=selective` computes again; Korthikanti's is attention's core."""
     stops_early: bool = False
