@@ -95,6 +95,7 @@ class _Search:
         self._queue: list[tuple[float, int, Level, Any]] = []
         self._bare: dict[Hashable, tuple[float, float]] = {}
         self._seconds: dict[Hashable, NDArray[np.float64]] = {}
+        self._weighed: dict[Hashable, Weights] = {}
         self._shared: dict[Hashable, _Shared] = {}
         self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
@@ -213,18 +214,28 @@ class _Search:
                     self._push(float(self._pipeline_end(divided, order)) * SURE, "division", (divided, order))
 
     def _weights(self, layout: Layout, order: str) -> Weights:
-        busy = self._part_seconds(layout, order).sum(axis=1)
-        parts = [(part, float(busy[kind])) for part, kind in self.fitting.kind_of.items()]
-        layers = [seconds for part, seconds in parts if part.startswith("layers.")][: self.spec.layers]
-        first = sum(seconds for part, seconds in parts if part in ("embed", "positions"))
-        return Weights(tuple(layers), first, sum(seconds for _, seconds in parts) - sum(layers) - first)
+        key = self._key(layout, order)
+        if key not in self._weighed:
+            busy = self._part_seconds(layout, order).sum(axis=1).tolist()
+            parts = [(part, busy[kind]) for part, kind in self.fitting.kind_of.items()]
+            layers = [seconds for part, seconds in parts if part.startswith("layers.")][: self.spec.layers]
+            first = sum(seconds for part, seconds in parts if part in ("embed", "positions"))
+            self._weighed[key] = Weights(
+                tuple(layers), first, sum(seconds for _, seconds in parts) - sum(layers) - first
+            )
+        return self._weighed[key]
+
+    def _key(self, layout: Layout, order: str) -> tuple[Hashable, ...]:
+        """All that the seconds of parts depend on, what every micro-batch gathers and reduces left out."""
+        apart = (layout.pp, order) if self.spec.experts and order != ORDERS[0] else ()
+        return (
+            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch, layout.recompute,
+            layout.offload, *apart,
+        )  # fmt: skip
 
     def _part_seconds(self, layout: Layout, order: str) -> NDArray[np.float64]:
         """[kind of part, (forward, input, weight)] of one micro-batch, what every micro-batch gathers and reduces left out."""
-        key = (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch,
-            layout.recompute, layout.offload, *((layout.pp, layout.dp, order) if self.spec.experts else ()),
-        )  # fmt: skip
+        key = self._key(layout, order)
         if key not in self._seconds:
             plain = msgspec.structs.replace(layout, zero=0, dp_shard=0)
             priced = [self.predictors[order].part(plain, part) for part in self.fitting.kinds]
@@ -308,10 +319,7 @@ class _Search:
         """By kind of part, seconds by which the gathers and reductions of every micro-batch delay it (zero 2 and 3)."""
         if layout.zero < 2:
             return np.zeros(len(self.fitting.kinds))
-        key = (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.micro_batch,
-            layout.recompute, layout.offload, order, layout.zero, layout.dp_shard,
-        )  # fmt: skip
+        key = (*self._key(layout, order), order, layout.pp, layout.dp, layout.zero, layout.dp_shard)
         if key not in self._seconds:
             predictor = self.predictors[order]
             busy = np.array([_busy(predictor.part(layout, part)) for part in self.fitting.kinds])
