@@ -381,15 +381,18 @@ def walk(schedule: Schedule, rank: int, stages: Sequence[Stage]) -> list[Moment]
             case Kind.BACKWARD | Kind.INPUT:
                 alive -= chunk.kept
                 worst = alive + chunk.backward
+                if kind is Kind.BACKWARD and schedule.reduce_each:
+                    # Reductions start as gradients arrive, in place of the last micro-batch's, which `begin` counts.
+                    worst = alive + max(chunk.backward, chunk.begin if reducing else 0) - reducing
+                    after = chunk.reducing
                 alive += _left_between(schedule, rank, number, handed)
                 waiting = chunk.waiting or (waiting if number else 0)
                 if kind is Kind.INPUT:
                     alive += chunk.deferred
                     halves[number][0] = chunk.gradients[0]
-                elif schedule.reduce_each:  # reductions start as gradients arrive, in place of the last micro-batch's
-                    worst = max(worst, alive - chunk.kept + chunk.begin if reducing else 0) - reducing
-                    after = chunk.reducing
-                elif any(later.kind is Kind.REDUCE for later in actions[index + 1 : index + 3]):
+                elif not schedule.reduce_each and any(
+                    later.kind is Kind.REDUCE for later in actions[index + 1 : index + 3]
+                ):
                     worst += chunk.last_backward - chunk.backward
                     after += chunk.reducing
             case Kind.WEIGHT:
