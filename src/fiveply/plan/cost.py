@@ -113,7 +113,7 @@ def attention_seconds(operation: Operation, machine: Machine, software: Software
     speed = machine.attention
     reached = speed.efficiency * seen / (seen + speed.half_sequence) * head / (head + speed.half_head)
     reached *= software.attention * (speed.backward if backward else 1.0)
-    return speed.launch + operation.flops / (machine.flops("bf16") * reached)
+    return speed.launch + operation.flops / (machine.flops("bf16" if BYTES[precision] <= 2 else precision) * reached)
 
 
 def _plain_attention(

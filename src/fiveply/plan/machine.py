@@ -13,7 +13,7 @@ import msgspec
 
 from fiveply.spec.errors import InputError
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4"]
+Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp4"]
 
 
 class Products(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,7 +113,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def flops(self, precision: str) -> float:
         """Peak FLOP/s of `precision`; of the next wider one that the device has."""
-        order = ("fp4", "fp8", "bf16", "tf32", "fp32")
+        order = ("fp4", "fp8", "bf16", "tf32", "fp32", "fp64")
         start = order.index("bf16" if precision == "fp16" else precision)
         return next(self.peak[p] for p in order[start:] if p in self.peak)
 

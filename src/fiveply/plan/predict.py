@@ -101,9 +101,10 @@ class Predictor:
         job = self.job
         ranks = self.ranks(layout)
         seconds, terms = self._step(layout, ranks)
+        interval = cost.interval(seconds, job.machine, job.software, job.precision, job.spec.experts is not None)
         footprints = tuple(self.footprint(layout, rank) for rank in range(layout.pp))
         return Prediction(
-            layout, Interval(*cost.interval(seconds, job.machine, job.software, job.precision, job.spec.experts is not None)), terms, footprints,
+            layout, Interval(*interval), terms, footprints,
             tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
         )  # fmt: skip
 

@@ -84,7 +84,8 @@ class Score(msgspec.Struct, frozen=True):
 
 def score(path: str | Path = "") -> Score:
     """Score on the table at `path`, by default the shipped one. Raises InputError for what is no table."""
-    rows, skipped = table.read(path or str(resources.files("fiveply.plan").joinpath("published.csv")))
+    rows, skipped = table.read(path or published())
+    count = len(rows) + len(skipped)
     scored: list[Scored] = []
     by_row: dict[int, tuple[Row, float, float]] = {}
     for row in rows:
@@ -99,13 +100,18 @@ def score(path: str | Path = "") -> Score:
         if row.seconds:
             by_row[row.number] = (row, row.seconds, prediction.seconds.p50)
     return Score(
-        rows=len(rows) + len(skipped),
+        rows=count,
         skipped=sorted(skipped, key=lambda skip: skip.row),
         time=_group(scored, _time_errors),
         memory=_group(scored, _memory_errors),
         sweeps=_sweeps(by_row.values()),
         predictions=scored,
     )
+
+
+def published() -> str:
+    """Path of the shipped table."""
+    return str(resources.files("fiveply.plan").joinpath("published.csv"))
 
 
 def job(row: Row) -> Job:

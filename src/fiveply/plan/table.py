@@ -58,7 +58,7 @@ class Skipped(msgspec.Struct, frozen=True):
     reason: str
 
 
-class _NoRow(Exception):
+class RowError(Exception):
     """A row that can't be scored, and why."""
 
 
@@ -85,7 +85,7 @@ def read(path: str | Path) -> tuple[list[Row], list[Skipped]]:
             continue
         try:
             rows.append(_row(number, {key: (value or "").strip() for key, value in record.items()}))
-        except _NoRow as error:
+        except RowError as error:
             skipped.append(Skipped(number, str(error)))
     return rows, skipped
 
@@ -97,26 +97,26 @@ def _number(record: dict[str, str], key: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        raise _NoRow(f"{key}: '{text}' is not a number") from None
+        raise RowError(f"{key}: '{text}' is not a number") from None
     if not 0 <= value < float("inf"):
-        raise _NoRow(f"{key}: {text} is not a size")
+        raise RowError(f"{key}: {text} is not a size")
     return value
 
 
 def _whole(record: dict[str, str], key: str, default: int = 0) -> int:
     value = _number(record, key)
     if value is not None and value != int(value):
-        raise _NoRow(f"{key}: {value} is not a whole number")
+        raise RowError(f"{key}: {value} is not a whole number")
     return int(value) if value else default
 
 
 def _row(number: int, record: dict[str, str]) -> Row:
     for key in ("layers", "hidden", "heads", "vocab", "seq", "global_batch", "num_gpus"):
         if not _whole(record, key):
-            raise _NoRow(f"{key} is not given")
+            raise RowError(f"{key} is not given")
     for text, why in (("SFT", "fine-tuning on packed rows"), ("LoRA", "adapters"), ("not an iteration", "one layer")):
         if text in record.get("notes", ""):
-            raise _NoRow(f"not a pretraining step ({why})")
+            raise RowError(f"not a pretraining step ({why})")
     spec = architecture(record)
     software = system(record)
     layout = _layout(record, spec, software)
@@ -127,7 +127,7 @@ def _row(number: int, record: dict[str, str]) -> Row:
         seconds = batch * sequence / (rate * devices)
     gib = _number(record, "mem_gib")
     if not seconds and not gib:
-        raise _NoRow("measures neither time nor memory")
+        raise RowError("measures neither time nor memory")
     precision = _precision(record)
     network = re.search(r"(\d+) ?Gb/?p?s(?: per node| node)", record.get("notes", ""))
     node = _whole(record, "gpus_per_node", 8)
@@ -163,7 +163,7 @@ def _precision(record: dict[str, str]) -> str:
         return "fp8"
     if text in ("fp32", "tf32"):
         return text
-    raise _NoRow(f"precision: '{text}' is unknown")
+    raise RowError(f"precision: '{text}' is unknown")
 
 
 def _stratum(record: dict[str, str], spec: ModelSpec, precision: str) -> str:
@@ -186,7 +186,7 @@ def device(text: str) -> str:
         return "h100-pcie" if "pcie" in name else "h100-96" if "96gb" in name else "h100"
     if "a100" in name:
         return "a100-40" if "40" in name else "a100-80"
-    raise _NoRow(f"gpu: '{text}' is unknown")
+    raise RowError(f"gpu: '{text}' is unknown")
 
 
 def architecture(record: dict[str, str]) -> ModelSpec:
@@ -201,7 +201,7 @@ def architecture(record: dict[str, str]) -> ModelSpec:
     gated = "SwiGLU" in notes or bool(GATED.search(name)) or (not PLAIN.search(name) and ffn < 3.9 * hidden)
     head = next((size for family, size in (("qwen3", 128), ("gpt.?oss", 64)) if re.search(family, name, re.I)), 0)
     if not head and hidden % heads:
-        raise _NoRow(f"{heads} heads do not divide hidden {hidden}")
+        raise RowError(f"{heads} heads do not divide hidden {hidden}")
     latent = None
     if re.search(r"deepseek.?v[23]|kimi", name, re.I):
         latent, head = Latent(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128), 192
@@ -220,7 +220,7 @@ def architecture(record: dict[str, str]) -> ModelSpec:
     window = 128 if re.search("gpt.?oss", name, re.I) else 0
     kv = _whole(record, "kv_heads", heads)
     if heads % kv:
-        raise _NoRow(f"{kv} key-value heads do not divide {heads} heads")
+        raise RowError(f"{kv} key-value heads do not divide {heads} heads")
     older = not gated and not re.search("nemotron", name, re.I)
     return ModelSpec(
         family="table",
@@ -333,7 +333,7 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
     tp, pp, cp, ep = (_whole(record, key, 1) for key in ("tp", "pp", "cp", "ep"))
     devices = _whole(record, "num_gpus")
     if devices % (tp * pp * cp):
-        raise _NoRow(f"tp={tp} x pp={pp} x cp={cp} does not divide {devices} devices")
+        raise RowError(f"tp={tp} x pp={pp} x cp={cp} does not divide {devices} devices")
     dp = devices // (tp * pp * cp)
     vp = _whole(record, "vp", 1) if pp > 1 else 1
     zero = record.get("zero", "")
