@@ -74,7 +74,7 @@ def _say(
         print(emitted, end="")
 
 
-def megatron(flags: str, cluster: str) -> dict[str, Any]:
+def megatron(flags: str, cluster: str, *, fix: tuple[str, ...] = (), most: tuple[str, ...] = ()) -> dict[str, Any]:
     """What Megatron-LM arguments (or a file of them) lead to, and what to change; `text` is for the terminal."""
     from fiveply.plan import advice
     from fiveply.plan.dialects import megatron as arguments
@@ -83,7 +83,7 @@ def megatron(flags: str, cluster: str) -> dict[str, Any]:
     devices = ClusterSpec.parse(cluster)
     file = Path(flags)
     given = arguments.read(file.read_text() if len(flags) < 256 and file.is_file() else flags, devices.count)
-    found = advice.advise(given, devices)
+    found = advice.advise(given, devices, Limits.parse(fix, most))
     return advice.values(found) | {"text": advice_text.shown(found)}
 
 

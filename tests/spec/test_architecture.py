@@ -18,7 +18,7 @@ from fiveply.spec.errors import InputError
 from fiveply.spec.families import FAMILIES
 from fiveply.spec.placement import declare
 
-CONFIGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "configs").glob("*.json")}
+CONFIGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "configs").rglob("*.json")}
 
 
 def parameters(spec: ModelSpec) -> int:

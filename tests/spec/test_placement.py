@@ -23,7 +23,7 @@ from fiveply.spec.legality import resolve
 from fiveply.spec.placement import Placed, declare, part, place, stage_units
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
-PLANNED = [path for path in CONFIGS if ModelSpec.load(path).experts]
+PLANNED = sorted((Path(__file__).parents[1] / "configs/planned").glob("*.json"))
 """Models that the decoder does not compute yet."""
 
 
@@ -179,7 +179,7 @@ def test_rank_zero_holds_the_most_of_every_parameter(drawn: tuple[ModelSpec, Lay
 
 
 @pytest.mark.parametrize(
-    "source", [*(path for path in CONFIGS if path not in PLANNED), *presets()[:6]], ids=lambda source: Path(source).stem
+    "source", [*CONFIGS, *presets()[:6]], ids=lambda source: Path(source).stem
 )
 def test_the_table_is_the_decoders_parameters(source: Path | str) -> None:
     spec = ModelSpec.load(source)

@@ -48,8 +48,9 @@ def expressible(system: str, answer: Answer, model: str) -> tuple[Ranked, str, l
     raise refusals[0]
 
 
-def advise(given: Given, cluster: ClusterSpec) -> Advice:
-    """Raises InputError for arguments that mean another number of devices than the cluster has."""
+def advise(given: Given, cluster: ClusterSpec, limits: Limits | None = None) -> Advice:
+    """What was given, and what is better within the user's limits. Raises InputError for arguments that mean another number
+    of devices than the cluster has."""
     world = given.layout.world
     if world != cluster.count:
         raise InputError(f"the arguments are for {world} ranks, the cluster has {cluster.count}", where="--cluster",
@@ -59,10 +60,9 @@ def advise(given: Given, cluster: ClusterSpec) -> Advice:
     job = explain.job_of(given.spec, cluster, world, **batch, system=system)
     now = explain.rank(job, given.layout, given.order)
     advice = Advice(given, now, job.machine.memory_bytes, None, ())
+    limits = msgspec.structs.replace(limits or Limits(), among=dialects.choices("megatron"))
     try:
-        found = explain.answer(
-            given.spec, cluster, **batch, limits=Limits(among=dialects.choices("megatron")), system=system
-        )
+        found = explain.answer(given.spec, cluster, **batch, limits=limits, system=system)
         best, _, _ = expressible("megatron", found, "")
     except InputError:
         return advice  # no layout fits

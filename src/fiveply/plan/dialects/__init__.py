@@ -41,6 +41,8 @@ class Flag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     when: When = {}
     words: dict[str, Any] = {}
     also: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    """What to say of a word that is read as something simpler."""
     reads: dict[str, Any] = {}
     """Facts that reading a fixed flag sets; by default those of `when` that have one value."""
     always: bool = False
@@ -159,7 +161,7 @@ def _plain(value: Any) -> Any:
 # Writing
 
 
-def _written(dialect: Dialect, facts: Facts) -> Iterator[tuple[Flag, Any]]:
+def written(dialect: Dialect, facts: Facts) -> Iterator[tuple[Flag, Any]]:
     """Every flag that must stand, and its value."""
     for flag in dialect.flag:
         if flag.read_only or not holds(flag.when, facts):
@@ -173,7 +175,7 @@ def _written(dialect: Dialect, facts: Facts) -> Iterator[tuple[Flag, Any]]:
 def _command(dialect: Dialect, facts: Facts) -> list[str]:
     flags: list[str] = []
     variables: list[str] = []
-    for flag, value in _written(dialect, facts):
+    for flag, value in written(dialect, facts):
         text = shlex.quote(str(value))
         if flag.env:
             variables.append(f"{flag.key}={text}")
@@ -184,7 +186,7 @@ def _command(dialect: Dialect, facts: Facts) -> list[str]:
 
 def _nested(dialect: Dialect, facts: Facts) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for flag, value in _written(dialect, facts):
+    for flag, value in written(dialect, facts):
         *path, last = flag.key.split(".")
         place = tree
         for name in path:
@@ -195,7 +197,7 @@ def _nested(dialect: Dialect, facts: Facts) -> dict[str, Any]:
 
 def changes(dialect: Dialect, before: Facts, after: Facts) -> list[str]:
     """What to change on a command line that says `before` so that it says `after`."""
-    old, new = ({flag.key: value for flag, value in _written(dialect, facts)} for facts in (before, after))
+    old, new = ({flag.key: value for flag, value in written(dialect, facts)} for facts in (before, after))
     found = [f"add {_said(key, value)}" for key, value in new.items() if key not in old]
     found += [f"drop {_said(key, value)}" for key, value in old.items() if key not in new]
     return [*(f"{_said(key, old[key])} -> {new[key]}" for key in old if key in new and old[key] != new[key]), *found]
@@ -208,11 +210,20 @@ def _said(key: str, value: Any) -> str:
 # Reading
 
 
-def read(dialect: Dialect, text: str, where: str) -> tuple[dict[str, Any], list[str]]:
-    """Facts that a command line of the system gives, over those it takes for what is left out; and the flags that no row
-    reads. Raises InputError for a value that is none."""
+class Reading(NamedTuple):
+    """Facts that a command line gives, over those that its system takes for what is left out; every flag on it, and those
+    that no row reads; notes on words that are read as something simpler."""
+
+    facts: dict[str, Any]
+    given: tuple[str, ...]
+    unread: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def read(dialect: Dialect, text: str, where: str) -> Reading:
+    """Raises InputError for what is no command line, and for a value that is none."""
     given = _arguments(text, where)
-    facts = dict(dialect.absent)
+    facts, notes = dict(dialect.absent), list[str]()
     for flag in dialect.flag:  # in the table's order, so that later rows refine earlier ones
         if flag.key not in given or flag.free:
             continue
@@ -221,8 +232,9 @@ def read(dialect: Dialect, text: str, where: str) -> tuple[dict[str, Any], list[
             facts[flag.fact] = _value(flag, dialect.absent[flag.fact], words, where)
         elif flag.value is True or words == [str(flag.value)]:
             facts |= flag.reads or {k: v for k, v in flag.when.items() if not isinstance(v, (list, dict))}
+        notes += [flag.notes[word] for word in words if word in flag.notes]
     known = {flag.key for flag in dialect.flag}
-    return facts, [key for key in given if key not in known]
+    return Reading(facts, tuple(given), tuple(key for key in given if key not in known), tuple(notes))
 
 
 def _arguments(text: str, where: str) -> dict[str, list[str]]:

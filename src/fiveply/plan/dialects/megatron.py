@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
-from fiveply.plan.dialects import load
+from fiveply.plan.dialects import load, written
 from fiveply.plan.dialects import read as read_flags
+from fiveply.plan.dialects.facts import facts_of
 from fiveply.spec.architecture import Experts, Latent, ModelSpec, Rope
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
@@ -19,6 +20,7 @@ from fiveply.spec.legality import resolve
 WHERE = "--explain-megatron"
 VOCABULARIES = {"GPT2BPETokenizer": 50257}
 """Of tokenizers whose size their name fixes."""
+RING = "context parallelism by a ring (p2p) is counted as by gathering"
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -37,19 +39,21 @@ class Given(msgspec.Struct, frozen=True):
 def read(flags: str, devices: int = 0) -> Given:
     """From arguments of pretrain_gpt.py, with or without the torchrun before them. `devices`: number of ranks where torchrun's
     own flags don't say it. Raises InputError for what is missing, contradictory, or not to be had."""
-    facts, unread = read_flags(load("megatron"), flags, WHERE)
+    dialect = load("megatron")
+    facts, flags_given, unread, notes = read_flags(dialect, flags, WHERE)
     spec = _model(facts)
     layout, global_batch = _layout(facts, spec, devices)
-    sequence = _needed(facts, "sequence", "--seq-length")
-    layout = resolve(layout, spec, sequence=sequence, global_batch=global_batch, where=WHERE, runtime=False)
-    notes: list[str] = []
-    if unread:
-        notes.append(f"not considered: {' '.join(unread)}")
-    if "--recompute-method block" in " ".join(flags.split()):
-        notes.append("--recompute-method block recomputes some layers of a stage; all are counted here")
-    if "--cp-comm-type p2p" in " ".join(flags.split()):
-        notes.append("context parallelism by ring (p2p) is counted as by gathering")
-    return Given(spec, layout, sequence, global_batch, facts["precision"], facts["order"], tuple(notes))
+    batch = {"sequence": _needed(facts, "sequence", "--seq-length"), "global_batch": global_batch}
+    layout = resolve(layout, spec, **batch, where=WHERE, runtime=False)
+    usual = written(dialect, facts_of(layout, spec, **batch, precision=facts["precision"]))
+    overlaps = [flag.key for flag, _ in usual if "overlap" in flag.key and flag.key not in flags_given]
+    said = [
+        *notes,
+        *([RING] if facts["cp_kind"] == "ring" and layout.cp > 1 else []),
+        *([f"counted as with {' '.join(overlaps)}"] if overlaps else []),
+        *([f"not considered: {' '.join(unread)}"] if unread else []),
+    ]
+    return Given(spec, layout, **batch, precision=facts["precision"], order=facts["order"], notes=tuple(said))
 
 
 def _needed(facts: dict[str, Any], fact: str, key: str) -> int:
@@ -179,7 +183,7 @@ def _layout(facts: dict[str, Any], spec: ModelSpec, devices: int) -> tuple[Layou
         vp=len(stages) // pp if interleaved else 0,
         stages=tuple(stages), micro_batch=micro_batch, recompute=facts["recompute"], offload=facts["offload"],
         sp=-1 if tp == 1 or facts["sp"] else 0,
-        cp_kind=facts["cp_kind"], etp=0 if etp in (0, tp) else etp,
+        cp_kind="ulysses" if facts["cp_kind"] == "ulysses" else "gather", etp=0 if etp in (0, tp) else etp,
     )  # fmt: skip
     return layout, facts["global_batch"] or micro_batch * dp
 
