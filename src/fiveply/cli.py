@@ -311,7 +311,8 @@ def plan(
         max: Hold a key of the layout at or below a value, as pp=4.
         why: Say why the plan is not so, as tp=2 or tp=2,pp=4.
         emit: Print the plan as another system's flags or configuration (megatron, torchtitan, deepspeed, accelerate, vllm).
-        explain_megatron: Megatron-LM arguments: say their predicted time and memory, and what to change.
+        explain_megatron: Megatron-LM arguments, or a file of them: say their predicted time and memory, and what to change
+            within --fix and --max.
         out: The plan file to write, which every verb takes where it takes a layout.
         html: A self-contained page to write.
         json: Print the result as one JSON object on standard output.
@@ -319,7 +320,7 @@ def plan(
     from fiveply import planning
 
     if explain_megatron:
-        found = planning.megatron(explain_megatron, cluster)
+        found = planning.megatron(explain_megatron, cluster, fix=fix, most=max)
         _finish(found, json, found["text"])
         return
     for flag, given in (("MODEL", model), ("--seq", seq), ("--batch-tokens", batch_tokens)):
