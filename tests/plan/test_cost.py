@@ -19,9 +19,9 @@ from fiveply.spec.legality import resolve
 H100, A100, RACK = (machine.load(name) for name in ("h100", "a100-80", "gb200"))
 NEMO = software.load("nemo", "2025-02")
 sizes = st.integers(1, 16384)
-STRIDES = {
-    axis: 1 for axis in ("tp", "kv", "etp", "cp", "ep", "dp", "shard", "replica", "edp", "pp", "tied", "world", "model")
-}
+STRIDES = dict.fromkeys(
+    ("tp", "kv", "etp", "cp", "ep", "dp", "shard", "replica", "edp", "pp", "tied", "world", "model"), 1
+)
 
 
 @given(sizes, sizes, sizes, st.sampled_from([H100, A100, RACK]))
@@ -100,7 +100,8 @@ def test_terms_add_up_to_the_phases() -> None:
     )
     found = cost.part_seconds(work, calls, H100, NEMO, "bf16", STRIDES)
     assert sum(found.terms.values()) == pytest.approx(found.forward + found.input + found.weight)
-    assert found.terms["tp"] > 0 and found.terms["products"] > found.terms["elementwise"] > 0
+    assert found.terms["tp"] > 0
+    assert found.terms["products"] > found.terms["elementwise"] > 0
 
 
 def test_overlap_hides_but_slows_what_it_hides_behind() -> None:
@@ -123,7 +124,8 @@ def test_a_slow_host_bounds_small_kernels_and_a_graph_frees_them() -> None:
     eager = cost.part_seconds(tiny, (), H100, NEMO, "bf16", STRIDES)
     graph = cost.part_seconds(tiny, (), H100, msgspec.structs.replace(NEMO, graphs=True), "bf16", STRIDES)
     assert eager.forward == pytest.approx(10 * NEMO.kernels * H100.host)
-    assert graph.forward < eager.forward and "launch" not in graph.terms
+    assert graph.forward < eager.forward
+    assert "launch" not in graph.terms
 
 
 def test_fused_attention_counts_what_is_seen_and_plain_attention_the_square() -> None:
@@ -139,7 +141,8 @@ def test_fused_attention_counts_what_is_seen_and_plain_attention_the_square() ->
 def test_the_interval_widens_where_less_is_known() -> None:
     def width(*args: object) -> float:
         low, middle, high = cost.interval(1.0, *args)  # pyright: ignore[reportArgumentType]
-        assert low < middle == 1.0 < high and math.isclose(low * high, 1.0)
+        assert low < middle == 1.0 < high
+        assert math.isclose(low * high, 1.0)
         return high / low
 
     assert width(H100, NEMO) < width(H100, NEMO, "fp8") < width(H100, NEMO, "fp4")

@@ -12,7 +12,9 @@ GPUS = [name for name in machine.names() if name != "cpu"]
 def test_a_file_is_whole_and_says_its_sources(name: str) -> None:
     found = machine.load(name)
     assert set(found.link) == {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"}
-    assert 0 < found.stream <= 1 and 0 < found.clock <= 1 and found.devices_per_node >= 1
+    assert 0 < found.stream <= 1
+    assert 0 < found.clock <= 1
+    assert found.devices_per_node >= 1
     assert all(0 < speed.efficiency < 1 for speed in found.products.values())
     assert {"peak", "products", "attention", "link"} <= set(found.sources)
     assert all("20" in text for text in found.sources.values()), "a source has a year"
@@ -53,7 +55,8 @@ def test_a_precision_that_a_device_lacks_runs_in_the_next_wider() -> None:
 
 def test_racks_join_more_devices_than_a_host_has() -> None:
     rack = machine.load("gb200")
-    assert rack.joined == 72 and rack.devices_per_node == 4
+    assert rack.joined == 72
+    assert rack.devices_per_node == 4
     assert machine.load("h100").joined == 8
 
 

@@ -13,7 +13,8 @@ from fiveply.plan import score
 
 def test_errors_are_means_of_relative_ones() -> None:
     found = score.errors([(1.0, 1.1, True), (2.0, 1.6, False)])
-    assert found.mape == pytest.approx(0.15) and found.bias == pytest.approx(-0.05)
+    assert found.mape == pytest.approx(0.15)
+    assert found.bias == pytest.approx(-0.05)
     assert (found.n, found.coverage) == (2, 0.5)
     assert score.errors([]) == score.Errors(None, None, 0, None)
 
@@ -40,19 +41,24 @@ def test_the_command_prints_the_agreed_keys(tmp_path: Path, capsys: pytest.Captu
     assert found["rows"] == 6
     assert [skip["row"] for skip in found["skipped"]] == [5, 6]
     for group in (found["time"], found["memory"]):
-        assert {"mape", "bias", "n", "coverage", "by_source", "by_stratum"} <= set(group) and group["n"] == 4
+        assert {"mape", "bias", "n", "coverage", "by_source", "by_stratum"} <= set(group)
+        assert group["n"] == 4
     assert found["sweeps"][0] | {"source": LLAMA["source"], "n": 4} == found["sweeps"][0]
     assert {"tau", "regret"} <= set(found["sweeps"][0])
     one = found["predictions"][0]
-    assert one["row"] == 1 and one["measured_seconds"] == 1.5 and one["stratum"] == "complete-16-bit"
+    assert one["row"] == 1
+    assert one["measured_seconds"] == 1.5
+    assert one["stratum"] == "complete-16-bit"
     assert one["predicted_seconds"]["p10"] < one["predicted_seconds"]["p50"] < one["predicted_seconds"]["p90"]
-    assert one["measured_bytes"] == 40 * 2**30 and one["predicted_bytes"] > 2**30
+    assert one["measured_bytes"] == 40 * 2**30
+    assert one["predicted_bytes"] > 2**30
 
 
 def test_the_command_shows_tables_without_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["bench", "plan", "--table", str(write(tmp_path / "t.csv", LLAMA, LLAMA | {"gpu": "abacus"}))])
     shown = capsys.readouterr().out
-    assert "complete-16-bit" in shown and "row 2: gpu: 'abacus' is unknown" in shown
+    assert "complete-16-bit" in shown
+    assert "row 2: gpu: 'abacus' is unknown" in shown
 
 
 @pytest.mark.parametrize("text", ["source,model\na,b\n", "\0\0", ""])
@@ -78,6 +84,9 @@ def test_a_micro_batch_that_a_row_leaves_out_is_the_fastest_that_fits(tmp_path: 
 def test_the_shipped_table_meets_the_bar_on_sources_it_was_fitted_to() -> None:
     found = score.score()
     dense = found.time.by_stratum["complete-16-bit"]
-    assert dense.mape is not None and dense.mape <= 0.05 and dense.n >= 240
-    assert found.time.coverage is not None and 0.75 <= found.time.coverage <= 0.9
+    assert dense.mape is not None
+    assert dense.mape <= 0.05
+    assert dense.n >= 240
+    assert found.time.coverage is not None
+    assert 0.75 <= found.time.coverage <= 0.9
     assert msgspec.json.encode(found)

@@ -34,8 +34,12 @@ def test_a_row_becomes_a_job_a_layout_and_a_system(path: Path) -> None:
         2,
     )
     assert row.layout.stages == (8, 8, 8, 8)
-    assert row.software.name == "torchtitan" and row.device == "h100" and row.precision == "bf16"
-    assert row.spec.gated_mlp and row.spec.norm == "rms" and not row.spec.tied
+    assert row.software.name == "torchtitan"
+    assert row.device == "h100"
+    assert row.precision == "bf16"
+    assert row.spec.gated_mlp
+    assert row.spec.norm == "rms"
+    assert not row.spec.tied
     assert (row.stratum, row.seconds, row.bytes) == ("complete-16-bit", 1.5, None)
 
 
@@ -114,7 +118,8 @@ def test_parameters_of_known_models_come_out_as_printed() -> None:
 def test_a_broken_row_is_named_and_the_others_are_read(path: Path, changes: dict[str, Any], reason: str) -> None:
     rows, skipped = table.read(write(path, LLAMA | {"notes": ""} | changes, LLAMA | {"notes": ""}))
     assert [row.number for row in rows] == [2]
-    assert skipped[0].row == 1 and reason in skipped[0].reason
+    assert skipped[0].row == 1
+    assert reason in skipped[0].reason
 
 
 def test_what_is_no_table_is_refused(path: Path) -> None:

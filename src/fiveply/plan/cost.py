@@ -142,9 +142,10 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
     """All `operation.count` calls, each as long as the device takes."""
     shape = operation.shape
     if operation.kind == "product":
-        one = product_seconds(*shape, machine, precision) / (software.products * machine.clock)
+        m, n, k = shape
+        one = product_seconds(m, n, k, machine, precision) / (software.products * machine.clock)
         if operation.phase == "weight":  # added to the gradient so far: read and written
-            one += shape[0] * shape[1] * 2 * software.gradient_bytes / (machine.bandwidth * machine.stream)
+            one += m * n * 2 * software.gradient_bytes / (machine.bandwidth * machine.stream)
     elif operation.kind == "grouped":
         groups, m, n, k = shape
         one = product_seconds(max(1, m), n, k, machine, precision, max(1, groups))

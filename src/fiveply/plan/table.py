@@ -353,7 +353,7 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
         pp=pp,
         cp=cp,
         ep=ep,
-        zero={"fsdp": 3, "": 0}.get(zero) if zero in ("fsdp", "") else min(3, int(float(zero))),
+        zero=3 if zero == "fsdp" else min(3, _whole(record, "zero")),
         schedule=kind if vp == 1 else "interleaved",
         vp=vp if vp > 1 else 0,
         stages=_stages(spec.layers, pp * vp),
@@ -361,7 +361,7 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
         recompute="full" if recompute == "full" else "selective" if recompute.startswith("selective") else "none",
         sp=sp,
         etp=(_whole(record, "etp") or (1 if software.vintage >= "2025-05" else tp)) if spec.experts else 1,
-    )  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _stages(layers: int, stages: int) -> tuple[int, ...]:
