@@ -271,6 +271,8 @@ def system(record: dict[str, str]) -> Software:
     changes: dict[str, Any] = {}
     if (overlap := record.get("tp_comm_overlap")) in ("0", "1"):
         changes["overlap_tensor"] = TENSOR_OVERLAP * (overlap == "1")
+    if re.search(r"async.?tp", record.get("notes", ""), re.I):
+        changes["overlap_tensor"] = TENSOR_OVERLAP
     if "full_iteration" in record.get("cuda_graph", "") and not record["cuda_graph"].startswith("none"):
         changes |= {"graphs": True, "experts_stall": 0.0}
     if record.get("precision", "").startswith(
@@ -335,13 +337,17 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
     if devices % (tp * pp * cp):
         raise RowError(f"tp={tp} x pp={pp} x cp={cp} does not divide {devices} devices")
     dp = devices // (tp * pp * cp)
-    vp = _whole(record, "vp", 1) if pp > 1 else 1
     zero = record.get("zero", "")
     recompute = record.get("recompute") or "none"
     schedule = record.get("schedule", "").lower()
+    # A remark in brackets is of a whole table; else a schedule that interleaves has two chunks where none are counted.
+    interleaved = "interleaved" in schedule and "(" not in schedule
+    vp = _whole(record, "vp", 1 + interleaved) if pp > 1 else 1
     kind = "zbv" if "zbv" in schedule else "zb" if "zb" in schedule or "zero-bubble" in schedule else "1f1b"
     sequence_parallel = record.get("seq_parallel", "")
     sp = -1 if tp == 1 else int(sequence_parallel == "1" if sequence_parallel else software.sequence_parallel)
+    # FSDP2 under a pipeline keeps parameters gathered between micro-batches, and reduces once.
+    kept = software.name == "torchtitan" and pp > 1 and zero in ("3", "fsdp")
     instances = re.search(
         r"(\d+) optimizer instances|optimizer_instances=(\d+)", record.get("notes", "") + record.get("fsdp", "")
     )
@@ -353,7 +359,7 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
         pp=pp,
         cp=cp,
         ep=ep,
-        zero=3 if zero == "fsdp" else min(3, _whole(record, "zero")),
+        zero=1 if kept else 3 if zero == "fsdp" else min(3, _whole(record, "zero")),
         schedule=kind if vp == 1 else "interleaved",
         vp=vp if vp > 1 else 0,
         stages=_stages(spec.layers, pp * vp),
