@@ -105,8 +105,10 @@ class Emitted(NamedTuple):
 
 
 def choices(system: str) -> dict[str, tuple[Any, ...]]:
-    """The values of a layout's keys that the system has, of those keys where it has not all."""
-    return {key: among.values for key, among in load(system).among.items()}
+    """The values of a layout's keys that the system has, of those keys where it has not all (of `sp`, where tp is above 1)."""
+    dialect = load(system)
+    whole = any(refusal.when == {"sp": True} for refusal in dialect.refuse)
+    return {key: among.values for key, among in dialect.among.items()} | ({"sp": (0,)} if whole else {})
 
 
 def emit(
