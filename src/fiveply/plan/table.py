@@ -340,9 +340,12 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
     zero = record.get("zero", "")
     recompute = record.get("recompute") or "none"
     schedule = record.get("schedule", "").lower()
-    # A remark in brackets is of a whole table; else a schedule that interleaves has two chunks where none are counted.
-    interleaved = "interleaved" in schedule and "(" not in schedule
-    vp = _whole(record, "vp", 1 + interleaved) if pp > 1 else 1
+    # A remark in brackets is of a whole table; else a schedule that interleaves without saying how many chunks has the fewest
+    # that cut the layers evenly.
+    chunks = 1
+    if "interleaved" in schedule and "(" not in schedule:
+        chunks = next((vp for vp in (2, 3, 4) if _stages(spec.layers, pp * vp)), 1)
+    vp = _whole(record, "vp", chunks) if pp > 1 else 1
     kind = "zbv" if "zbv" in schedule else "zb" if "zb" in schedule or "zero-bubble" in schedule else "1f1b"
     sequence_parallel = record.get("seq_parallel", "")
     sp = -1 if tp == 1 else int(sequence_parallel == "1" if sequence_parallel else software.sequence_parallel)
