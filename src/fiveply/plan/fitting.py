@@ -8,7 +8,7 @@ knows (working memory, buffers).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fiveply.pipeline_schedule import Kind, build
 from fiveply.plan import cost, footprint, traffic, units, workload
 from fiveply.plan.predict import Predictor
+from fiveply.plan.space import Splits
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
 
@@ -71,6 +72,8 @@ class Fitting:
         self._bytes: dict[Hashable, NDArray[np.float64]] = {}
         self._states: dict[Hashable, NDArray[np.float64]] = {}
         self._divided: dict[Hashable, Divided] = {}
+        self._of_splits: NDArray[np.float64] | None = None
+        self._degrees: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def fits(self, layout: Layout) -> bool:
         """Whether the ranks that seem to hold most do, exactly."""
@@ -81,40 +84,64 @@ class Fitting:
     # many at once
 
     def may_fit(
-        self, layouts: Sequence[Layout], orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
-    ) -> NDArray[np.bool_]:
-        """[layout, pipeline, state]: whether the layers of splits of one pp, dp and cp could be dealt to ranks such that all fit.
+        self, splits: Splits, rows: NDArray[np.int64], orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
+    ) -> tuple[NDArray[np.bool_], int]:
+        """[split, pipeline]: whether in some state the layers of these splits, all of one pp, dp and cp, could be dealt to ranks
+        such that all fit; and for how many splits, pipelines and states.
 
         A rank r with n(r) layers holds n(r) (s + a(r) k) and what one layer needs to work: s is a layer's state, k what it
         keeps of a micro-batch, a(r) the micro-batches alive. So it can take as many layers as its memory, less the embedding's
         or the head's state at the ends, is a multiple of s + a(r) k. Ranks between the ends are taken in a few groups, each at
         its least a(r).
         """
-        pp = layouts[0].pp
-        inside, outside, working = np.array([self._kept(layout) for layout in layouts], float).T[:, :, None]
-        bytes_of = np.array([self.state(layout, kinds) for layout in layouts])  # [layout, state, unit]
-        state = bytes_of[:, :, self._layer] @ self._times[self._layer]
+        pp, dp = splits.columns["pp"][rows[0]].item(), splits.columns["dp"][rows[0]].item()
+        inside, outside, working = self._kept_of(splits)[rows].T[:, :, None] * splits.columns["micro_batch"][rows][:, None]
+        if self._degrees is None:
+            self._degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
+        first, place = self._degrees
+        states = {number: self.state(splits.layout(first[number]), kinds) for number in np.unique(place[rows]).tolist()}
+        numbers, where = np.unique(place[rows], return_inverse=True)
+        bytes_of = np.array([states[number] for number in numbers.tolist()])  # [degrees, state, unit]
+        state = (bytes_of[:, :, self._layer] @ self._times[self._layer])[where]
         if pp == 1:
-            held = inside + outside + working + state + bytes_of[:, :, ~self._layer] @ self._times[~self._layer]
-            return np.repeat((held <= self.capacity)[:, None, :], len(orders), axis=1)
+            beside = (bytes_of[:, :, ~self._layer] @ self._times[~self._layer])[where]
+            fits = inside + outside + working + state + beside <= self.capacity
+            return np.repeat(fits.any(axis=1)[:, None], len(orders), axis=1), int(fits.sum()) * len(orders)
         layers = int(self._times[self._layer].sum())
-        layer_kept, layer_state = inside / layers, state / layers
+        kept, held = inside / layers, state / layers
         room = np.maximum(0.0, self.capacity - working)
-        first = np.maximum(0.0, room - bytes_of[:, :, self._place["embed"]])
-        last = np.maximum(0.0, room - bytes_of[:, :, self._place[self._head]])
-        micro_batches = np.array([self.job.global_batch // one.dp // one.micro_batch for one in layouts])
-        may = np.zeros((len(layouts), len(orders), len(kinds)), bool)
+        opening = np.maximum(0.0, room - bytes_of[:, :, self._place["embed"]][where])
+        closing = np.maximum(0.0, room - bytes_of[:, :, self._place[self._head]][where])
+        micro_batches = self.job.global_batch // dp // splits.columns["micro_batch"][rows]
+        may, count = np.zeros((len(rows), len(orders)), bool), 0
         for each in np.unique(micro_batches).tolist():
-            here = np.flatnonzero(micro_batches == each)
-            kept, held, free = layer_kept[here], layer_state[here], room[here]
+            here = micro_batches == each
+            done: dict[bytes, tuple[NDArray[np.bool_], int]] = {}
             for index, (name, vp) in enumerate(orders):
                 rounds = alive(name, pp, vp or CHUNKS.get(name, 1), each)
-                end = first[here] if name == "zbv" else last[here]
-                takes = first[here] // (held + rounds[0] * kept) + end // (held + rounds[-1] * kept)
-                for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
-                    takes += len(ranks) * (free // (held + ranks.min() * kept))
-                may[here, index] = takes >= layers
-        return may
+                key = rounds.tobytes() + bytes(name == "zbv")
+                if key not in done:
+                    end = (opening if name == "zbv" else closing)[here]
+                    takes = opening[here] // (held[here] + rounds[0] * kept[here]) + end // (held[here] + rounds[-1] * kept[here])
+                    for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
+                        takes += len(ranks) * (room[here] // (held[here] + ranks.min() * kept[here]))
+                    fits = takes >= layers
+                    done[key] = fits.any(axis=1), int(fits.sum())
+                may[here, index] = done[key][0]
+                count += done[key][1]
+        return may, count
+
+    def _kept_of(self, splits: Splits) -> NDArray[np.float64]:
+        """[split, (kept by all layers, by all other parts, least that a layer needs beside)] of one row."""
+        if self._of_splits is None:
+            # Not by ep: experts elsewhere leave as many rows here.
+            first, place = splits.alike("tp", "sp", "cp", "cp_kind", "etp", "recompute", "offload")
+            each = [self._part_bytes(splits.layout(row)) for row in first.tolist()]
+            layers = self._kind_times * self._kind_layer
+            others = self._kind_times - layers
+            table = [(layers @ one[:, 0], others @ one[:, 0], one[self._kind_layer, 1].min()) for one in each]
+            self._of_splits = np.array(table, float)[place]
+        return self._of_splits
 
     def estimate(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
         """[state, rank]: about the bytes that each rank of a divided layout holds at its worst moment: all that can be alive,
@@ -184,21 +211,19 @@ class Fitting:
         key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.recompute, layout.offload)
         if key not in self._bytes:
             job, one = self.job, msgspec.structs.replace(layout, micro_batch=1)
+            simple = msgspec.structs.replace(one, ep=1, etp=0, recompute="none", cp_kind="gather")  # for all but layers
             works = [
-                workload.work(self.spec, one, part, sequence=job.sequence, software=job.software, precision=job.precision)
+                workload.work(
+                    self.spec, one if part.startswith("layers") else simple, part, sequence=job.sequence,
+                    software=job.software, precision=job.precision,
+                )
                 for part in self.kinds
-            ]
+            ]  # fmt: skip
             away = layout.offload == "activations"
             self._bytes[key] = np.array(
                 [(0 if away else work.kept_bytes, work.backward_working, work.deferred) for work in works], float
             )
         return self._bytes[key]
-
-    def _kept(self, layout: Layout) -> tuple[float, float, float]:
-        """What all layers, and what all other parts keep of a micro-batch, and the least that a layer needs beside."""
-        each = self._part_bytes(layout) * layout.micro_batch
-        layers = self._kind_times * self._kind_layer
-        return float(layers @ each[:, 0]), float((self._kind_times - layers) @ each[:, 0]), float(each[self._kind_layer, 1].min())
 
 
 @lru_cache(maxsize=64)

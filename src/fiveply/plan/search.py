@@ -8,9 +8,9 @@ Bounds are tightened step by step, and always the most promising choice is looke
 4. with a state of the data-parallel ranks: what of their reductions and update nothing hides;
 5. that layout, simulated.
 
-A layout leaves the queue only once nothing left in it can be faster, so what is found is the best, in order. Where the
-budget of simulations ends first, the least bound left says how much better anything else could be at most (`gap`). What can't
-fit is dropped by a bound of its memory before it is priced (`fitting.py`).
+The search ends once no bound left in the queue is below the best layout found, which is then proven best. Where its budget ends
+first, the least bound left says how much better anything else could be at most (`gap`). What can't fit is dropped by a bound of
+its memory before it is priced (`fitting.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fiveply.plan import cost, traffic, workload
+from fiveply.plan import cost, traffic
 from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
 from fiveply.plan.simulate import least_end
@@ -33,8 +33,10 @@ from fiveply.plan.space import Limits, pipelines, splits, states
 from fiveply.plan.stages import Weights, balance, deal
 from fiveply.spec.layout import Layout
 
-BUDGET = 1500
-"""Layouts priced exactly."""
+BUDGET = 40_000
+"""Of EFFORT."""
+LARGE = 4096
+"""Rows of a micro-batch that bounds the efficiency of all smaller ones."""
 ROUGHLY, SURELY = 1.02, 0.95
 """An estimate of memory above the first share of what there is excludes a layout before the exact walk; one below the second
 needs none."""
@@ -71,7 +73,11 @@ def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 
     return _Search(job, world, limits or Limits()).run(wanted, budget)
 
 
-Level = Literal["split", "priced", "division", "state", "found"]
+Level = Literal["bundle", "split", "division", "state", "found"]
+EFFORT: dict[Level, int] = {"bundle": 4, "split": 8, "division": 2, "state": 30, "found": 10}
+"""About what it costs to look at one, in tenths of a millisecond."""
+HASTE: dict[Level, float] = {"bundle": 1.3, "split": 1.12, "division": 1.03, "state": 1.0, "found": 1.0}
+"""By how much bounds are expected to grow, so that at first what is nearly known goes before what is hardly known."""
 
 
 class _Shared(NamedTuple):
@@ -92,43 +98,62 @@ class _Search:
         self.predictors = {order: Predictor(msgspec.structs.replace(job, order=order)) for order in ORDERS}
         self.fitting = Fitting(self.predictors[ORDERS[0]])
         self._numbers = count()
-        self._queue: list[tuple[float, int, Level, Any]] = []
-        self._bare: dict[Hashable, tuple[float, float]] = {}
+        self._queue: list[tuple[float, int, float, Level, Any]] = []
+        self._later: list[tuple[float, Level, Any]] = []
+        self._haste = True
+        self._priced = 0
+        self.choices: dict[tuple[int, ...], Choice] = {}
         self._seconds: dict[Hashable, NDArray[np.float64]] = {}
         self._weighed: dict[Hashable, Weights] = {}
         self._shared: dict[Hashable, _Shared] = {}
         self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def run(self, wanted: int, budget: int) -> Searched:
+        """First in haste, until each of `wanted` combinations of degrees has a layout; then what could beat the best of them."""
         legal, fit = self._open()
-        choices: dict[tuple[int, ...], Choice] = {}
-        priced = 0
-        while self._queue and len(choices) < wanted and priced < budget:
-            _, _, level, payload = heapq.heappop(self._queue)
-            if degrees(payload[0]) in choices:
-                continue
-            if level == "found":
-                if self.fitting.fits(payload[0]):
-                    choices[degrees(payload[0])] = Choice(*payload)
-            elif level == "split":
-                self._split(*payload)
-            elif level == "priced":
-                self._divide(*payload)
-            elif level == "division":
-                self._share(*payload)
+        spent = 0
+        while self._queue and len(self.choices) < wanted and spent < budget:
+            _, _, least, level, payload = heapq.heappop(self._queue)
+            if level != "bundle" and degrees(payload[0]) in self.choices:
+                self._later.append((least, level, payload))
             else:
-                self._price(*payload)
-                priced += 1
-        left = min((entry[0] for entry in self._queue if entry[2] != "found"), default=math.inf)
-        for _, _, level, payload in sorted(self._queue, key=lambda entry: entry[:2]):
-            if level == "found" and len(choices) < wanted and degrees(payload[0]) not in choices and self.fitting.fits(payload[0]):
-                choices[degrees(payload[0])] = Choice(*payload)
-        ordered = tuple(sorted(choices.values(), key=lambda choice: choice.seconds))
-        gap = max(0.0, ordered[0].seconds / left - 1) if ordered else 0.0
-        return Searched(ordered, legal, fit, priced, gap)
+                spent += EFFORT[level]
+                self._look(level, payload)
+        waiting = [(least, level, payload) for _, _, least, level, payload in self._queue] + self._later
+        self._queue = []
+        self._haste = False
+        best = min((choice.seconds for choice in self.choices.values()), default=math.inf)
+        for least, level, payload in waiting:
+            if least < best:
+                self._push(least, level, payload)
+        while self._queue and self._queue[0][0] < best and spent < budget:
+            _, _, _, level, payload = heapq.heappop(self._queue)
+            spent += EFFORT[level]
+            self._look(level, payload)
+            best = min((choice.seconds for choice in self.choices.values()), default=math.inf)
+        left = self._queue[0][0] if self._queue else math.inf
+        ordered = tuple(sorted(self.choices.values(), key=lambda choice: choice.seconds))
+        return Searched(ordered[:wanted], legal, fit, self._priced, max(0.0, best / left - 1) if ordered else 0.0)
+
+    def _look(self, level: Level, payload: Any) -> None:
+        if level == "bundle":
+            self._price_bundle(payload)
+        elif level == "split":
+            self._divide(*payload)
+        elif level == "division":
+            self._share(*payload)
+        elif level == "state":
+            self._price(*payload)
+        elif self.fitting.fits(payload[0]):
+            choice = Choice(*payload)
+            known = self.choices.get(degrees(choice.layout))
+            if known is None or choice.seconds < known.seconds:
+                self.choices[degrees(choice.layout)] = choice
 
     def _push(self, least: float, level: Level, payload: Any) -> None:
-        heapq.heappush(self._queue, (least, next(self._numbers), level, payload))
+        """`least`: a bound of all that may come of it."""
+        key = least * HASTE[level] if self._haste else least
+        heapq.heappush(self._queue, (key, next(self._numbers), least, level, payload))
 
     def _kinds(self, dp: int, cp: int) -> list[tuple[int, int]]:
         """The states of so many data-parallel and context ranks."""
@@ -139,53 +164,68 @@ class _Search:
     # 1. splits
 
     def _open(self) -> tuple[int, int]:
-        """Queue every split that may fit; how many layouts are legal, and how many may fit."""
-        legal = fit = 0
-        for (pp, dp, cp), layouts in self.splits.by_degrees():
+        """Queue every bundle of splits of which one may fit; how many layouts are legal, and how many may fit."""
+        splits, legal, fit = self.splits, 0, 0
+        pipelines_of: dict[int, list[tuple[str, int]]] = {}
+        first, place = splits.alike("pp", "dp", "cp")
+        for number, row in enumerate(first.tolist()):
+            pp, dp, cp = (splits.columns[key][row].item() for key in ("pp", "dp", "cp"))
+            rows = np.flatnonzero(place == number)
             orders, kinds = pipelines(self.spec, pp, self.limits), self._kinds(dp, cp)
-            legal += len(layouts) * len(orders) * len(kinds)
+            legal += len(rows) * len(orders) * len(kinds)
             if orders and kinds:
-                may = self.fitting.may_fit(layouts, orders, kinds)
-                fit += int(may.sum())
-                for layout, fits in zip(layouts, may.any(axis=2).tolist(), strict=True):
-                    if any(fits):
-                        self._open_split(layout, [order for order, fit in zip(orders, fits, strict=True) if fit])
+                fits, found = self.fitting.may_fit(splits, rows, orders, kinds)
+                fit += found
+                for index in np.flatnonzero(fits.any(axis=1)).tolist():
+                    pipelines_of[int(rows[index])] = [order for order, one in zip(orders, fits[index], strict=True) if one]
+        self._bundle(pipelines_of)
         return legal, fit
 
-    def _open_split(self, layout: Layout, orders: list[tuple[str, int]]) -> None:
-        busy, once = self._compute(layout)
-        least = max(self._micro_batches(layout) * busy / layout.pp, once)
-        self._push(least, "split", (layout, orders))
+    def _bundle(self, pipelines_of: dict[int, list[tuple[str, int]]]) -> None:
+        """Queue splits that differ in pp and dp alone together: their parts cost the same."""
+        splits = self.splits
+        first, family = splits.alike("tp", "sp", "cp", "cp_kind", "ep", "etp")
+        _, bundle = splits.alike("tp", "sp", "cp", "cp_kind", "ep", "etp", "micro_batch", "recompute", "offload")
+        members: dict[int, list[int]] = {}
+        for row in pipelines_of:
+            members.setdefault(int(bundle[row]), []).append(row)
+        least: dict[int, float] = {}
+        for rows in members.values():
+            one = int(family[rows[0]])
+            if one not in least:
+                least[one] = self._least_row(splits.layout(int(first[one]))) * self.job.global_batch
+            degrees_inside = splits.columns["tp"][rows[0]] * splits.columns["cp"][rows[0]]
+            self._push(float(least[one] * degrees_inside / self.world), "bundle", [(row, pipelines_of[row]) for row in rows])
 
-    def _split(self, layout: Layout, orders: list[tuple[str, int]]) -> None:
-        """Queue a split once more, its collectives included, in each order of ranks that makes a difference."""
-        apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < self.job.machine.joined < self.world
-        for order in ORDERS if apart else ORDERS[:1]:
-            weights = self._weights(layout, order)
-            whole = sum(weights.layers) + weights.first + weights.last
-            least = self._micro_batches(layout) * max(whole / layout.pp, min(weights.layers) * -(-self.spec.layers // layout.pp))
-            self._push(least * SURE, "priced", (layout, order, orders))
+    def _least_row(self, layout: Layout) -> float:
+        """Least seconds of a row through the whole model, of all micro-batches and recomputations: in a micro-batch so large
+        that neither launches nor latencies nor incomplete waves count."""
+        large = msgspec.structs.replace(layout, micro_batch=LARGE, recompute="none")
+        return sum(
+            times * _busy(self.predictors[ORDERS[0]].part(large, part)) for part, times in self.fitting.parts
+        ) / LARGE * SURE  # fmt: skip
+
+    # 2. their collectives and micro-batches
+
+    def _price_bundle(self, rows: list[tuple[int, list[tuple[str, int]]]]) -> None:
+        """Queue the splits of a bundle, in each order of ranks that makes a difference."""
+        for row, orders in rows:
+            layout = self.splits.layout(row)
+            apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < self.job.machine.joined < self.world
+            for order in ORDERS if apart else ORDERS[:1]:
+                weights = self._weights(layout, order)
+                whole = sum(weights.layers) + weights.first + weights.last
+                busiest = max(whole / layout.pp, min(weights.layers) * -(-self.spec.layers // layout.pp))
+                least = max(self._micro_batches(layout) * busiest, self._once(layout, order))
+                self._push(least * SURE, "split", (layout, order, orders))
+
+    def _once(self, layout: Layout, order: str) -> float:
+        """One micro-batch through the whole model, forward and back: no pipeline is faster."""
+        each = self._part_seconds(layout, order)
+        return float(each[:, :2].sum(axis=1) @ np.array([times for _, times in self.fitting.parts]))
 
     def _micro_batches(self, layout: Layout) -> int:
         return self.job.global_batch // layout.dp // layout.micro_batch
-
-    def _compute(self, layout: Layout) -> tuple[float, float]:
-        """Least seconds of one micro-batch through the whole model: computing, and one after the other without its weight
-        gradients. Without recomputation, and as sequence parallelism would have it: both only add."""
-        key = (layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch)
-        if key not in self._bare:
-            job = self.job
-            bare = msgspec.structs.replace(layout, sp=-1, recompute="none", cp_kind="gather")
-            busy = once = 0.0
-            for part, times in self.fitting.parts:
-                work = workload.work(
-                    self.spec, bare, part, sequence=job.sequence, software=job.software, precision=job.precision
-                )
-                priced = cost.part_seconds(work, (), job.machine, job.software, job.precision, {})
-                busy += times * _busy(priced)
-                once += times * (priced.forward + priced.input)
-            self._bare[key] = busy * SURE, once * SURE
-        return self._bare[key]
 
     # 3. divisions
 
@@ -351,6 +391,7 @@ class _Search:
         if others:
             self._push(others[0][0], "state", (others[0][1], order, others[1:]))
         seconds = self.predictors[order].seconds(layout)
+        self._priced += 1
         self._push(seconds, "found", (layout, order, seconds))
 
 

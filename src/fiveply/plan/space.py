@@ -7,7 +7,7 @@ and every state goes with every split, so that counting and pruning need not lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -76,13 +76,23 @@ class Splits(msgspec.Struct, frozen=True):
 
     columns: dict[str, NDArray[Any]]
 
-    def by_degrees(self) -> Iterator[tuple[tuple[int, int, int], list[Layout]]]:
-        """Splits (with neither pipeline nor state) of each (pp, dp, cp): those share pipelines and states."""
-        found: dict[tuple[int, int, int], list[Layout]] = {}
-        for values in zip(*(column.tolist() for column in self.columns.values()), strict=True):
-            layout = Layout(**dict(zip(self.columns, values, strict=True)))
-            found.setdefault((layout.pp, layout.dp, layout.cp), []).append(layout)
-        yield from found.items()
+    def __len__(self) -> int:
+        return len(self.columns["tp"])
+
+    def layout(self, row: int) -> Layout:
+        """One of them, with neither pipeline nor state."""
+        return Layout(**{key: column[row].item() for key, column in self.columns.items()})
+
+    def alike(self, *keys: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One row of each combination of these keys' values, and by row the place of its combination among those."""
+        if not len(self):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        codes = np.zeros(len(self), np.int64)
+        for key in keys:
+            values, code = np.unique(self.columns[key], return_inverse=True)
+            codes = codes * len(values) + code
+        _, first, place = np.unique(codes, return_index=True, return_inverse=True)
+        return first, place
 
 
 def splits(spec: ModelSpec, world: int, *, sequence: int, global_batch: int, limits: Limits) -> Splits:
@@ -97,7 +107,7 @@ def splits(spec: ModelSpec, world: int, *, sequence: int, global_batch: int, lim
                     continue
                 choices = (
                     limits.choose("micro_batch", divisors(global_batch // dp)),
-                    limits.choose("sp", (-1, 0) if tp > 1 else (-1,)) or limits.choose("sp", (1,)),
+                    (limits.choose("sp", (-1, 0)) or limits.choose("sp", (1,))) if tp > 1 else (-1,),
                     limits.choose("cp_kind", ("gather", "ulysses") if cp > 1 else ("gather",)),
                     limits.choose("ep", divisors(experts.count) if experts else (1,)),
                     limits.choose("etp", (0, *(d for d in divisors(tp) if d < tp)) if experts else (0,)),
