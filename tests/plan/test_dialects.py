@@ -327,6 +327,8 @@ def test_wrong_arguments_get_one_line(more: str, message: str, devices: int) -> 
 
 
 def test_vocabulary_must_be_told() -> None:
+    with pytest.raises(InputError, match=r"'run\.sh' is neither a file nor arguments"):
+        megatron.read("run.sh", 8)
     with pytest.raises(InputError, match="--vocab-size: is missing"):
         megatron.read(GIVEN.replace("--vocab-size 50257", ""), 8)
 
