@@ -45,8 +45,6 @@ class Flag(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to say of a word that is read as something simpler."""
     reads: dict[str, Any] = {}
     """Facts that reading a fixed flag sets; by default those of `when` that have one value."""
-    always: bool = False
-    """Written even where the fact has the value that the system takes anyway."""
     read_only: bool = False
     free: bool = False
     """Changes neither layout nor model: written, and set no fact when read."""
@@ -147,7 +145,7 @@ def check(dialect: Dialect, layout: Layout, facts: Facts) -> None:
 
 
 def holds(when: When, facts: Facts) -> bool:
-    return all(_matches(facts.get(key), wanted) for key, wanted in when.items())
+    return all(_matches(facts[key], wanted) for key, wanted in when.items())
 
 
 def _matches(value: Any, wanted: Any) -> bool:
@@ -169,7 +167,7 @@ def written(dialect: Dialect, facts: Facts) -> Iterator[tuple[Flag, Any]]:
         if flag.read_only or not holds(flag.when, facts):
             continue
         value = facts[flag.fact] if flag.fact else flag.value
-        if flag.fact and not flag.always and value == dialect.absent.get(flag.fact):
+        if flag.fact and value == dialect.absent.get(flag.fact):
             continue
         yield flag, flag.words.get(str(value), value)
 
