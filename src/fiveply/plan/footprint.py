@@ -166,20 +166,29 @@ def stage(
     forward = backward = begin = last_backward = shared
     for index, one in enumerate(works):
         forward = max(forward, held[index] + one.forward_working + buffers.gathered(index, 1))
-        now = held[index] + one.backward_working + buffers.gathered(index, -1)
-        start = (held[index - 1] if index else shared) + handed + buffers.gathered(index, -1) + buffers.copied(index)
+        gathered = buffers.gathered(index, -1) + (buffers.tied if "embed" in names and index < len(works) - 1 else 0)
+        computing = held[index] + one.backward_working + gathered
         if index == len(works) - 1:
-            now -= output  # the gradient that another stage sent is the stream's here, and held beside it further on
-        elif "embed" in names:
-            now, start = now + buffers.tied, start + buffers.tied
-        now += sum(later.deferred for later in works[index + 1 :]) if splits else 0
-        last_backward = max(last_backward, now + buffers.started(index))
-        backward = max(backward, now + buffers.reducing(index + 1, 2), start + buffers.reducing(index + 1, 1))
-        # A part's reduction starts when one other is under way at most; those of a micro-batch end with the first two units.
+            computing -= (
+                output  # the gradient that another stage sent is the stream's here, and held beside it further on
+            )
+        if splits:  # weight gradients and reductions come later, but the head's gradient is there from its forward
+            behind = range(index + 1, len(works))
+            heads = sum(buffers.formed(later) for later in behind if names[later] == "head")
+            backward = max(backward, computing + sum(works[later].deferred for later in behind) + heads)
+            continue
+        last_backward = max(last_backward, computing + buffers.started(index))
+        # Its gradients are formed when its kept tensors are gone but its input, and then copied to be reduced: one other
+        # reduction is under way then, and two before.
+        formed = (held[index - 1] if index else shared) + handed + gathered + buffers.formed(index)
+        copied = formed + buffers.copied(index)
+        formed = max(computing, formed)
+        backward = max(backward, formed + buffers.reducing(index + 1, 2), copied + buffers.reducing(index + 1, 1))
+        # The first two parts meet what the micro-batch before left, the reductions of its first two units.
         if index == len(works) - 1:
-            begin = max(begin, now + buffers.reducing(0, 2), start + buffers.reducing(0, 1))
+            begin = max(begin, formed + buffers.reducing(0, 2), copied + buffers.reducing(0, 1))
         elif index == len(works) - 2:
-            begin = max(begin, now + buffers.reducing(index + 1, 1) + buffers.reducing(0, 1))
+            begin = max(begin, formed + buffers.reducing(index + 1, 1) + buffers.reducing(0, 1))
     whole = shared if layout.offload == "activations" else held[-1]
     return Stage(
         kept=whole + output,
@@ -249,12 +258,13 @@ class _Buffers:
         low, high = sorted((index, index + step))
         return round(sum(whole for whole, _, _ in self.sizes[max(0, low) : high + 1]) * self.software.gather_bytes)
 
+    def formed(self, index: int) -> int:
+        """At zero 2 and 3 a part's gradients as they were formed."""
+        return round(self.reduced[index][2] * self.software.parameter_bytes) if self.zero >= 2 else 0
+
     def copied(self, index: int) -> int:
-        """At zero 2 and 3 a part's gradients when its reduction starts: as they were formed, and in one buffer."""
-        if self.zero < 2:
-            return 0
-        whole, _, elements = self.reduced[index]
-        return round(elements * self.software.parameter_bytes + whole * self.software.reduce_bytes)
+        """The same in one buffer, of the type that is reduced."""
+        return round(self.reduced[index][0] * self.software.reduce_bytes) if self.zero >= 2 else 0
 
     def reducing(self, index: int, count: int) -> int:
         """At zero 2 and 3 the buffers of `count` parts' reductions: all gradients of each, and the part that comes of them."""

@@ -132,13 +132,16 @@ def _working(part: Part, split: Split, columns: int, weight: int) -> tuple[int, 
 
     Forward ends with the product before the sum over ranks, and the new residual stream; recomputed in full it keeps nothing,
     so its inner tensors count. Backward starts with the gradient of the down product's input and weight; then come those of
-    the activation, when the tensor after it is gone; then those of the first products, when all inner tensors are.
+    the activation, when the tensor after it is gone; then those of the first products, when all inner tensors are. Before, what
+    is recomputed in full ends with the down product's output, once more.
     """
     inputs = 2 if part.gated else 1
     stream, whole = split.local * part.hidden, split.gathered * part.hidden
     forward = (inputs + 1) * columns + 2 * whole + stream if split.recompute == "full" else whole + 2 * stream
+    incoming = whole if split.sequence_parallel else 0
     backward = stream + max(
-        columns + weight + (whole if split.sequence_parallel else 0),
+        incoming + columns + weight,
+        incoming + (whole if split.recompute == "full" else 0),
         (3 if part.gated else 1) * columns,
         whole + inputs * weight - columns,
     )
