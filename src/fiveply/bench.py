@@ -25,6 +25,11 @@ def show(score: Score, console: Console) -> None:
         for sweep in score.sweeps:
             sweeps.add_row(sweep.source[:50], sweep.model, str(sweep.n), f"{sweep.tau:.2f}", f"{sweep.regret:.1%}")
         console.print(sweeps)
+    risk = score.out_of_memory
+    if risk.brier is not None:
+        console.print(
+            f"out of memory: Brier score {risk.brier:.3f} on {risk.n} rows that all ran, {risk.wrong} thought not to fit"
+        )
     console.print(f"{score.rows} rows, {len(score.skipped)} skipped. Rows are skipped where")
     for rule in RULES:
         console.print(f"- {rule}")

@@ -292,7 +292,7 @@ def interval(
     """10, 50 and 90% of the step time: log-normal, of the errors seen on rows of systems and devices that the fit had left
     out, wider where there were few such rows or none."""
     unsure = {"fp8": 0.08, "fp4": 0.12}.get(precision, 0.0)
-    spread = math.hypot(software.spread, machine.spread, unsure, 0.1 * experts)
+    spread = math.hypot(software.spread, machine.spread, unsure, 0.14 * experts)
     return seconds * math.exp(-NINETIETH * spread), seconds, seconds * math.exp(NINETIETH * spread)
 
 

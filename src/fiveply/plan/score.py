@@ -73,6 +73,15 @@ class Sweep(msgspec.Struct, frozen=True):
     regret: float
 
 
+class Risk(msgspec.Struct, frozen=True):
+    """Predicted probabilities of running out of memory, of `n` rows that all ran: the mean of their squares (Brier's score), and
+    how many exceed one half."""
+
+    brier: float | None
+    n: int
+    wrong: int
+
+
 class Score(msgspec.Struct, frozen=True):
     rows: int
     skipped: list[Skipped]
@@ -80,6 +89,7 @@ class Score(msgspec.Struct, frozen=True):
     memory: Group
     sweeps: list[Sweep]
     predictions: list[Scored]
+    out_of_memory: Risk
 
 
 def score(path: str | Path = "") -> Score:
@@ -87,6 +97,7 @@ def score(path: str | Path = "") -> Score:
     rows, skipped = table.read(path or published())
     count = len(rows) + len(skipped)
     scored: list[Scored] = []
+    risks: list[float] = []
     by_row: dict[int, tuple[Row, float, float]] = {}
     for row in rows:
         try:
@@ -94,6 +105,7 @@ def score(path: str | Path = "") -> Score:
         except InputError as error:
             skipped.append(Skipped(row.number, str(error)))
             continue
+        risks.append(prediction.p_oom)
         memory = _bytes(row, prediction) if row.bytes else None
         seconds = prediction.seconds if row.seconds else None
         scored.append(Scored(row.number, row.source, row.stratum, row.seconds, seconds, row.bytes, memory))
@@ -106,6 +118,11 @@ def score(path: str | Path = "") -> Score:
         memory=_group(scored, _memory_errors),
         sweeps=_sweeps(by_row.values()),
         predictions=scored,
+        out_of_memory=Risk(
+            sum(risk**2 for risk in risks) / len(risks) if risks else None,
+            len(risks),
+            sum(risk > 0.5 for risk in risks),
+        ),
     )
 
 
