@@ -89,24 +89,36 @@ def job_of(
 
 
 def machine_of(cluster: ClusterSpec, world: int) -> Machine:
-    """The devices as `world` ranks find them: cores of a host are shared out, and slow each other down as measured."""
-    if cluster.shared:
-        nearest = min(cluster.shared, key=lambda ranks: (abs(int(ranks) - world), int(ranks)))
-        cluster = msgspec.structs.replace(cluster, measured=cluster.measured | cluster.shared[nearest], shared={})
-    return cost.machine(cluster)
+    """The devices as `world` ranks find them. Where devices are cores, ranks share them out: more cores each where there are
+    fewer ranks, a part of one where there are more; as measured for that many ranks, if that was measured."""
+    if not is_cpu(cluster):
+        return cost.machine(cluster)
+    if str(world) in cluster.shared:
+        return cost.machine(
+            msgspec.structs.replace(cluster, measured=cluster.measured | cluster.shared[str(world)], memory_bytes=0)
+        )
+    one = cost.machine(cluster)
+    threads = max(1.0, cluster.count // world) if world <= cluster.count else cluster.count / world
+    return msgspec.structs.replace(one.with_threads(threads), memory_bytes=int(one.memory_bytes * threads))
+
+
+def is_cpu(cluster: ClusterSpec) -> bool:
+    return cluster.device.startswith("cpu")
 
 
 def answer(
     spec: ModelSpec, cluster: ClusterSpec, *, sequence: int, global_batch: int, precision: str = "bf16",
     objective: Objective = "time", limits: Limits | None = None, system: Software | None = None, wanted: int = 10,
+    worlds: list[int] | None = None,
 ) -> Answer:  # fmt: skip
-    """Plan. Raises InputError where nothing is legal, or nothing fits (with how many devices would do)."""
+    """Plan, for numbers of devices `worlds` (by default those that the objective considers). Raises InputError where nothing
+    is legal, or nothing fits (with how many devices would do)."""
     began = time.perf_counter()
     limits = limits or Limits()
     found: list[Ranked] = []
     searched: list[Searched] = []
     job = None
-    for world in _worlds(cluster, objective):
+    for world in worlds or _worlds(cluster, objective):
         job = job_of(spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system)
         one = search(job, world, limits, wanted=wanted)
         searched.append(one)
@@ -137,7 +149,7 @@ _KEYS: dict[Objective, Any] = {
 def _worlds(cluster: ClusterSpec, objective: Objective) -> list[int]:
     """Numbers of devices to plan for: all of them, but where fewer may be cheaper, or leave each rank more cores."""
     whole = cluster.count
-    if objective == "time" and cluster.device != "cpu" and not cluster.shared:
+    if objective == "time" and not is_cpu(cluster):
         return [whole]
     return divisors(whole) if objective == "devices" else divisors(whole)[::-1]
 
