@@ -66,7 +66,7 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
     text = layout_text(layout or (checkpoint.state["layout"] if checkpoint else run.layout))
     where = "--layout" if layout else "layout"
     if text == auto.AUTO:
-        text = _planned(run, spec, notes)
+        text = planned(run, spec, notes)
     resolved = resolve(
         Layout.parse(text, where), spec, sequence=run.data.sequence, global_batch=run.train.global_batch, where=where
     )
@@ -92,7 +92,7 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
     return Ready(run, spec, resolved, corpus, checkpoint.path if checkpoint else None, tuple(notes), transport)
 
 
-def _planned(run: RunSpec, spec: ModelSpec, notes: list[str]) -> str:
+def planned(run: RunSpec, spec: ModelSpec, notes: list[str]) -> str:
     """The planner's pick for the devices found, or for the ranks that were started."""
     place = own_place()
     answer = auto.plan(
