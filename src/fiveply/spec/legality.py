@@ -50,6 +50,19 @@ def resolve(
     )
 
 
+def resolve_for_inference(layout: Layout, spec: ModelSpec, where: str = "layout") -> Layout:
+    """Check `layout` for serving the model, and fill its stages; keys that matter in training alone are left out."""
+    layout.check(where)
+    if layout.chunks > 1:
+        raise InputError(f"schedule={layout.schedule} puts {layout.chunks} chunks on a rank; serving runs one", where=where,
+                         key="schedule", fix="leave schedule and vp out")  # fmt: skip
+    plain = Layout(dp=layout.dp, tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, stages=layout.stages)
+    check_runnable(spec)
+    job = _Job(msgspec.structs.replace(spec, attention_dropout=0.0), 1, layout.dp)
+    enforce((*_MODEL_RULES, *_RUNTIME_RULES), plain, job, where)
+    return msgspec.structs.replace(plain, stages=plain.stages or tuple(balanced_stages(spec, plain.stage_count)))
+
+
 def legal(layouts: Layouts, spec: ModelSpec, *, sequence: int, global_batch: int) -> NDArray[np.bool_]:
     """Which of many layouts `resolve(..., runtime=False)` takes, in the shape that their columns broadcast to.
 
