@@ -22,7 +22,9 @@ import pytest
 from random_models import add_tokenizer, save_random
 
 from fiveply import service
+from fiveply.serve import messages
 from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.generation import Generation, Piece
 from fiveply.serve.http import Limits, Model, Server
 from fiveply.serve.messages import Sampling
 
@@ -423,3 +425,30 @@ def test_a_stuck_rank_is_lost_ended_and_replaced(speaking: Path) -> None:
     problem, tokens, whole = service.run(served, Settings(silence_seconds=2.5), work, restarts=True)
     assert re.fullmatch(r"rank [01] has been silent for 2.5 s", problem)
     assert tokens == whole
+
+
+def test_strangers_at_the_ranks_door_are_turned_away(speaking: Path) -> None:
+    async def work(driver: Driver) -> list[bytes]:
+        server, host, port = await driver.listen()  # another door of the same house
+        await driver.ready.wait()
+        answers = []
+        for said in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            messages.pack(messages.Hello(0, 1, "a guess")),
+            messages.pack(messages.Hello(0, 1, driver.secret)),  # that rank is here already
+            messages.pack(messages.Heartbeat(0)),
+            b"\x05\0\0\0\xc1",
+        ):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(said + messages.pack(messages.Ready(5)))
+            answers.append(await asyncio.wait_for(reader.read(), 5))
+            writer.close()
+        server.close()
+        assert driver.state == "ready"
+        await _collect(driver.submit([5], 3, Sampling()))
+        return answers
+
+    async def _collect(generation: Generation) -> list[Piece]:
+        return [piece async for piece in generation.pieces()]
+
+    assert service.run(service.Served.load(speaking, "pp=2", "float32"), Settings(), work) == [b""] * 5
