@@ -1,13 +1,15 @@
 """fiveply's training step beside its peers' at the same split: one process, and data, tensor and pipeline parallel on two ranks.
 
-    python benchmarks/training.py [--dtype float32] [--rounds 5] [--json FILE] [--only tp=2]
+    python benchmarks/training.py [--dtype float32] [--rounds 4] [--json FILE] [--only tp=2]
     python benchmarks/training.py --growth              how fiveply's cost grows with sequence, layers and micro-batches
 
-The `15m` preset, 16 rows of 256 tokens, AdamW, clipping, the same batches. All contenders of one world stand in one set of
-processes and step in turn, so that a machine that slows down slows all; ranks x threads = cores. Each is also set beside the
-bound that the matrix products of its linear layers and head alone give, at its ranks' own shapes, by the quicker library,
-measured in the same rounds. Peak memory is of each alone in fresh processes. Below float32, peers use autocast over float32
-parameters (fully_shard its own mixed precision). A peer that is not installed is left out, and said so.
+The `15m` preset, 16 rows of 256 tokens, AdamW, clipping, the same batches, in float32 and, where the processor is fast at it,
+in bfloat16. All contenders of one world stand in one set of processes and step in turn, so that a machine that slows down
+slows all; ranks x threads = cores. Each is also set beside the bound that the matrix products of its linear layers and head
+alone give, at its ranks' own shapes, measured in the same rounds. One more step of fiveply's is recorded, and its shares are
+printed by rank. Peak memory is of each alone in fresh processes, of the rank that needs most. In bfloat16, peers use
+autocast over float32 parameters (fully_shard and DeepSpeed their own mixed precision). A peer that is not installed is left
+out, and said so.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ import torch.distributed as dist
 from plain_llama import Llama, loss_of
 from torch import Tensor, nn
 
+from fiveply import timeline
 from fiveply.corpus.batches import Batches, TokenFile
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.parallel.parallelize import products_on
@@ -40,7 +44,9 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.run import Optimizer, RunSpec, Train
 from fiveply.train.job import Job
+from fiveply.train.observe import Observer
 from fiveply.world import device
+from fiveply.world.allocator import keep_freed_memory
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Groups, Mesh
 
@@ -72,13 +78,31 @@ class Bench:
         return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
 
 
-def ours(layout: str) -> Callable[[Bench], Step]:
+class Ours:
+    """fiveply's step."""
+
+    def __init__(self, job: Job, batches: Batches) -> None:
+        self.job, self.batches = job, batches
+
+    def __call__(self, index: int) -> None:
+        self.job.step(self.batches, index)
+
+    def shares(self, index: int) -> dict[int, dict[str, float]]:
+        """Where a recorded step's seconds go, by rank; known on rank 0."""
+        with TemporaryDirectory() as folder:
+            observer = Observer(Path(folder), self.job.model, print, recorded=1)
+            with observer.step(1, self.job.executor.schedule):
+                self(index)
+            return {rank: shares for path in timeline.recorded_steps(Path(folder))
+                    for rank, shares in timeline.shares(timeline.read(path)).items()}  # fmt: skip
+
+
+def ours(layout: str, *, compile: bool = False) -> Callable[[Bench], Step]:
     def make(bench: Bench) -> Step:
         resolved = resolve(Layout.parse(layout), bench.spec, sequence=bench.sequence, global_batch=ROWS)
-        run = RunSpec(name="benchmark", train=Train(global_batch=ROWS), optimizer=Optimizer(lr=1e-4))
+        run = RunSpec(name="benchmark", train=Train(global_batch=ROWS, compile=compile), optimizer=Optimizer(lr=1e-4))
         mesh = Mesh(resolved, bench.spec, bench.groups)
-        job = Job(run, bench.spec, mesh, Dtypes(bench.dtype, torch.float32, torch.float32))
-        return lambda index: job.step(bench.batches, index)
+        return Ours(Job(run, bench.spec, mesh, Dtypes(bench.dtype, torch.float32, torch.float32)), bench.batches)
 
     return make
 
@@ -266,6 +290,7 @@ def pipelined(bench: Bench) -> Step:
 FIELD: dict[tuple[int, str], dict[str, Callable[[Bench], Step]]] = {
     (1, "dp=1"): {
         "fiveply": ours("dp=1"),
+        "fiveply compiled": ours("dp=1", compile=True),
         "PyTorch": plain,
         "PyTorch compiled": compiled,
         "transformers": transformers,
@@ -337,8 +362,10 @@ def run_field(layout: str, names: list[str], dtype: str, rounds: int, spec: Mode
             dist.barrier()
             if index:
                 seconds[name].append(time.perf_counter() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "missing": missing, "peak_kib": peak}
+    shares = {name: step.shares(rounds + 1) for name, step in steps.items() if isinstance(step, Ours)}
+    peaks: list[int] = [0] * ranks
+    dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return {"seconds": seconds, "missing": missing, "peak_mib": max(peaks) / 1024, "shares": shares}
 
 
 def in_fresh_process(ranks: int, *args: Any) -> dict[str, Any]:
@@ -355,85 +382,108 @@ def in_fresh_process(ranks: int, *args: Any) -> dict[str, Any]:
 
 
 def child() -> None:
+    keep_freed_memory()  # ranks do so; a single one is this process
     ranks, layout, names, dtype, rounds, config, sequence = json.loads(sys.stdin.read())
     spec = ModelSpec.from_config(config)
     print(json.dumps(launch(run_field, ranks, layout, names, dtype, rounds, spec, sequence, backend="gloo")))
 
 
-def race(layout: str, ranks: int, options: argparse.Namespace, spec: ModelSpec) -> list[dict[str, Any]]:
-    names = list(FIELD[ranks, layout])
-    result = in_fresh_process(ranks, layout, names, options.dtype, options.rounds, spec, SEQUENCE)
+def race(layout: str, ranks: int, dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    spec = ModelSpec.load("15m")
+    result = in_fresh_process(ranks, layout, list(FIELD[ranks, layout]), dtype, options.rounds, spec, SEQUENCE)
     seconds = result["seconds"]
     rows: list[dict[str, Any]] = []
     for name, times in seconds.items():
         ratios = [mine / theirs for mine, theirs in zip(times, seconds["fiveply"], strict=True)]
         row = {
+            "dtype": dtype,
             "layout": layout,
             "who": name,
             "tokens_per_second": ROWS * SEQUENCE / statistics.median(times),
             "fiveply_is_faster_by": [min(ratios), statistics.median(ratios), max(ratios)],
             "of_bound": statistics.median(seconds["products alone"]) / statistics.median(times),
         }
+        if name in result["shares"]:
+            row["shares"] = result["shares"][name]
         if not options.no_memory and name != "products alone":
-            alone = in_fresh_process(ranks, layout, [name], options.dtype, 2, spec, SEQUENCE)
-            row["peak_mib"] = alone["peak_kib"] / 1024
+            row["peak_mib"] = in_fresh_process(ranks, layout, [name], dtype, 1, spec, SEQUENCE)["peak_mib"]
         rows.append(row)
-    return rows + [{"layout": layout, "who": name, "missing": why} for name, why in result["missing"].items()]
-
-
-def growth(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """fiveply alone, one process: tokens/s and peak memory against sequence length, layers and micro-batches."""
-    base = ModelSpec.load("15m")
-    cases: list[tuple[str, str, dict[str, Any], int]] = [
-        *((f"sequence {n}", "dp=1", {}, n) for n in (128, 256, 512, 1024)),
-        *((f"layers {n}", "dp=1", {"num_hidden_layers": n}, SEQUENCE) for n in (3, 6, 12)),
-        *((f"micro-batches {16 // n}", f"dp=1,micro_batch={n}", {}, SEQUENCE) for n in (16, 8, 4, 2, 1)),
+    missing = [
+        {"dtype": dtype, "layout": layout, "who": name, "missing": why} for name, why in result["missing"].items()
     ]
+    return rows + missing
+
+
+def growth(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """fiveply alone, one process: tokens/s and peak memory against sequence length, layers and micro-batches of 16 rows."""
+    base = ModelSpec.load("15m")
+    layers = base.layers
+    cases = [(SEQUENCE, layers, 1), *((n, layers, 1) for n in (128, 512, 1024)), *((SEQUENCE, n, 1) for n in (3, 12)),
+             *((SEQUENCE, layers, n) for n in (2, 4, 8, 16))]  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for name, layout, changes, sequence in cases:
-        spec = ModelSpec.from_config({**base.config, "max_position_embeddings": 2048, **changes})
-        result = in_fresh_process(1, layout, ["fiveply"], options.dtype, options.rounds, spec, sequence)
+    for sequence, layers, micro_batches in cases:
+        changes = {"max_position_embeddings": 2048, "num_hidden_layers": layers}
+        spec = ModelSpec.from_config({**base.config, **changes})
+        layout = f"dp=1,micro_batch={ROWS // micro_batches}"
+        result = in_fresh_process(1, layout, ["fiveply"], dtype, options.rounds, spec, sequence)
         speed = ROWS * sequence / statistics.median(result["seconds"]["fiveply"])
-        rows.append({"case": name, "tokens_per_second": speed, "peak_mib": result["peak_kib"] / 1024})
-        print(f"| {name} | {speed:,.0f} | {rows[-1]['peak_mib']:,.0f} |", flush=True)
+        rows.append({"dtype": dtype, "sequence": sequence, "layers": layers, "micro_batches": micro_batches,
+                     "tokens_per_second": speed, "peak_mib": result["peak_mib"]})  # fmt: skip
+        print(
+            f"| {dtype} | {sequence:,} | {layers} | {micro_batches} | {speed:,.0f} | {result['peak_mib']:,.0f} |",
+            flush=True,
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="one of them alone")
+    parser.add_argument("--rounds", type=int, default=4, help="counted steps of each")
     parser.add_argument("--only", help="one layout, as tp=2")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
     parser.add_argument("--growth", action="store_true", help="how fiveply's own cost grows, instead")
     options = parser.parse_args()
     found = device.find()
-    print(f"{found.name}, {found.cores} cores, torch {torch.__version__}, {options.dtype}\n")
+    dtypes = [options.dtype] if options.dtype else ["float32", *["bfloat16"] * found.fast_bf16]
+    print(f"{found.name}, {found.cores} cores, torch {torch.__version__}\n")
+    rows: list[dict[str, Any]] = []
     if options.growth:
-        print("| | tokens/s | peak MiB |\n| --- | --- | --- |")
-        rows = growth(options)
+        print("| | sequence | layers | micro-batches | tokens/s | peak MiB |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+        for dtype in dtypes:
+            rows += growth(dtype, options)
     else:
-        print("| layout | | tokens/s | fiveply is faster by | of the products' bound | peak MiB a rank |")
-        print("| --- | --- | --- | --- | --- | --- |")
-        rows = []
-        for ranks, layout in FIELD:
-            if options.only in (None, layout):
-                for row in race(layout, ranks, options, ModelSpec.load("15m")):
-                    rows.append(row)
-                    print(_line(row), flush=True)
+        print("| | layout | | tokens/s | fiveply is faster by | of the products' bound | peak MiB a rank |")
+        print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
+        for dtype in dtypes:
+            for ranks, layout in FIELD:
+                if options.only in (None, layout):
+                    for row in race(layout, ranks, dtype, options):
+                        rows.append(row)
+                        print(_line(row), flush=True)
+        print("\nWhere fiveply's step goes, of a step recorded after those:\n")
+        print(f"| | layout | | rank | ms | {' | '.join(timeline.SHARES)} |")
+        print(f"| --- | --- | --- {'| ---: ' * (2 + len(timeline.SHARES))}|")
+        for row in rows:
+            for rank, shares in row.get("shares", {}).items():
+                total = sum(shares.values())
+                parts = " | ".join(f"{shares[kind] / total:.0%}" for kind in timeline.SHARES)
+                print(f"| {row['dtype']} | {row['layout']} | {row['who']} | {rank} | {total * 1000:,.0f} | {parts} |")
     if options.json:
-        machine = {"name": found.name, "cores": found.cores, "torch": torch.__version__, "dtype": options.dtype}
+        machine = {"name": found.name, "cores": found.cores, "torch": torch.__version__}
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
 
 def _line(row: dict[str, Any]) -> str:
+    head = f"| {row['dtype']} | {row['layout']} | {row['who']} |"
     if "missing" in row:
-        return f"| {row['layout']} | {row['who']} | {row['missing']} | | | |"
+        return f"{head} {row['missing']} | | | |"
     low, middle, high = row["fiveply_is_faster_by"]
     ratio = "" if row["who"] == "fiveply" else f"{middle:.2f} ({low:.2f} to {high:.2f})"
     peak = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else ""
-    return f"| {row['layout']} | {row['who']} | {row['tokens_per_second']:,.0f} | {ratio} | {row['of_bound']:.0%} | {peak} |"
+    return f"{head} {row['tokens_per_second']:,.0f} | {ratio} | {row['of_bound']:.0%} | {peak} |"
 
 
 if __name__ == "__main__":

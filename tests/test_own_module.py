@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import fiveply
+from fiveply import pipeline_schedule, timeline
 from fiveply.own_module import World, auto, join
 from fiveply.report import record
 from fiveply.report.page import write_report
@@ -278,6 +279,22 @@ def test_the_loader_keeps_every_row_once_in_an_order_that_no_layout_changes() ->
     assert [b.cursor for b in world.loader(data, global_batch=6)] == [6, 12, 18, 23]
 
 
+def test_epochs_go_on_by_data_set_and_settings_whatever_else_is_new() -> None:
+    world = World(Layout(), 7)
+    data = TensorDataset(torch.arange(8), torch.arange(8))
+
+    def order(data: Any) -> list[int]:
+        collate = lambda rows: (torch.stack([x for x, _ in rows]), torch.zeros(len(rows)))  # noqa: E731 (anew each time)
+        return [int(x) for b in world.loader(data, global_batch=8, shuffle=True, collate=collate) for x in b.input]
+
+    epochs = [order(data) for _ in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    pairs = list(zip(torch.arange(8), torch.arange(8), strict=True))  # a list can't say when it is gone
+    assert [order(pairs) for _ in range(2)] == epochs[:2]
+    for _ in range(20):  # the next one is likely to get the id of the last
+        assert order(TensorDataset(torch.arange(8), torch.arange(8))) == epochs[0]
+
+
 def test_a_plain_pair_is_the_whole_global_batch_on_every_rank() -> None:
     x, y = EXAMPLES["two layers"].data().tensors
 
@@ -288,6 +305,9 @@ def test_a_plain_pair_is_the_whole_global_batch_on_every_rank() -> None:
         part = slice(0, 4) if world.rank else slice(4, 8)
         with pytest.raises(InputError) as refused:
             job.step((x[part], y[part]))
+        turned = slice(0, BATCH) if world.rank else torch.arange(BATCH).flip(0)  # equal in sum
+        with pytest.raises(InputError, match="different ones"):
+            job.step((x[turned], y[turned]))
         return loss, str(refused.value)
 
     loss, refused = launch(on_ranks, 2, backend="gloo")
@@ -400,7 +420,7 @@ def test_saved_under_one_layout_loaded_under_another(name: str, first: str, then
 
 def test_a_run_directory_that_the_report_draws(tmp_path: Path) -> None:
     def on_ranks() -> None:
-        world, job = parallelize("two layers", "dp=2,pp=2", run=tmp_path / "mine")
+        world, job = parallelize("two layers", "dp=2,pp=2", run=tmp_path / "mine", record=2)
         for batch in world.loader(EXAMPLES["two layers"].data(), global_batch=BATCH):
             job.step(batch)
         job.evaluate(world.loader(EXAMPLES["two layers"].data(), global_batch=BATCH))
@@ -414,6 +434,16 @@ def test_a_run_directory_that_the_report_draws(tmp_path: Path) -> None:
     page = write_report(tmp_path / "mine").read_text()
     assert "TwoLayers" in page
     assert "2-way data" in page
+    (path,) = timeline.recorded_steps(tmp_path / "mine")
+    step = timeline.read(path)
+    assert (step.step, step.pp, step.micro_batches) == (2, 2, run.facts.schedule.micro_batches)
+    schedule = pipeline_schedule.build(step.schedule, step.pp, step.micro_batches)
+    for lane in step.ranks:
+        spans = [e for e in step.by_rank()[lane.rank] if e.lane == "compute"]
+        kinds = {kind.value for kind in pipeline_schedule.Kind}
+        ran = [(e.kind, e.chunk, e.micro_batch) for e in spans if e.kind in kinds]
+        assert ran == [(a.kind.value, a.chunk, a.micro_batch) for a in schedule.ranks[lane.pp]]
+        assert {"step", "data", "sums", "optimizer"} <= {e.kind for e in spans}
 
 
 def test_clipping_takes_the_global_norm() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,3 +151,42 @@ def test_ctrl_c_ends_every_rank(tmp_path: Path) -> None:
         pid = int((tmp_path / f"ready-{rank}").read_text())
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+HANGS = """
+import os, signal, sys, time
+import torch, fiveply
+
+world = fiveply.join("dp=2", hang_timeout=2.5)
+job = world.parallelize(
+    lambda: torch.nn.Linear(3, 1), loss=torch.nn.MSELoss(), run="runs/mine",
+    optimizer=lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
+)
+batch = torch.ones(3, 3), torch.ones(3, 1)
+job.step(batch)
+time.sleep(5)  # between steps nobody waits, so nothing hangs
+job.step(batch)
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+job.step(batch)
+"""
+
+
+# torchrun gives a stopped process half a minute to end.
+@pytest.mark.parametrize("starter", ["fiveply", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_hang_is_explained_and_a_pause_is_none(starter: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(HANGS)
+    if starter == "fiveply":
+        done = fiveply("train", "script.py", "--layout", "dp=2", cwd=tmp_path)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    report = (tmp_path / "runs/mine/hang.txt").read_text()
+    assert done.stderr.count("No rank has gone on") == 1
+    assert report in done.stderr
+    assert report.startswith("No rank has gone on for 2 s, in step 2:\n")
+    assert "rank 1 (dp 1) does not answer (its process is stopped): it stands in between steps" in report
+    assert re.search(
+        r"rank 0 \(dp 0\) waits for rank 1 in all-reduce \d+ over world \(8 B\), during data, since \d s", report
+    )

@@ -21,6 +21,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 import fiveply
 from fiveply.spec.errors import FiveplyError, InputError
+from fiveply.world.allocator import keep_freed_memory
 
 Flag = FlagCreatePairsOff[bool]
 app = tyro.extras.SubcommandApp()
@@ -304,9 +305,11 @@ def report(
     out: str = "",
     json: Flag = False,
 ) -> None:
-    """Draw a run as one self-contained HTML file: curves, ranks, schedule, memory.
+    """Draw a run as one self-contained HTML file: curves, ranks, schedule, recorded steps, memory.
 
     fiveply report runs/demo
+
+    Recorded steps are written for ui.perfetto.dev too, to runs/NAME/timeline.perfetto.json.
 
     Args:
         run: The run's directory.
@@ -321,6 +324,7 @@ def report(
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `fiveply` command."""
+    keep_freed_memory()
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(fiveply.__version__)

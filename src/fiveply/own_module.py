@@ -12,9 +12,11 @@ module is split. This file holds what the user touches.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,15 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import check_module
 from fiveply.spec.placement import part
 from fiveply.spec.plan import layout_text
-from fiveply.train.loader import Batch, Loader, split_global
+from fiveply.train.loader import Batch, Loader, Passes, split_global
 from fiveply.train.module_optimizer import Factory, ModuleOptimizer
-from fiveply.train.module_record import ModuleRecord
+from fiveply.train.module_record import ModuleRecord, note
 from fiveply.train.module_state import gathered, load, save
 from fiveply.world import launch
 from fiveply.world.device import find
 from fiveply.world.mesh import Groups, Mesh
+from fiveply.world.recorder import Recorder
+from fiveply.world.watchdog import LIMIT_SECONDS, Watchdog
 
 AUTO = "auto"
 command_line: ContextVar[str] = ContextVar("command_line", default="")
@@ -55,20 +59,20 @@ class StepLoss(float):
         return float(self)
 
 
-def join(layout: str | Layout = AUTO, *, seed: int = 0) -> World:
+def join(layout: str | Layout = AUTO, *, seed: int = 0, hang_timeout: float = LIMIT_SECONDS) -> World:
     """Join the ranks that torchrun, Slurm or `fiveply train script.py` started; a process on its own is one rank.
 
     A layout on the command line goes before `layout`, with a note. "auto" waits for the model: data parallel over all
     ranks, at the least zero whose state fits. Seeds torch by `seed`, so that what a script draws is equal on all ranks.
-    Raises InputError where the layout takes another number of ranks than were started.
+    hang_timeout: seconds that no rank goes on while some wait, until the run ends with a report of who waits for whom; 0
+    for never. Raises InputError where the layout takes another number of ranks than were started.
     """
     given = layout_text(str(layout)) or AUTO
     told = command_line.get() or given
     wanted = None if told == AUTO else Layout.parse(told, "--layout" if command_line.get() else "join")
     if not dist.is_initialized() and launch.joined():
         launch.meet()
-        atexit.register(launch.leave)
-    world = World(wanted, seed)
+    world = World(wanted, seed, hang_timeout=hang_timeout)
     if wanted is not None and wanted.world != world.size:
         started = "1 rank runs" if world.size == 1 else f"{world.size} ranks run"
         raise InputError(
@@ -84,8 +88,10 @@ def join(layout: str | Layout = AUTO, *, seed: int = 0) -> World:
 class World:
     """The ranks of a run. `layout` is None until `parallelize` where `join("auto")` leaves it open."""
 
-    def __init__(self, layout: Layout | None, seed: int, groups: Groups | None = None) -> None:
-        self.layout, self.seed = layout, seed
+    def __init__(
+        self, layout: Layout | None, seed: int, groups: Groups | None = None, *, hang_timeout: float = 0.0
+    ) -> None:
+        self.layout, self.seed, self.hang_timeout = layout, seed, hang_timeout
         active = dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if active else (0, 1)
         cuda = torch.cuda.is_available() and (not active or "nccl" in str(dist.get_backend_config()))
@@ -93,7 +99,9 @@ class World:
         self.batch: Batch | None = None
         """What a loader handed out last."""
         self._groups = groups or Groups()
-        self._loaders: dict[Any, Loader] = {}
+        self._recorder = Recorder(self.rank)
+        self._watchdog: Watchdog | None = None
+        self._passes = Passes()
 
     def parallelize(
         self,
@@ -105,6 +113,7 @@ class World:
         stages: Sequence[str] = (),
         clip: float = 0.0,
         run: str | Path | None = None,
+        record: int = 10,
         strict: bool = True,
     ) -> Job:
         """Build `model()` on every rank under the seed, and keep this rank's part of it. Collective; raises InputError.
@@ -112,7 +121,8 @@ class World:
         loss: (output, target) -> the mean over rows, or (sum, count). optimizer: named parameters -> torch optimiser, called
         once with this rank's tensors. tp: linears by name, "column" or "row". stages: modules at whose first call a pipeline
         stage begins. clip: largest global gradient norm, 0 for none. run: a directory for metrics, which `fiveply report`
-        draws. strict=False leaves what would differ by layout as it is, for `fiveply.verify` to find.
+        draws; record: the step that it draws as a timeline, 0 for none. strict=False leaves what would differ by layout as
+        it is, for `fiveply.verify` to find.
         """
         if isinstance(model, nn.Module):
             raise InputError("a module that is built already can't be placed", where="parallelize", key="model",
@@ -130,10 +140,12 @@ class World:
                 f"gives {type(module).__name__}", where="parallelize", key="model", fix="return an nn.Module"
             )
         self.layout = check_module(self.layout or auto(module, self.size), len(stages))
-        mesh = Mesh(self.layout, None, self._groups)
+        mesh = Mesh(self.layout, None, self._groups, self._recorder)
         if strict:
             _check_equal(module, mesh)
-        return Job(self, mesh, module, loss, optimizer, tp or {}, stages, clip, run, strict)
+        job = Job(self, mesh, module, loss, optimizer, tp or {}, stages, clip, run, record, strict)
+        self._watch(mesh, run)
+        return job
 
     def loader(
         self,
@@ -150,13 +162,10 @@ class World:
         called anew for it. With `shuffle` the order follows from seed and epoch alone. `start`: a job's cursor to go on
         from. `workers`: processes that load."""
         seed = self.seed if seed is None else seed
-        key = (id(dataset), global_batch, shuffle, seed, start, id(collate), workers)
-        if key not in self._loaders:
-            self._loaders[key] = Loader(
-                dataset, global_batch, replica=self.replica, shuffle=shuffle, seed=seed, start=start, collate=collate,
-                workers=workers, entered=self._note,
-            )  # fmt: skip
-        return self._loaders[key]
+        return Loader(
+            dataset, global_batch, replica=self.replica, shuffle=shuffle, seed=seed, start=start, collate=collate,
+            workers=workers, entered=self._note, passes=self._passes.of(dataset, global_batch, shuffle, seed, start),
+        )  # fmt: skip
 
     def replica(self) -> tuple[int, int]:
         """This rank's index among the replicas, and their number."""
@@ -166,6 +175,21 @@ class World:
 
     def _note(self, batch: Batch) -> None:
         self.batch = batch
+
+    def _watch(self, mesh: Mesh, run: str | Path | None) -> None:
+        """From here to the process's end; a second module is in the same world."""
+        if mesh.world is None or not self.hang_timeout:
+            return
+        if self._watchdog is not None:
+            self._watchdog.introduce()
+            return
+        self._watchdog = Watchdog(
+            mesh.recorder, mesh.place, limit=self.hang_timeout, timeout=self._groups.call_seconds, note=note,
+            file=None if run is None else Path(run) / "hang.txt",
+        )  # fmt: skip
+        with ExitStack() as stack:
+            stack.enter_context(self._watchdog)
+            atexit.register(stack.pop_all().close)
 
 
 def auto(module: nn.Module, ranks: int) -> Layout:
@@ -182,12 +206,21 @@ def _check_equal(module: nn.Module, mesh: Mesh) -> None:
     if mesh.world is None:
         return
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    sums = torch.tensor([float(x.detach().double().sum()) if x.numel() else 0.0 for _, x in tensors] or [0.0])
-    for other in mesh.world.gather_objects(sums):
-        if not torch.equal(torch.nan_to_num(other), torch.nan_to_num(sums)):
-            name = next((n for (n, _), a, b in zip(tensors, other, sums, strict=False) if a != b), "its parameters")
+    digests = [_digest(x) for _, x in tensors]
+    for other in mesh.world.gather_objects(digests):
+        if other != digests:
+            name = next((n for (n, _), a, b in zip(tensors, other, digests, strict=False) if a != b), "its parameters")
             raise InputError(f"{name} starts with other values on other ranks", where="parallelize", key="model",
                              fix="draw initial values from torch's own generator, or seed yours in the factory")  # fmt: skip
+
+
+def _digest(*tensors: Tensor) -> int:
+    """Of types, shapes and bits, in 63 bits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for x in tensors:
+        digest.update(repr((x.dtype, tuple(x.shape))).encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest()) >> 1
 
 
 class Job:
@@ -204,6 +237,7 @@ class Job:
         stages: Sequence[str],
         clip: float,
         run: str | Path | None,
+        record: int,
         strict: bool,
     ) -> None:
         self.world, self.mesh, self.layout, self.clip = world, mesh, mesh.layout, clip
@@ -221,7 +255,7 @@ class Job:
         if self.layout.zero <= 1 and self.model.module is not None:
             self._loop = OwnLoop(self.model, self._optimizer.torch, self._share, lambda: self.steps, self._stepped)
         name = type(module).__name__
-        self._record = None if run is None else ModuleRecord(Path(run), self.model, name, world.seed)
+        self._record = None if run is None else ModuleRecord(Path(run), self.model, name, world.seed, record)
 
     # one call a step
 
@@ -234,10 +268,11 @@ class Job:
         """
         begun = time.perf_counter()
         mine = self._mine(batch)
-        loss = self.gradients(mine)
-        if self.clip:
-            self._optimizer.scale(min(1.0, self.clip / (self.norm + 1e-6)))
-        self.update()
+        with self._observed(mine):
+            loss = self.gradients(mine)
+            if self.clip:
+                self._optimizer.scale(min(1.0, self.clip / (self.norm + 1e-6)))
+            self.update()
         if self._record is not None:
             self._record.step(self.steps, loss, self.norm, self._optimizer.torch, mine.total,
                               self._micro_batches(mine.total), time.perf_counter() - begun)  # fmt: skip
@@ -254,9 +289,11 @@ class Job:
             for unit in self.model.units:
                 bind(unit)
                 unit.zero_grad()
-            micro = mine.micro_batches(self._micro_batches(mine.total))
+            with self.mesh.recorder.span("data"):
+                micro = mine.micro_batches(self._micro_batches(mine.total))
             total = self._executor(len(micro)).step(micro, self.steps)
-            loss, count, square = self._totals(total, self._optimizer.square_norm())
+            with self.mesh.recorder.span("sums"):
+                loss, count, square = self._totals(total, self._optimizer.square_norm())
         self.norm = square**0.5 / max(count, 1e-300)
         self._optimizer.scale(1 / count if count else 0.0)
         self.cursor = mine.cursor or self.cursor + mine.total
@@ -264,7 +301,7 @@ class Job:
 
     def update(self) -> None:
         """The optimiser's step on the gradients that stand."""
-        with _Paused(self._loop):
+        with _Paused(self._loop), self.mesh.recorder.span("optimizer"):
             self._optimizer.torch.step()
         self.steps += 1
 
@@ -285,9 +322,10 @@ class Job:
                 self.model.train(False)
                 for batch in [batches] if single else batches:
                     mine = self._mine(batch)
-                    micro = mine.micro_batches(self._micro_batches(mine.total))
-                    total = self._executor(len(micro)).evaluate(micro)
-                    here = self._totals(total, total.new_zeros((), dtype=torch.float64))
+                    with self.mesh.recorder.span("evaluation"):
+                        micro = mine.micro_batches(self._micro_batches(mine.total))
+                        total = self._executor(len(micro)).evaluate(micro)
+                        here = self._totals(total, total.new_zeros((), dtype=torch.float64))
                     loss, count = loss + here[0], count + here[1]
         finally:
             self.model.loss = kept
@@ -297,25 +335,31 @@ class Job:
             self._record.held_out(mean)
         return mean
 
+    def _observed(self, batch: Batch) -> AbstractContextManager[object]:
+        """Around a step's computation."""
+        number = self.mesh.recorder.step = self.steps + 1
+        if self._record is None:
+            return self.mesh.recorder.span("step")
+        return self._record.observed(number, self._executor(self._micro_batches(batch.total)).schedule)
+
     def _mine(self, batch: Any) -> Batch:
         """This rank's rows of a batch, on its device."""
-        if not isinstance(batch, Batch):
-            self._check_same(batch)
-            index, replicas = self.world.replica()
-            batch = split_global(batch, replicas, index)
-        return batch.to(self.world.device)
+        with self.mesh.recorder.span("data"):
+            if not isinstance(batch, Batch):
+                self._check_same(batch)
+                index, replicas = self.world.replica()
+                batch = split_global(batch, replicas, index)
+            return batch.to(self.world.device)
 
     def _check_same(self, pair: Any) -> None:
         """Ranks that give their own parts as a plain pair would each train on a part of a part."""
         if self.mesh.world is None:
             return
-        marks = [float(x.numel()) for x in tree_leaves(pair) if isinstance(x, Tensor)]
-        marks += [float(x.detach().double().sum()) for x in tree_leaves(pair) if isinstance(x, Tensor)]
-        here = torch.tensor(marks or [0.0], dtype=torch.float64, device=self.world.device).nan_to_num()
+        here = torch.tensor(_digest(*(x for x in tree_leaves(pair) if isinstance(x, Tensor))), device=self.world.device)
         most, least = here.clone(), here.clone()
         self.mesh.world.all_reduce(most, dist.ReduceOp.MAX)
         self.mesh.world.all_reduce(least, dist.ReduceOp.MIN)
-        if not torch.equal(most, least):
+        if most != least:
             raise InputError("ranks were given different ones", where="step", key="batch",
                              fix="pass what world.loader gives as it is, or the whole global batch on every rank")  # fmt: skip
 

@@ -17,14 +17,24 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from fiveply.equality import SEQUENCE, Trace, compare, record, verification_run
+from fiveply.equality import (
+    SEQUENCE,
+    Trace,
+    compare,
+    record,
+    verification_batches,
+    verification_run,
+    whole_tensors,
+)  # fmt: skip
+from fiveply.parallel.data_parallel import Dtypes
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, ScheduleName, divisors
 from fiveply.spec.legality import resolve
 from fiveply.spec.run import RunSpec
+from fiveply.train.job import Job
 from fiveply.world.launch import launch
-from fiveply.world.mesh import Groups, Transport
+from fiveply.world.mesh import Groups, Mesh, Transport
 
 STEPS = 2
 SEED = 2
@@ -99,9 +109,10 @@ def one_process(case: Case) -> Trace:
     return _one_process(replace(case, layout="dp=1", compile=False))
 
 
-def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout_seconds: float = 120.0,
-             transport: Transport = "shm") -> list[Any]:  # fmt: skip
-    """Record every case (all of one world size) in one launch; `judge` sees each whole trace on rank 0.
+def on_ranks(
+    cases: Sequence[Case], judge: Callable[[Case, Trace], Any], transport: Transport, timeout_seconds: float = 120.0
+) -> list[Any]:
+    """Record every case (all of one world size) in one launch over `transport`; `judge` sees each whole trace on rank 0.
 
     A rank that fails names the layout it was under, so that a hang or an error among hundreds is found.
     """
@@ -117,31 +128,69 @@ def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout
             judged.append(judge(case, trace) if dist.get_rank() == 0 else None)
             if case.compile:  # else shapes of one layout make the next one's graphs dynamic
                 torch.compiler.reset()
+        assert world == 1 or groups.carriers == transport
         return judged
 
     return launch(ranks, world, timeout_seconds=timeout_seconds)
 
 
-def prove(cases: Sequence[Case], transport: Transport = "shm") -> list[dict[str, Any]]:
+def prove(cases: Sequence[Case], transport: Transport) -> list[dict[str, Any]]:
     """Compare each case with one process; one result of `equality.compare` for each."""
     traces = {case: one_process(case) for case in cases}
-    return on_ranks(cases, lambda case, trace: compare(trace, traces[case], dtype=case.dtype),
-                    transport=transport)  # fmt: skip
+    return on_ranks(cases, lambda case, trace: compare(trace, traces[case], dtype=case.dtype), transport)
 
 
-def prove_each(cases: Iterable[Case]) -> dict[Case, dict[str, Any]]:
+def prove_each(cases: Iterable[Case], transport: Transport) -> dict[Case, dict[str, Any]]:
     """`prove` for cases of several world sizes: one launch for each size."""
     results: dict[Case, dict[str, Any]] = {}
     by_world = sorted(cases, key=lambda case: case.resolved().world)
     for _, group in itertools.groupby(by_world, key=lambda case: case.resolved().world):
         members = list(group)
-        results |= zip(members, prove(members), strict=True)
+        results |= zip(members, prove(members, transport), strict=True)
     return results
 
 
 def assert_equal(case: Case, result: dict[str, Any]) -> None:
     assert result["pass"], f"{case} differs from one process: {result['max_difference']}, worst {result['worst']}"
     assert result["max_difference"]["initial_parameters"] == 0
+
+
+def prove_near_float32(case: Case, transport: Transport) -> None:
+    """bf16 has 8 bits: no equality to rounding, but the same gradients by direction, and in float32 where they add up."""
+    exact = one_process(case)
+
+    def ranks() -> tuple[float, float, float] | None:
+        mesh = Mesh(case.resolved(), case.spec, Groups(transport))
+        job = Job(case.run, case.spec, mesh, Dtypes(torch.bfloat16, torch.float32, torch.float32))
+        batches, trace = verification_batches(case.spec, case.run), Trace()
+        for step in range(2):
+            sums = job.gradients(batches, step)
+            assert {segment.grad.dtype for segment in job.optimizer.segments} == {torch.float32}
+            assert {unit.full.dtype for unit in job.model.units} == {torch.bfloat16}
+            trace.losses.append(sums.mean_loss)
+            trace.gradients.append({name: x / sums.tokens for name, x in whole_tensors(job, "gradients").items()})
+            job.update(sums, step)
+        return _near(trace, exact) if mesh.rank == 0 else None
+
+    loss, together, matrix = launch(ranks, case.resolved().world, timeout_seconds=300)
+    assert loss < 2e-3
+    assert together > 0.999
+    assert matrix > 0.98
+
+
+def _near(trace: Trace, exact: Trace) -> tuple[float, float, float]:
+    """Worst relative error of a loss, cosine of all gradients together, and the least cosine of a matrix's."""
+    loss = max(abs(x - y) / y for x, y in zip(trace.losses, exact.losses, strict=True))
+    pairs = {
+        name: (x.double().ravel(), exact.gradients[0][name].double().ravel()) for name, x in trace.gradients[0].items()
+    }
+    together = torch.cosine_similarity(*(torch.cat(side) for side in zip(*pairs.values(), strict=True)), dim=0)
+    matrices = [
+        torch.cosine_similarity(x, y, dim=0)
+        for name, (x, y) in pairs.items()
+        if x.count_nonzero() and "proj.weight" in name
+    ]
+    return loss, float(together), float(min(matrices))
 
 
 def every_layout(world: int, spec: ModelSpec, rows: int = 12) -> Iterator[Layout]:

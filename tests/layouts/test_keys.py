@@ -14,9 +14,9 @@ import msgspec
 import pytest
 import torch
 import torch.distributed as dist
-from prover import MODELS, Case, assert_equal, one_process, prove, prove_each
+from prover import MODELS, Case, assert_equal, one_process, prove, prove_each, prove_near_float32
 
-from fiveply.equality import SEQUENCE, TOLERANCE, Trace, record, verification_batches, whole_tensors
+from fiveply.equality import SEQUENCE, TOLERANCE, record, verification_batches
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, ScheduleName
@@ -25,7 +25,7 @@ from fiveply.spec.placement import declare, stage_units
 from fiveply.spec.run import RunSpec
 from fiveply.train.job import Job
 from fiveply.world.launch import launch
-from fiveply.world.mesh import Groups, Mesh
+from fiveply.world.mesh import Groups, Mesh, Transport
 
 SCHEDULES = get_args(ScheduleName)
 FLOAT64 = Dtypes(torch.float64, torch.float64, torch.float64)
@@ -88,13 +88,13 @@ CASES = _cases()
 
 
 @cache
-def results() -> dict[Case, dict[str, Any]]:
-    return prove_each(CASES.values())
+def results(transport: Transport) -> dict[Case, dict[str, Any]]:
+    return prove_each(CASES.values(), transport)
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_equal(what: str) -> None:
-    assert_equal(CASES[what], results()[CASES[what]])
+def test_equal(what: str, transport: Transport) -> None:
+    assert_equal(CASES[what], results(transport)[CASES[what]])
 
 
 def test_documents_give_ranks_and_micro_batches_unequal_numbers_of_targets() -> None:
@@ -150,64 +150,31 @@ def test_ranks_are_ordered_tensor_then_data_then_pipeline() -> None:
 # precision
 
 
-def _near(trace: Trace, exact: Trace) -> tuple[float, float, float]:
-    """Worst relative error of a loss, cosine of all gradients together, and the least cosine of a matrix's."""
-    loss = max(abs(x - y) / y for x, y in zip(trace.losses, exact.losses, strict=True))
-    pairs = {
-        name: (x.double().ravel(), exact.gradients[0][name].double().ravel()) for name, x in trace.gradients[0].items()
-    }
-    together = torch.cosine_similarity(*(torch.cat(side) for side in zip(*pairs.values(), strict=True)), dim=0)
-    matrices = [
-        torch.cosine_similarity(x, y, dim=0)
-        for name, (x, y) in pairs.items()
-        if x.count_nonzero() and "proj.weight" in name
-    ]
-    return loss, float(together), float(min(matrices))
-
-
 @pytest.mark.parametrize("layout", ["dp=1", "dp=2,zero=2", "dp=2,zero=3,micro_batch=2", "tp=2", "pp=2,schedule=zbv"])
-def test_bf16_with_float32_reduction_stays_near_float32(layout: str) -> None:
-    """bf16 has 8 bits: no equality to rounding, but the same gradients by direction, and in float32 where they add up."""
-    case = Case("few-kv", layout, dtype="float32")
-    exact = one_process(case)
-
-    def ranks() -> tuple[float, float, float] | None:
-        mesh = Mesh(case.resolved(), case.spec)
-        job = Job(case.run, case.spec, mesh, Dtypes(torch.bfloat16, torch.float32, torch.float32))
-        batches, trace = verification_batches(case.spec, case.run), Trace()
-        for step in range(2):
-            sums = job.gradients(batches, step)
-            assert {segment.grad.dtype for segment in job.optimizer.segments} == {torch.float32}
-            assert {unit.full.dtype for unit in job.model.units} == {torch.bfloat16}
-            trace.losses.append(sums.mean_loss)
-            trace.gradients.append({name: x / sums.tokens for name, x in whole_tensors(job, "gradients").items()})
-            job.update(sums, step)
-        return _near(trace, exact) if mesh.rank == 0 else None
-
-    loss, together, matrix = launch(ranks, case.resolved().world)
-    assert loss < 2e-3
-    assert together > 0.999
-    assert matrix > 0.98
+def test_bf16_with_float32_reduction_stays_near_float32(layout: str, transport: Transport) -> None:
+    prove_near_float32(Case("few-kv", layout, dtype="float32"), transport)
 
 
 # replicas that step alone
 
 
-def test_averaging_parameters_each_step_equals_averaging_gradients_with_plain_gradient_steps() -> None:
+def test_averaging_parameters_each_step_equals_averaging_gradients_with_plain_gradient_steps(
+    transport: Transport,
+) -> None:
     cases = [
         Case("llama", "dp=2", sync_every=1),
         Case("few-kv", "dp=2,tp=2", sync_every=1),
         Case("few-kv", "dp=2,pp=2", sync_every=1),
     ]
-    for case, result in prove_each(cases).items():
+    for case, result in prove_each(cases, transport).items():
         assert_equal(case, result)
 
 
-def test_replicas_drift_apart_between_averages_and_meet_at_them() -> None:
+def test_replicas_drift_apart_between_averages_and_meet_at_them(transport: Transport) -> None:
     case = Case("qwen3", "dp=2,tp=2", sync_every=3, steps=6)
 
     def ranks() -> list[bool]:
-        job = Job(case.run, case.spec, Mesh(case.resolved(), case.spec), FLOAT64)
+        job = Job(case.run, case.spec, Mesh(case.resolved(), case.spec, Groups(transport)), FLOAT64)
         batches, alike = verification_batches(case.spec, case.run), []
         for step in range(6):
             job.step(batches, step)
@@ -242,9 +209,9 @@ def _report(case: Case, groups: Groups | None = None) -> list[float]:
 
 
 @cache
-def _reports() -> dict[Case, list[float]]:
+def _reports(transport: Transport) -> dict[Case, list[float]]:
     def ranks() -> list[list[float]]:
-        groups = Groups()
+        groups = Groups(transport)
         told = []
         for case in NORMS:
             mine = _report(case, groups)
@@ -263,9 +230,11 @@ def _one_report(case: Case) -> list[float]:
 
 
 @pytest.mark.parametrize("case", NORMS, ids=str)
-def test_norm_loss_and_evaluation_are_the_same_on_every_rank_and_under_every_layout(case: Case) -> None:
+def test_norm_loss_and_evaluation_are_the_same_on_every_rank_and_under_every_layout(
+    case: Case, transport: Transport
+) -> None:
     exact = _one_report(NORMS[case])
-    assert _reports()[case] == pytest.approx(exact, rel=1e-9)
+    assert _reports(transport)[case] == pytest.approx(exact, rel=1e-9)
     assert exact[0] > case.run.optimizer.clip > 0, (
         "clipping must bite, or the comparison of parameters says nothing of it"
     )
@@ -287,20 +256,20 @@ def test_dropout_acts_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize("seed", [3, 2**40 + 3])
-def test_another_seed_is_another_run_and_as_equal(seed: int) -> None:
+def test_another_seed_is_another_run_and_as_equal(seed: int, transport: Transport) -> None:
     case = Case("gpt2", "dp=2")
     run: RunSpec = msgspec.structs.replace(case.run, seed=seed)
 
     def trace(layout: str) -> list[float]:
-        return record(run, case.spec, Case("gpt2", layout).resolved(), 2, "float64").losses
+        return record(run, case.spec, Case("gpt2", layout).resolved(), 2, "float64", Groups(transport)).losses
 
     other, one = launch(trace, 2, "dp=2"), launch(trace, 1, "dp=1")
     assert other == pytest.approx(one, rel=TOLERANCE["float64"])
     assert not math.isclose(one[0], one_process(case).losses[0], rel_tol=1e-6)
 
 
-def test_tied_embeddings_at_several_depths_share_one_world() -> None:
+def test_tied_embeddings_at_several_depths_share_one_world(transport: Transport) -> None:
     """Ranks between the ends make groups of their own; cached ones of another depth once left ranks out of step."""
     cases = [Case("few-kv", layout) for layout in ("dp=2,pp=3", "pp=6", "dp=3,pp=2", "tp=2,pp=3")]
-    for case, result in zip(cases, prove(cases), strict=True):
+    for case, result in zip(cases, prove(cases, transport), strict=True):
         assert_equal(case, result)

@@ -34,9 +34,9 @@ def test_equals_float64(heads: int, kv_heads: int, length: int, masked: bool) ->
         assert float((one.double() - other).abs().max() / other.abs().max()) < 0.02, name
 
 
-def test_rows_attention_takes_it_in_sixteen_bits() -> None:
+def test_rows_attention_takes_it_where_told() -> None:
     q, k, v = (torch.randn(12, 2, 8).bfloat16().requires_grad_() for _ in range(3))
-    out = RowsAttention(3)(q, k, v, layer=0, window=0)
+    out = RowsAttention(3, blocked_backward=True)(q, k, v, layer=0, window=0)
     names = {type(out.grad_fn).__name__}
     nodes = [out.grad_fn]
     while nodes:

@@ -34,11 +34,11 @@ def test_equals_torch(products: Products, dtype: torch.dtype, sizes: tuple[int, 
 
 def test_a_frozen_input_or_weight_gets_no_gradient() -> None:
     x, weight = torch.randn(4, 3), torch.randn(2, 3)
-    Products().linear(x, weight.requires_grad_()).sum().backward()
+    Products().linears(x, [weight.requires_grad_()])[0].sum().backward()
     assert x.grad is None
     assert weight.grad is not None
     weight = weight.detach()
-    Products().linear(x.requires_grad_(), weight).sum().backward()
+    Products().linears(x.requires_grad_(), [weight])[0].sum().backward()
     assert x.grad is not None
     assert weight.grad is None
 
@@ -59,3 +59,13 @@ def test_weight_gradients_wait_until_asked_for(products: Products) -> None:
     torch.testing.assert_close(x.grad, expected[0])
     for weight, grad in zip(weights, expected[1:], strict=True):
         torch.testing.assert_close(arrived[id(weight)], grad)
+
+
+@pytest.mark.parametrize("products", [Products(), OneDnnProducts()], ids=["torch", "onednn"])
+def test_a_weight_gradient_is_added_in_place(products: Products) -> None:
+    if isinstance(products, OneDnnProducts) and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    total, grad, x = torch.randn(5, 9), torch.randn(6, 5), torch.randn(6, 9)
+    expected = total + grad.T @ x
+    products.add_grad_weight(total, grad, x)
+    torch.testing.assert_close(total, expected)

@@ -92,6 +92,12 @@ def test_rotation_is_multiplication_by_a_complex_number(positions: list[int], th
     torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
 
 
+def test_the_gradient_of_a_rotation() -> None:
+    x = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = tables(Rope(), 8, torch.arange(3))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos.double(), sin.double()), x)
+
+
 def test_products_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 64, dtype=torch.float64)
 

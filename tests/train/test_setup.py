@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from short_run import arguments
 
 from fiveply.spec.errors import InputError
 from fiveply.spec.run import Corpus, Data, Model, Precision, RunSpec, Train
@@ -156,3 +160,37 @@ def test_an_empty_run_directory_is_no_run() -> None:
     Path("runs/x").mkdir(parents=True)
     assert setup.ready(run(), progress=False).resume is None
     assert "no such run" in str(refusal(RunSpec(name="y"), resume=True))
+
+
+LATE = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from fiveply.cli import main
+
+if os.environ["RANK"] == "0":
+    meet = dist.init_process_group
+    def waits(*args, **keys):
+        Path("waits").touch()
+        meet(*args, **keys)
+    dist.init_process_group = waits
+else:  # late: it begins when the first process has done all that it does without it
+    while not Path("waits").exists():
+        time.sleep(0.05)
+main(sys.argv[1:])
+"""
+
+
+def test_a_late_process_of_torchrun_takes_the_first_ones_run_for_its_own(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "late.py"]
+    keys = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120, "check": False}
+    done = subprocess.run([*launcher, *arguments(tmp_path, "dp=2", "late", train__steps=1)], **keys)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "late"
+    assert json.loads((run / "facts.json").read_text())["world"] == 2
+    assert (run / "logs" / "rank-00001.log").is_file()
+    (tmp_path / "waits").unlink()
+    again = subprocess.run([*launcher, *arguments(tmp_path, "dp=2", "late", train__steps=1)], **keys)
+    assert again.returncode == 1
+    assert "this run exists already" in again.stderr

@@ -18,7 +18,7 @@ from fiveply.model import rotary
 from fiveply.model.attention import Attention
 from fiveply.model.dropout import KeyedDropout
 from fiveply.model.elementwise import ACTIVATIONS, gated, rms_norm
-from fiveply.model.products import Products
+from fiveply.model.products import Linears, Products
 from fiveply.spec.architecture import ModelSpec
 
 
@@ -53,7 +53,7 @@ class Linear(nn.Module):
 class Layer(nn.Module):
     """What attention and MLP share: the boundary at which they are split, and the products they compute with."""
 
-    def __init__(self, boundary: Boundary, products: Products) -> None:
+    def __init__(self, boundary: Boundary, products: Linears) -> None:
         super().__init__()
         self.boundary, self.products = boundary, products
 
@@ -64,7 +64,8 @@ class Layer(nn.Module):
 
     def row(self, x_TI: Tensor, linear: Linear) -> Tensor:
         """A row-parallel product, summed over tensor ranks before its bias."""
-        return linear.add_bias(self.boundary.leave(self.products.linear(x_TI, linear.weight)))
+        (y_TO,) = self.products.linears(x_TI, [linear.weight])
+        return linear.add_bias(self.boundary.leave(y_TO))
 
 
 class Norm(nn.Module):
@@ -100,7 +101,7 @@ class Embedding(nn.Module):
 
 
 class SelfAttention(Layer):
-    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary, products: Products) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary, products: Linears) -> None:
         super().__init__(boundary, products)
         self.layer, self.head_dim = layer, spec.head_dim
         self.window = spec.window if layer in spec.window_layers else 0
@@ -124,7 +125,7 @@ class SelfAttention(Layer):
 
 
 class Mlp(Layer):
-    def __init__(self, spec: ModelSpec, boundary: Boundary, products: Products) -> None:
+    def __init__(self, spec: ModelSpec, boundary: Boundary, products: Linears) -> None:
         super().__init__(boundary, products)
         self.activation = ACTIVATIONS[spec.activation]
         self.gate_proj = Linear(spec.hidden, spec.ffn, spec.mlp_bias) if spec.gated_mlp else None
@@ -145,7 +146,7 @@ class Mlp(Layer):
 class Block(nn.Module):
     """Norm, attention, norm, MLP, each pair added to the residual stream."""
 
-    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary, products: Products) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, boundary: Boundary, products: Linears) -> None:
         super().__init__()
         self.layer = layer
         self.input_layernorm = Norm(spec.hidden, spec)
@@ -169,7 +170,7 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """What Hugging Face calls `model`: everything but the head. Parts that a pipeline stage lacks are None or absent."""
 
-    def __init__(self, spec: ModelSpec, boundary: Boundary, products: Products) -> None:
+    def __init__(self, spec: ModelSpec, boundary: Boundary, products: Linears) -> None:
         super().__init__()
         self.embed_tokens: Embedding | None = Embedding(spec.vocabulary, spec.hidden)
         self.embed_positions = Embedding(spec.positions, spec.hidden) if spec.rope is None else None
@@ -195,7 +196,7 @@ class Decoder(nn.Module):
             if isinstance(module, Decoder | Layer):
                 module.boundary = boundary
 
-    def set_products(self, products: Products, head: Products) -> None:
+    def set_products(self, products: Linears, head: Products) -> None:
         """Those of the blocks, and those of the head."""
         self.products = head
         for module in self.modules():

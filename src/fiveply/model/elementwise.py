@@ -59,15 +59,15 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, weight_D, scale = ctx.saved_tensors
-        (grad,) = grads
         weight_D = weight_D.to(scale.dtype)
         size = x.shape[-1]
+        grad_ND = grads[0].reshape(-1, size).to(scale.dtype)
         unit_ND = (x * scale).view(-1, size)
-        shares_ND = grad.reshape(-1, size) * unit_ND
+        shares_ND = grad_ND * unit_ND
         grad_weight_D = shares_ND.sum(0)
         along_N1 = (shares_ND @ weight_D).div_(size)[:, None]
-        grad_ND = (grad.reshape(-1, size) * weight_D).addcmul_(unit_ND, along_N1, value=-1).mul_(scale.view(-1, 1))
-        return grad_ND.view(x.shape).to(x.dtype), grad_weight_D.to(grad.dtype), None
+        grad_ND = (grad_ND * weight_D).addcmul_(unit_ND, along_N1, value=-1).mul_(scale.view(-1, 1))
+        return grad_ND.view(x.shape).to(x.dtype), grad_weight_D.to(grads[0].dtype), None
 
 
 class _Gated(torch.autograd.Function):

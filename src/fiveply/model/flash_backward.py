@@ -1,8 +1,9 @@
 """Causal attention whose backward pass is plain matrix products over blocks of queries: for 16-bit types on CPUs.
 
-Notable: torch's CPU flash attention is quick forward, and in bfloat16 slow backward (61 ms where this takes 22: 16 rows of
-256 tokens, 6 heads of 64, two cores; `docs/dev-log.md`). Like it, this keeps the output and each query's log-sum alone,
-forms the weights again block by block in float32, and multiplies in 16 bits (Dao et al. 2022).
+Notable: torch's CPU flash attention is quick forward, and in bfloat16 slow backward where the processor has no tiles for
+16-bit products (61 ms where this takes 22: 16 rows of 256 tokens, 6 heads of 64, two cores; `docs/dev-log.md`). Like it,
+this keeps the output and each query's log-sum alone, forms the weights again block by block in float32, and multiplies in
+16 bits (Dao et al. 2022).
 
 Shape suffixes: B rows, K key-value heads, G query heads of each, H = K x G, S tokens, d head size, Q queries of a block,
 P keys up to its end.
@@ -18,11 +19,6 @@ from torch import Tensor
 
 BLOCK = 128
 """Queries of a block: a smaller one skips more of what causality hides, in smaller products."""
-
-
-def is_slow(x: Tensor) -> bool:
-    """Whether torch's own backward is the slower one for this tensor."""
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled()
 
 
 def attention(q_BHSd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, mask: Tensor | None) -> Tensor:

@@ -70,11 +70,11 @@ class _HeadLoss(torch.autograd.Function):
             here_C = counts_C & (index_C >= 0) & (index_C < stored)
             index_C1 = index_C.masked_fill(~here_C, 0)[:, None]
 
-            logits_CV = products.forward(hidden_CD, weight_VD)
-            target_C = logits_CV.gather(1, index_C1).squeeze(1).to(exact).masked_fill_(~here_C, 0)
-            chances_CV = torch.softmax(logits_CV, -1, dtype=exact)
+            logits_CV = products.forward(hidden_CD, weight_VD).to(exact)
+            target_C = logits_CV.gather(1, index_C1).squeeze(1).masked_fill_(~here_C, 0)
+            chances_CV = torch.softmax(logits_CV, -1)
             # The likeliest token's chance is 1 / sum(exp(logit - largest logit)).
-            log_sum_C = logits_CV.amax(-1).to(exact) - chances_CV.amax(-1).log_()
+            log_sum_C = logits_CV.amax(-1) - chances_CV.amax(-1).log_()
             del logits_CV
             if reduce_max is not None and reduce_sum is not None:
                 slice_C, largest_C = log_sum_C, log_sum_C.clone()
@@ -87,13 +87,13 @@ class _HeadLoss(torch.autograd.Function):
 
             if grad_hidden_TD is None and grad_weight_VD is None:
                 continue
-            chances_CV *= counts_C[:, None]
             chances_CV.scatter_add_(1, index_C1, -here_C.to(exact)[:, None])
             grad_CV = chances_CV.to(hidden_TD.dtype)
+            # Rows without a target are left out here, where they are narrow.
             if grad_hidden_TD is not None:
-                grad_hidden_TD[start : start + chunk] = products.grad_input([grad_CV], [weight_VD])
+                grad_hidden_TD[start : start + chunk] = products.grad_input([grad_CV], [weight_VD]) * counts_C[:, None]
             if grad_weight_VD is not None:
-                grad_weight_VD += products.grad_weights([grad_CV], hidden_CD)[0]
+                products.add_grad_weight(grad_weight_VD, grad_CV, hidden_CD * counts_C[:, None])
         ctx.grads = grad_hidden_TD, grad_weight_VD
         return loss
 

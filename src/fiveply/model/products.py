@@ -12,10 +12,18 @@ Shape suffixes: T tokens, I columns of the input, O columns of an output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Linears(Protocol):
+    """What a layer asks for."""
+
+    def linears(self, x_TI: Tensor, weights_OI: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """x W^T for each weight, differentiable."""
+        ...
 
 
 class Products:
@@ -24,9 +32,6 @@ class Products:
     def linears(self, x_TI: Tensor, weights_OI: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """x W^T for each weight, differentiable."""
         return _Linears.apply(self, x_TI, *weights_OI)  # type: ignore[no-any-return]
-
-    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        return self.linears(x_TI, (weight_OI,))[0]
 
     def forward(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         return x_TI @ weight_OI.T
@@ -40,6 +45,10 @@ class Products:
 
     def grad_weights(self, grads_TO: Sequence[Tensor], x_TI: Tensor) -> list[Tensor]:
         return [grad_TO.T @ x_TI for grad_TO in grads_TO]
+
+    def add_grad_weight(self, total_OI: Tensor, grad_TO: Tensor, x_TI: Tensor) -> None:
+        """One layer's weight gradient, added in place."""
+        total_OI.addmm_(grad_TO.T, x_TI)
 
 
 class OneDnnProducts(Products):
@@ -66,6 +75,9 @@ class OneDnnProducts(Products):
                 x_IT = x_TI.T.contiguous() if x_IT is None else x_IT
                 gradients.append(self.forward(x_IT, grad_TO.T).T.contiguous())
         return gradients
+
+    def add_grad_weight(self, total_OI: Tensor, grad_TO: Tensor, x_TI: Tensor) -> None:
+        total_OI += self.grad_weights([grad_TO], x_TI)[0]
 
 
 class _Linears(torch.autograd.Function):

@@ -6,6 +6,7 @@ Tables are computed in float32 whatever the model's type, as `transformers` does
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,5 +65,29 @@ def tables(rope: Rope, head_dim: int, positions_T: Tensor) -> tuple[Tensor, Tens
 
 def rotate(x_THd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
     """Rotate the pairs (column i, column i + head_dim / 2) of every head."""
-    first, second = x_THd.chunk(2, dim=-1)
-    return torch.cat((first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h), dim=-1)
+    if torch.compiler.is_compiling():
+        first, second = x_THd.chunk(2, dim=-1)
+        return torch.cat((first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h), dim=-1)
+    return _Rotation.apply(x_THd, cos_T1h, sin_T1h)  # type: ignore[no-any-return]
+
+
+class _Rotation(torch.autograd.Function):
+    """In three passes over memory, where the composed one takes seven forward and more backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1h, sin_T1h)
+        return _rotated(x_THd, cos_T1h, sin_T1h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        cos_T1h, sin_T1h = ctx.saved_tensors
+        return _rotated(grads[0], cos_T1h, -sin_T1h), None, None
+
+
+def _rotated(x_THd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
+    x_TH2h = x_THd.unflatten(-1, (2, -1))
+    out_TH2h = x_TH2h * cos_T1h[:, :, None]
+    out_TH2h[:, :, 0].addcmul_(x_TH2h[:, :, 1], sin_T1h, value=-1)
+    out_TH2h[:, :, 1].addcmul_(x_TH2h[:, :, 0], sin_T1h)
+    return out_TH2h.flatten(2)

@@ -73,6 +73,8 @@ class Chunk:
         self.head: VocabularyHead | None = None
         self.weights: WeightQueue | None = None
         """Weight gradients put off by a split backward."""
+        self.blocked_backward = False
+        """Of attention."""
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         begin_step(self.decoder, micro_batches[0].tokens_T.shape[0])
@@ -92,7 +94,12 @@ class Chunk:
         if step is not None and spec.dropout:
             indices_T = token_indices(decoder, batch.first_token, batch.tokens_T.shape[0], batch.tokens_T.device)
             dropout = KeyedDropout(spec.dropout, seed, step, indices_T)
-        attention = RowsAttention(batch.rows, batch.documents_T, spec.attention_dropout if step is not None else 0.0)
+        attention = RowsAttention(
+            batch.rows,
+            batch.documents_T,
+            spec.attention_dropout if step is not None else 0.0,
+            blocked_backward=self.blocked_backward,
+        )
         output = decoder(*(received or (batch.tokens_T,)), batch.positions_T, attention, dropout)
         if self.head is not None:
             unit = self.units["embed" if spec.tied else "head"]
@@ -166,6 +173,7 @@ def parallelize(
         )
         chunks.append(chunk)
     for chunk in chunks:
+        chunk.blocked_backward = blocked_backward_on(device, dtypes.compute)
         _dress(chunk, mesh, products_on(device, dtypes.compute), compile=compile)
     units = list(made.values())
     return ParallelModel(spec, mesh, chunks, units, GradientReducer(units, mesh, average_gradients=average_gradients))
@@ -175,6 +183,11 @@ def products_on(device: torch.device, dtype: torch.dtype) -> Products:
     """The fastest products for a type: a rule, not a timing, so that a resumed run computes the same bits."""
     onednn = device.type == "cpu" and dtype == torch.float32 and find().mkl_held_back
     return OneDnnProducts() if onednn else Products()
+
+
+def blocked_backward_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `flash_backward` is quicker than torch's own attention backward: a rule likewise."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not find().bf16_tiles
 
 
 def longest_of(spec: ModelSpec, mesh: Mesh, stage: int) -> dict[str, int]:

@@ -19,8 +19,9 @@ from fiveply.model.products import Products
 _Work = tuple[Sequence[Tensor], Tensor, Sequence[Tensor]]
 
 
-class WeightQueue(Products):
-    """Weight gradients of one chunk that wait, by micro-batch in the order of their input gradients; multiplies by `products`."""
+class WeightQueue:
+    """Weight gradients of one chunk that wait, by micro-batch in the order of their input gradients: `products.Linears` for
+    its layers, which multiplies by `products`."""
 
     def __init__(self, products: Products) -> None:
         self.products = products

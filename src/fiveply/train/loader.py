@@ -7,8 +7,10 @@ duplicates: a replica without rows gets one stand-in row, so that it takes part 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -77,6 +79,24 @@ def split_global(pair: Any, replicas: int, index: int) -> Batch:
     return Batch(input, target, rows, first, total)
 
 
+class Passes:
+    """How often each data set was gone through under which settings, so that a loader made anew for each epoch goes on."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, dict[Any, Iterator[int]]] = {}
+        self._kept: list[Any] = []
+
+    def of(self, dataset: Any, *settings: Any) -> Iterator[int]:
+        key = id(dataset)
+        if key not in self._counts:
+            self._counts[key] = {}
+            try:  # when the data set is gone its id may be another one's
+                weakref.finalize(dataset, self._counts.pop, key)
+            except TypeError:  # a list, say
+                self._kept.append(dataset)
+        return self._counts[key].setdefault(settings, count())
+
+
 class Loader:
     """Each pass is an epoch: of the data set in order, or in an order that follows from (seed, epoch) alone."""
 
@@ -92,9 +112,10 @@ class Loader:
         collate: Callable[[list[Any]], Any] = default_collate,
         workers: int = 0,
         entered: Callable[[Batch], None] = lambda _: None,
+        passes: Iterator[int] | None = None,
     ) -> None:
         """`replica`: this rank's index and number of replicas. `start`: global sample index to go on from. `entered` is
-        told of each batch before it is handed out."""
+        told of each batch before it is handed out. `passes` counts them; loaders that share it go on from each other."""
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
             raise InputError(f"{type(dataset).__name__} has no entries by index", where="loader", key="dataset",
                              fix="give a map-style data set with __len__ and __getitem__")  # fmt: skip
@@ -105,16 +126,16 @@ class Loader:
         self.dataset, self.global_batch, self.shuffle, self.seed = dataset, global_batch, shuffle, seed
         self.collate, self.workers = collate, workers
         self._replica, self._entered = replica, entered
-        self.epoch, self._skip = divmod(start, len(dataset))
-        """The epoch that the next pass is, from 0."""
+        self._first_epoch, self._skip = divmod(start, len(dataset))
+        self._passes = passes or count()
 
     def __len__(self) -> int:
         """Global batches of an epoch."""
         return -(-len(self.dataset) // self.global_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        size, epoch, skip = len(self.dataset), self.epoch, self._skip
-        self.epoch, self._skip = epoch + 1, 0
+        size, passed = len(self.dataset), next(self._passes)
+        epoch, skip = self._first_epoch + passed, self._skip if passed == 0 else 0
         order = permutation(size, self.seed % 2**64, epoch).tolist() if self.shuffle else range(size)
         index, replicas = self._replica()
         places: list[tuple[int, int, int]] = []

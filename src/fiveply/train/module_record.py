@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,22 @@ import torch
 
 import fiveply
 from fiveply.parallel.parallelize_module import ParallelModule
+from fiveply.pipeline_schedule import Schedule
 from fiveply.spec.errors import InputError
 from fiveply.spec.run import Data, Model, RunSpec, Train
 from fiveply.train import metrics
+from fiveply.train.observe import Observer, step_to_record
 from fiveply.world import device
 
 
 class ModuleRecord:
-    """Writes `run.toml`, `facts.json` and `metrics.jsonl` of a run's directory, on rank 0; collective where it says so."""
+    """Writes `run.toml`, `facts.json`, `metrics.jsonl` and a recorded step of a run's directory, on rank 0; collective where
+    it says so. `record`: which step, as `train.record` of a run's file."""
 
-    def __init__(self, directory: Path, model: ParallelModule, name: str, seed: int) -> None:
+    def __init__(self, directory: Path, model: ParallelModule, name: str, seed: int, record: int) -> None:
         """Collective."""
-        self.directory, self.model, self.name, self.seed = directory, model, name, seed
+        self.directory, self.model, self.name, self.seed, self.record = directory, model, name, seed, record
+        self._observer: Observer | None = None
         self.first_rank = model.mesh.rank == 0
         self._file: metrics.MetricsFile | None = None
         self._last: dict[str, Any] = {}
@@ -35,6 +41,13 @@ class ModuleRecord:
                 raise InputError(
                     f"can't be written ({error.strerror})", where=str(directory), key="run", fix="give another"
                 ) from None
+
+    def observed(self, step: int, schedule: Schedule) -> AbstractContextManager[object]:
+        """Around the computation of a step. Collective on the recorded one."""
+        if self._observer is None:
+            recorded = step_to_record(self.record, step - 1)
+            self._observer = Observer(self.directory, self.model, note, recorded=recorded)
+        return self._observer.step(step, schedule)
 
     def step(
         self,
@@ -101,6 +114,11 @@ class ModuleRecord:
             "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
             "bytes": metrics.bytes_by_category(model),
         }
+
+
+def note(text: str) -> None:
+    """Tell the user."""
+    print(f"fiveply: {text}", file=sys.stderr)
 
 
 def _finite(x: float) -> float | None:

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fiveply import timeline
+from fiveply.parallel.pipeline_parallel import Model
+from fiveply.pipeline_schedule import Schedule
 from fiveply.spec.errors import RunError
-from fiveply.spec.run import RunSpec
 from fiveply.timeline import Event, Lane, RecordedStep
 from fiveply.train import metrics
-from fiveply.train.job import Job
 from fiveply.world.recorder import aligned, machine
 
 TOP_ROWS = 20
@@ -32,22 +32,33 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class Observer:
-    """One rank's. `done`: steps before this start; `note` prints for the user on rank 0 (elsewhere to the rank's log)."""
+    """One rank's, of a run in `directory`; `note` prints for the user on rank 0 (elsewhere to the rank's log).
 
-    def __init__(self, run: RunSpec, job: Job, done: int, note: Callable[[str], None]) -> None:
-        self.run, self.job, self.mesh, self.recorder, self.note = run, job, job.mesh, job.mesh.recorder, note
-        last = run.train.stop_at or run.train.steps
-        target = run.train.record if run.train.record > done else done + run.train.record
-        self.recorded = min(target, last) if run.train.record else 0
-        self.first_profiled, self.last_profiled = run.train.profiled
-        self.snapshot_after = self.recorded or done + 1 if run.train.memory_snapshot else 0
+    recorded: the step that is recorded. profiled: the first and the last under torch's profiler. snapshot_after: the step
+    that a snapshot of memory follows. Steps count from 1; 0 is none.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Model,
+        note: Callable[[str], None],
+        *,
+        recorded: int = 0,
+        profiled: tuple[int, int] = (0, 0),
+        snapshot_after: int = 0,
+    ) -> None:
+        self.directory, self.model, self.note, self.recorded = directory, model, note, recorded
+        self.mesh, self.recorder, self.device = model.mesh, model.mesh.recorder, model.device
+        self.first_profiled, self.last_profiled = profiled
+        self.snapshot_after = snapshot_after
         self._profiler: profile | None = None
-        if run.train.memory_snapshot and job.device.type == "cuda":
+        if snapshot_after and self.device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=100_000)
 
     @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Around the computation of step `number`, counted from 1. Collective on the recorded one."""
+    def step(self, number: int, schedule: Schedule) -> Iterator[None]:
+        """Around the computation of step `number`, which runs `schedule`. Collective on the recorded one."""
         self.recorder.step = number
         if self.first_profiled <= number <= self.last_profiled and self._profiler is None:
             self._start_profile(number)
@@ -60,7 +71,7 @@ class Observer:
                 raise self._out_of_memory(number, error) from error
             raise
         if clocks:
-            self._write(number, clocks)
+            self._write(number, schedule, clocks)
         if number == self.last_profiled:
             self._write_profile(number)
         if number == self.snapshot_after:
@@ -77,14 +88,14 @@ class Observer:
         """Returns what `aligned` takes."""
         self.mesh.gather_objects(None)  # a barrier: the readings below are taken at the same time
         clocks = self.mesh.gather_objects((machine(), time.perf_counter()))
-        self.recorder.start(self.job.device)
+        self.recorder.start(self.device)
         return clocks
 
-    def _write(self, number: int, clocks: list[tuple[str, float]]) -> None:
+    def _write(self, number: int, schedule: Schedule, clocks: list[tuple[str, float]]) -> None:
         ranks = self.mesh.gather_objects((self.mesh.at, self.recorder.stop()))
         if self.mesh.rank:
             return
-        shifts, layout, schedule = aligned(clocks), self.mesh.layout, self.job.executor.schedule
+        shifts, layout = aligned(clocks), self.mesh.layout
         steps = [next(e for e in events if e.kind == "step") for _, events in ranks]
         zero = min(step.start + shift for step, shift in zip(steps, shifts, strict=True))
         lanes: list[Lane] = []
@@ -95,10 +106,10 @@ class Observer:
             moved += [msgspec.structs.replace(e, start=e.start + by, end=e.end + by) for e in events]
         recorded = RecordedStep(
             number, str(layout), schedule.name, schedule.pp, schedule.vp, schedule.micro_batches, lanes,
-            timeline.matched(moved), self.job.device.type,
+            timeline.matched(moved), self.device.type,
         )  # fmt: skip
         try:
-            timeline.write(recorded, self.run.directory)
+            timeline.write(recorded, self.directory)
         except OSError as error:
             self.note(f"step {number} could not be recorded: {error}")
 
@@ -106,7 +117,7 @@ class Observer:
 
     def _start_profile(self, number: int) -> None:
         self.first_profiled = number
-        cuda = [ProfilerActivity.CUDA] if self.job.device.type == "cuda" else []
+        cuda = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         self._profiler = profile(activities=[ProfilerActivity.CPU, *cuda])
         self._profiler.start()
 
@@ -115,7 +126,7 @@ class Observer:
         self._profiler.stop()
         path = self._file("profile")
         self._profiler.export_chrome_trace(str(path))
-        order = "self_cuda_time_total" if self.job.device.type == "cuda" else "self_cpu_time_total"
+        order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         table = self._profiler.key_averages().table(sort_by=order, row_limit=TOP_ROWS, max_name_column_width=48)
         path.with_suffix(".txt").write_text(table)
         self.note(f"steps {self.first_profiled} to {last} profiled: {path.parent}\n{table}")
@@ -136,18 +147,18 @@ class Observer:
         path = self._file("memory")
         named = {
             tensor.untyped_storage().data_ptr(): f"{unit.name} {kind}"
-            for unit in self.job.model.units
+            for unit in self.model.units
             for kind, tensor in (("gradients", unit.grad), ("master copy", unit.master), ("gradients", unit.full_grad),
                                  ("owned parameters", unit.values), ("parameters", unit.full))
             if tensor is not None
         }  # fmt: skip
         tensors = _live_tensors()
-        cuda = self.job.device.type == "cuda"
+        cuda = self.device.type == "cuda"
         held = {
             "rank": self.mesh.rank, "when": when, "error": error,
             "kind": "allocated on the GPU" if cuda else "resident in the process; its interpreter and libraries count too",
-            "peak_bytes": metrics.peak_memory(self.job.device),
-            "bytes": metrics.bytes_by_category(self.job.model),
+            "peak_bytes": metrics.peak_memory(self.device),
+            "bytes": metrics.bytes_by_category(self.model),
             "tensors_seen": {"count": len(tensors), "bytes": sum(size for size, _ in tensors),
                              "note": "those that Python knows; what autograd alone keeps is not among them"},
             "largest": [
@@ -162,9 +173,14 @@ class Observer:
         return path
 
     def _file(self, folder: str) -> Path:
-        path = self.run.directory / folder / f"rank-{self.mesh.rank:05d}.json"
+        path = self.directory / folder / f"rank-{self.mesh.rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def step_to_record(asked: int, done: int) -> int:
+    """The step `asked` for, or where `done` steps are beyond it, as many after them; 0 for none."""
+    return asked if asked > done or not asked else done + asked
 
 
 def _live_tensors() -> list[tuple[int, Tensor]]:

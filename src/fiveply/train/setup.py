@@ -1,7 +1,8 @@
 """Everything about a run that can be known, checked and prepared before any rank starts.
 
-`ready` runs in the launching process: it resolves the layout against model and batch, finds the checkpoint to resume from,
-refuses an existing run directory, and prepares the corpus. What is wrong with the user's input is said here, once.
+`ready` runs in the launching process, or in the first one of a world that was started from outside: it resolves the layout
+against model and batch, finds the checkpoint to resume from, refuses an existing run directory, and prepares the corpus.
+What is wrong with the user's input is said here, once.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fiveply.spec.legality import resolve
 from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Precision, RunSpec
 from fiveply.world import device
+from fiveply.world.launch import by_first
 from fiveply.world.mesh import Transport
 
 
@@ -49,6 +51,11 @@ class Ready:
 def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, progress: bool = True,
           transport: Transport = "auto") -> Ready:  # fmt: skip
     """Check and prepare; raises InputError. A resumed run takes the recorded layout unless one is given."""
+    # Of several processes a slower one would find the run's directory made by a faster one.
+    return by_first(lambda: _ready(run, resume, layout, progress, transport), call_seconds(run))
+
+
+def _ready(run: RunSpec, resume: bool, layout: str | None, progress: bool, transport: Transport) -> Ready:
     notes: list[str] = []
     spec = run.model_spec()
     checkpoint = _checkpoint_to_resume(run, resume, notes)
@@ -86,6 +93,11 @@ def ready(run: RunSpec, *, resume: bool = False, layout: str | None = None, prog
     prepared = prepare_corpus(run, spec, corpus, progress=progress)
     _check_corpus(run, spec, prepared)
     return Ready(run, spec, resolved, corpus, checkpoint.path if checkpoint else None, tuple(notes), transport)
+
+
+def call_seconds(run: RunSpec) -> float:
+    """Time-out of a collective: longer than it takes to notice and explain a hang."""
+    return max(600.0, 2 * run.train.hang_timeout)
 
 
 def _checkpoint_to_resume(run: RunSpec, resume: bool, notes: list[str]) -> store.Checkpoint | None:

@@ -28,15 +28,15 @@ from fiveply.parallel.data_parallel import Segment
 from fiveply.report.terminal import Progress, layout_table, schedule_picture
 from fiveply.spec.errors import InputError
 from fiveply.spec.legality import resolve
-from fiveply.spec.run import RunSpec
 from fiveply.train import metrics, setup
 from fiveply.train.job import Job, Sums
-from fiveply.train.observe import Observer
+from fiveply.train.observe import Observer, step_to_record
 from fiveply.train.optimizer import learning_rate
 from fiveply.train.setup import Ready
 from fiveply.world import device
-from fiveply.world.launch import joined, launch, stop_requested
+from fiveply.world.launch import launch, stop_requested
 from fiveply.world.mesh import Groups, Mesh
+from fiveply.world.process import place
 from fiveply.world.watchdog import Watchdog
 
 MOST_DRAWN = 16
@@ -56,15 +56,16 @@ def train(ready: Ready) -> dict[str, Any]:
     compute = setup.dtypes(ready.run.precision).compute
     peak = metrics.peak_flops(compute, torch.device("cpu")) if device.find().kind == "cpu" else 0.0
     return launch(
-        _rank, ready.layout.world, ready, peak, log_folder=directory / "logs", timeout_seconds=call_seconds(ready.run)
-    )
+        _rank, ready.layout.world, ready, peak, log_folder=directory / "logs", timeout_seconds=setup.call_seconds(ready.run),
+        shared_memory=ready.transport != "gloo",
+    )  # fmt: skip
 
 
 def _rank(ready: Ready, peak: float) -> dict[str, Any]:
-    if joined():
-        # Started from outside, several processes may stand on one host: the first prepares, the others open.
-        if dist.get_rank() == 0:
-            setup.prepare_corpus(ready.run, ready.spec, ready.corpus, progress=True)
+    here = place()
+    if here is not None:
+        if here.local_rank == 0:  # a host that does not share the first one's disk needs a corpus of its own
+            setup.prepare_corpus(ready.run, ready.spec, ready.corpus, progress=False)
         dist.barrier()
     trainer = _Trainer(ready, peak)
     with trainer.progress, trainer.watched():
@@ -100,16 +101,19 @@ class _Trainer:
         self.progress = Progress(run.train.steps, enabled=self.first_rank, log_every=run.train.log_every)
         self.metrics = metrics.MetricsFile(self.directory / "metrics.jsonl", self.done) if self.first_rank else None
         self.steps_seconds, self.steps_tokens = 0.0, 0
-        self.observer = Observer(run, self.job, self.done, self._note)
+        last, record = run.train.stop_at or run.train.steps, step_to_record(run.train.record, self.done)
+        recorded = min(record, last)
+        self.observer = Observer(
+            self.directory, self.job.model, self._note, recorded=recorded, profiled=run.train.profiled,
+            snapshot_after=(recorded or self.done + 1) if run.train.memory_snapshot else 0,
+        )  # fmt: skip
 
     def watched(self) -> AbstractContextManager[object]:
-        limit, at = self.settings.train.hang_timeout, self.mesh.at
+        limit = self.settings.train.hang_timeout
         if self.mesh.world is None or not limit:
             return nullcontext()
-        degrees = {"tp": self.layout.tp, "dp": self.layout.dp, "pp": self.layout.pp}
-        place = ", ".join(f"{axis} {getattr(at, axis)}" for axis in ("dp", "tp", "pp") if degrees[axis] > 1)
         return Watchdog(
-            self.mesh.recorder, place, limit=limit, timeout=call_seconds(self.settings), note=self._note,
+            self.mesh.recorder, self.mesh.place, limit=limit, timeout=setup.call_seconds(self.settings), note=self._note,
             file=self.directory / "hang.txt",
         )  # fmt: skip
 
@@ -150,7 +154,7 @@ class _Trainer:
 
     def _step(self) -> bool:
         """One optimiser step and its row; returns whether a rank was asked to stop."""
-        with self.observer.step(self.done + 1):
+        with self.observer.step(self.done + 1, self.job.executor.schedule):
             begun = time.perf_counter()
             sums = self.job.gradients(self.batches, self.done, self.cursor, flag=stop_requested())
             self.job.update(sums, self.done)
@@ -352,11 +356,6 @@ class _Trainer:
             "ended": ended,
             "best": self.best or None,
         }
-
-
-def call_seconds(run: RunSpec) -> float:
-    """Time-out of a collective: longer than it takes to notice and explain a hang."""
-    return max(600.0, 2 * run.train.hang_timeout)
 
 
 def due(every: int, step: int) -> bool:

@@ -12,20 +12,19 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 
 
-def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | str:
-    """The library of one source file, or why there is none."""
+def library(source: Path, flags: tuple[str, ...], headers: Sequence[Path] = ()) -> ctypes.CDLL | str:
+    """The library of one source file, or why there is none. `headers`: files beside it that it includes."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return "no C++ compiler was found (c++, g++ or clang++)"
-    # A home directory can be shared by machines whose processors differ.
-    key = [source.read_bytes(), " ".join(flags).encode(), compiler.encode(), _processor().encode()]
-    name = f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
+    name = file_name(source, flags, headers, compiler)
     path = Path.home() / ".cache" / "fiveply" / name
     with tempfile.TemporaryDirectory(prefix="fiveply-") as own, suppress(OSError):
         if not path.exists():
@@ -35,6 +34,13 @@ def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | str:
             path = _keep(made, path)
         return ctypes.CDLL(str(path))
     return "the compiled library could not be loaded"
+
+
+def file_name(source: Path, flags: tuple[str, ...], headers: Sequence[Path], compiler: str) -> str:
+    """By all that a library depends on; a home directory can be shared by machines whose processors differ."""
+    sources = [path.read_bytes() for path in (source, *headers)]
+    key = [*sources, " ".join((*_FLAGS, *flags)).encode(), compiler.encode(), _processor().encode()]
+    return f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
 
 
 def _compile(command: list[str]) -> str:

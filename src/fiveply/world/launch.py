@@ -16,6 +16,7 @@ What this file does not know: layouts, meshes, models; it makes the default grou
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from fiveply.spec.errors import FiveplyError, InputError, RunError
 from fiveply.world import process as own
@@ -44,9 +46,10 @@ from fiveply.world.allocator import keep_freed_memory
 from fiveply.world.device import find
 from fiveply.world.process import stop_requested
 
-__all__ = ["joined", "launch", "leave", "meet", "stop_requested"]
+__all__ = ["by_first", "joined", "launch", "meet", "stop_requested"]
 
 _LOOPBACK = "127.0.0.1"
+_LONG = timedelta(days=7)  # for work whose length nobody knows; a dead first process ends the wait at once
 _GRACE_SECONDS = 1.0  # from the first sign of a failure until the rest are killed: time for the cause to be reported
 
 
@@ -72,13 +75,36 @@ def meet(timeout_seconds: float = 600.0) -> None:
     """Join the ranks that torchrun or Slurm started, for the rest of this process: device, threads, default group."""
     place = own.place()
     assert place is not None
+    atexit.register(_leave, patience_seconds=5.0)
     torch.set_num_threads(_threads(place))
     _meet(place, _default_backend(), timedelta(seconds=timeout_seconds))
 
 
-def leave() -> None:
-    """Leave the group that `meet` made."""
-    _leave(patience_seconds=5.0)
+def by_first(function: Callable[[], Any], timeout_seconds: float = 600.0) -> Any:
+    """What `function()` gives or raises in the first process of a world that torchrun or Slurm started, in each of them.
+
+    For what only one may do, as looking whether something exists that is then made: processes start at different times.
+    `timeout_seconds`: as `launch`'s, which goes on in the world met here. On its own, a process is the first.
+    """
+    place = own.place()
+    if place is None:
+        return function()
+    meet(timeout_seconds)
+    store = _get_default_store()
+    if place.rank == 0:
+        try:
+            told: tuple[Any, FiveplyError | None] = function(), None
+        except FiveplyError as error:
+            told = None, error
+        store.set("first", pickle.dumps(told).hex())
+    else:
+        store.wait(["first"], _LONG)
+        told = pickle.loads(bytes.fromhex(store.get("first").decode()))
+    dist.barrier()  # the store can stand in the first process, which may end here
+    value, error = told
+    if error is not None:
+        raise error
+    return value
 
 
 def launch(
@@ -88,16 +114,19 @@ def launch(
     log_folder: Path | None = None,
     backend: str | None = None,
     timeout_seconds: float = 600.0,
+    shared_memory: bool = True,
     apart: bool = False,
 ) -> Any:
     """Run `function(*args)` on `ranks` ranks, each within a default process group; return rank 0's value.
 
-    Under torchrun or Slurm this process is one of them, and gets its own value. Otherwise ranks are started here, one
-    per GPU or sharing the CPU's cores; a single one is this process itself. In ranks that are started, the function
-    runs on a thread other than the main one (which takes signals), and a value that can't be pickled comes back as None.
+    Under torchrun or Slurm this process is one of them, also after `by_first`, and gets its own value. Otherwise ranks are
+    started here, one per GPU or sharing the CPU's cores; a single one is this process itself. In ranks that are started, the
+    function runs on a thread other than the main one (which takes signals), and a value that can't be pickled comes back as
+    None.
 
     `log_folder` gets what each rank prints as `rank-00003.log`; rank 0 prints to the terminal as well, the others
-    only there. `timeout_seconds` bounds each collective and the start. `apart`: a single rank gets a process of its own too.
+    only there. `timeout_seconds` bounds each collective and the start. `shared_memory`: whether CPU ranks may talk
+    through it, for which its library is then made ready. `apart`: a single rank gets a process of its own too.
 
     Raises InputError if the world does not have `ranks` ranks; the FiveplyError that a rank raised first; RunError
     naming the rank that failed first otherwise (the traceback of a defect goes to standard error and the rank's log).
@@ -117,7 +146,11 @@ def launch(
         except OSError as error:
             raise InputError(f"cannot hold logs: {error.strerror}", where=str(log_folder)) from error
     job = _Job(function, args, ranks, backend, timedelta(seconds=timeout_seconds), log_folder)
-    return _run_here(job, place) if place or (ranks == 1 and not apart) else _start(job)
+    if place or (ranks == 1 and not apart):
+        return _run_here(job, place)
+    if shared_memory and "nccl" not in backend:
+        shm.build()  # before there are ranks that would each compile or load it
+    return _start(job)
 
 
 def _run_here(job: _Job, place: own.Place | None) -> Any:
@@ -135,10 +168,11 @@ def _run_here(job: _Job, place: own.Place | None) -> Any:
         own.voice.tell = tell
         try:
             torch.set_num_threads(_threads(place))
-            keep_freed_memory()
             if place:
+                keep_freed_memory()
+            if place and not dist.is_initialized():
                 _meet(place, job.backend, job.timeout)
-            else:
+            elif not place:
                 _take_device(job.backend, 0)
                 dist.init_process_group(job.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=job.timeout)
             value = job.function(*job.args)
@@ -205,8 +239,6 @@ def _leave(patience_seconds: float | None = None) -> None:
 
 
 def _start(job: _Job) -> Any:
-    if "nccl" not in job.backend:
-        shm.build()  # before there are ranks that would each compile or load it
     # CUDA can't be used in a forked process once its parent has; elsewhere than on Linux system libraries can't either.
     forks = sys.platform == "linux" and "nccl" not in job.backend and not torch.cuda.is_initialized()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")

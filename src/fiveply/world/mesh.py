@@ -65,6 +65,12 @@ class Groups:
         return group
 
     @property
+    def call_seconds(self) -> float:
+        """Time-out of a call."""
+        timeout = _default_timeout()
+        return timeout.total_seconds() if timeout else 600.0
+
+    @property
     def carriers(self) -> str:
         """The backends in use, as `shm` or `gloo` or both."""
         shared = [isinstance(group, shm_backend.SharedMemoryGroup) for group in self._made.values() if group.size() > 1]
@@ -90,11 +96,13 @@ class Mesh:
     recorder: told of all that these axes do.
     """
 
-    def __init__(self, layout: Layout, spec: ModelSpec | None, groups: Groups | None = None) -> None:
+    def __init__(
+        self, layout: Layout, spec: ModelSpec | None, groups: Groups | None = None, recorder: Recorder | None = None
+    ) -> None:
         """`spec=None`: a user's own module, which has neither key-value heads nor a tied embedding that we know of."""
         self.layout, self.rank = layout, dist.get_rank() if dist.is_initialized() else 0
         self.at = at = layout.coordinates(self.rank)
-        self.recorder = Recorder(self.rank)
+        self.recorder = recorder or Recorder(self.rank)
         self.groups = groups or Groups()
         places = [layout.coordinates(rank) for rank in range(layout.world)]
 
@@ -124,6 +132,12 @@ class Mesh:
             self.tied = axis(
                 "tied", lambda p: (p.tp, p.dp) == (at.tp, at.dp) and p.pp in mine, lane=2 + max(layout.end_ranks)
             )
+
+    @property
+    def place(self) -> str:
+        """`dp 0, pp 1`: this rank's coordinates along the axes that have more than one rank."""
+        degrees = {"dp": self.layout.dp, "tp": self.layout.tp, "pp": self.layout.pp}
+        return ", ".join(f"{axis} {getattr(self.at, axis)}" for axis, degree in degrees.items() if degree > 1)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Each rank's small Python value, in rank order, on every rank of the world. Collective."""

@@ -193,6 +193,8 @@ def abandon(told: Failure) -> NoReturn:
     """End this process at once: another thread has found that the one that computes is stuck for good."""
     if voice.tell is not None:
         voice.tell(told)
+    elif not told.follows:  # a script that torchrun or Slurm started
+        print(told.traceback or told.cause, file=sys.__stderr__, flush=True)
     os._exit(1)
 
 

@@ -4,7 +4,7 @@ Each rank has a thread that wakes once a second, says through the store how long
 otherwise does nothing. When its own rank has stood still for the limit, it looks at all others.
 
 The rule. The clock runs only while *no* rank of the world moves: one that was in another action or call a moment ago is
-going on, and the others wait for it rightly. Once all have stood still for the limit:
+going on, and the others wait for it rightly. Once all have stood still for the limit, and a rank waits in a call:
 - a rank whose thread has gone silent is stopped or dead, and the run ends;
 - ranks that all wait (for a rank that has left, in calls that don't match, in a circle) can't go on, and the run ends;
 - a rank that computes and answers may only be slow (an evaluation, a large file): it is named once, and the run goes on
@@ -34,7 +34,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from fiveply.world import process as own
 from fiveply.world.hang import Hello, Position, Verdict, judge
-from fiveply.world.recorder import BOARD_BYTES, Recorder, machine
+from fiveply.world.recorder import BOARD_BYTES, Field, Recorder, machine
 
 LIMIT_SECONDS = 300.0
 _STORE_SECONDS = 5.0  # for an answer of the store
@@ -51,7 +51,7 @@ class _Beat(msgspec.Struct, frozen=True):
 
 
 class Watchdog:
-    """A context around what is watched, entered by all ranks of a world of two or more.
+    """A context around what is watched, entered by all ranks of a world of two or more, and in one order if by several.
 
     `place` names this rank's coordinates; `limit` and `timeout` (of one call) in seconds; `note` prints for the user; the
     last report goes to `file`.
@@ -69,7 +69,8 @@ class Watchdog:
     ) -> None:
         self.recorder, self.limit, self.timeout, self.note, self.file = recorder, limit, timeout, note, file
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self._store = dist.PrefixStore("watchdog", _get_default_store().clone())  # pyright: ignore[reportAttributeAccessIssue]
+        store = _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self._store = dist.PrefixStore(f"watchdog {store.add(f'watchdogs of {self.rank}', 1)}", store)
         self._store.set_timeout(timedelta(seconds=_STORE_SECONDS))
         self._period = max(min(1.0, limit / 4), self.ranks / 1000)  # at most a thousand messages a second for the store
         self._patience = max(4 * self._period, min(limit / 10, 30.0))
@@ -89,7 +90,7 @@ class Watchdog:
         self._hello = Hello(place, recorder.axes, recorder.stages, where)
 
     def __enter__(self) -> Watchdog:
-        self._store.set(f"hello {self.rank}", msgspec.json.encode(self._hello).decode())
+        self.introduce()
         self._say()
         self._thread.start()
         self._guard.start()
@@ -107,6 +108,10 @@ class Watchdog:
             self.recorder.move_to(memoryview(bytearray(BOARD_BYTES)).cast("q"))
             os.close(self._memory)
 
+    def introduce(self) -> None:
+        """Say what this rank holds: again where that has grown."""
+        self._store.set(f"hello {self.rank}", msgspec.json.encode(self._hello).decode())
+
     def _watch(self) -> None:
         before, moves = time.monotonic(), -1
         while not self._over.wait(self._period):
@@ -119,7 +124,7 @@ class Watchdog:
                 self._still += passed
             with suppress(RuntimeError):  # of which torch's store and network errors are kinds; the guard sees them
                 self._say()
-                if self._still >= self.limit:
+                if self._still >= self.limit - self._patience:  # by the limit it is known who answers
                     self._look(passed)
                 self._rounds += 1
 
@@ -129,7 +134,8 @@ class Watchdog:
         while not self._over.wait(self._period):
             now = time.monotonic()
             passed, before = min(now - before, 2 * self._period), now
-            still = still + passed if seen == (self._rounds, self.recorder.board[0]) else 0.0
+            stands = seen == (self._rounds, self.recorder.board[0]) and self.recorder.board[Field.OPERATION]
+            still = still + passed if stands else 0.0
             seen = self._rounds, self.recorder.board[0]
             if still >= self.limit + _STORE_SECONDS:
                 self._end(self._alone())
@@ -146,6 +152,8 @@ class Watchdog:
             own.abandon(told)
         positions = [self._position(rank, passed) for rank in range(self.ranks)]
         if any(p.answers and not p.left and p.still < self.limit for p in positions):
+            return
+        if not any(p.waits for p in positions):
             return
         answering = [p.rank for p in positions if p.answers and not p.left]
         if not answering or self.rank != answering[0]:
