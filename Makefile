@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench clean install
+.PHONY: demo test test-slow test-gloo lint bench clean install
 
 demo: .venv/demo.stamp
 	$(BIN)/python recipes/demo.py
@@ -11,8 +11,13 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	$(BIN)/pytest -m "not slow"
 
+# The larger matrices, and over gloo what `test` ran over shared memory; `test-gloo` runs the larger ones there as well.
 test-slow: .venv/test.stamp
 	$(BIN)/pytest -m slow
+	$(BIN)/pytest tests/layouts -m "not slow" --backend gloo
+
+test-gloo: .venv/test.stamp
+	$(BIN)/pytest tests/layouts --backend gloo
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

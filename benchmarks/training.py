@@ -46,6 +46,7 @@ from fiveply.spec.run import Optimizer, RunSpec, Train
 from fiveply.train.job import Job
 from fiveply.train.observe import Observer
 from fiveply.world import device
+from fiveply.world.allocator import keep_freed_memory
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Groups, Mesh
 
@@ -381,6 +382,7 @@ def in_fresh_process(ranks: int, *args: Any) -> dict[str, Any]:
 
 
 def child() -> None:
+    keep_freed_memory()  # ranks do so; a single one is this process
     ranks, layout, names, dtype, rounds, config, sequence = json.loads(sys.stdin.read())
     spec = ModelSpec.from_config(config)
     print(json.dumps(launch(run_field, ranks, layout, names, dtype, rounds, spec, sequence, backend="gloo")))

@@ -1,4 +1,5 @@
-"""The main job, end to end: train a small decoder on real text over 4 local ranks, resume under another layout, generate, report.
+"""The main job, end to end: train a small decoder on real text over 4 local ranks, resume under another layout, generate,
+serve for a moment, report.
 
 Run by `make demo`. Four ranks on a machine of two cores are oversubscribed: this shows what the axes do, not how fast they
 can be. An earlier runs/demo is replaced.
@@ -12,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 RUN = Path("runs/demo")
 FILE = Path(__file__).with_name("demo.toml")
 FIVEPLY = [sys.executable, "-m", "fiveply.cli"]
-LEAVE_OFF, RESUMED_LAYOUT = 240, "dp=2,tp=2,zero=1"
+LEAVE_OFF, RESUMED_LAYOUT, SERVED_LAYOUT = 240, "dp=2,tp=2,zero=1", "pp=2"
 
 
 def main() -> None:
@@ -42,7 +44,9 @@ def main() -> None:
         "--json",
     )
     print("ROMEO.\n" + answer["completions"][0]["text"])
-    say("4. Report")
+    say(f"4. Serve it as {SERVED_LAYOUT} and ask one question over HTTP, as any client of OpenAI's API would")
+    serve_one_question()
+    say("5. Report")
     report = fiveply("report", str(RUN), "--json")["report"]
 
     vocabulary = json.loads((RUN / "facts.json").read_text())["model"]["vocabulary"]
@@ -63,6 +67,28 @@ def fiveply(*args: str) -> dict[str, object]:
     if shown.returncode:
         raise SystemExit(shown.returncode)
     return json.loads(shown.stdout)
+
+
+def serve_one_question() -> None:
+    """Start the server at a free port, wait until it is ready, ask, and end it as Ctrl-C would."""
+    command = [*FIVEPLY, "serve", str(RUN), "--layout", SERVED_LAYOUT, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            ready = next((line for line in server.stderr if " is ready at " in line), "")
+            if not ready:
+                raise SystemExit(server.wait() or 1)
+            url = ready.split(" is ready at ")[1].split()[0]
+            body = json.dumps({"prompt": "HAMLET.\n", "max_tokens": 40, "temperature": 0.7, "seed": 1}).encode()
+            request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+            begun = time.perf_counter()
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                told = json.load(answer)
+            print("HAMLET.\n" + told["choices"][0]["text"])
+            tokens, seconds = told["usage"]["completion_tokens"], time.perf_counter() - begun
+            print(f"\n{tokens} tokens from {url} in {seconds:.2f} s")
+        finally:
+            server.terminate()
 
 
 def say(text: str) -> None:

@@ -204,7 +204,7 @@ def test_as_a_process(args: tuple[str, ...], code: int) -> None:
         assert all(verb in done.stdout for verb in verbs())
 
 
-@pytest.mark.parametrize("verb", ["train", "verify", "generate", "convert", "report"])
+@pytest.mark.parametrize("verb", ["train", "verify", "generate", "serve", "convert", "report"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

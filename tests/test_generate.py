@@ -1,235 +1,142 @@
-"""Generation: greedy against `transformers`, ragged batches against each prompt alone, keyed sampling, ends, bad input."""
+"""Generation, the verb: `transformers`' tokens, ragged batches against each prompt alone, ends, files, bad input."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import itertools
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from tokenizers import Tokenizer as InnerTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors
+from random_models import add_tokenizer, greedy_by_transformers, ragged, same_where_clear, save_random
+from safetensors.torch import load_file, save_file
 
-from fiveply import generate
+from fiveply import generate, service
 from fiveply.checkpoint import store
 from fiveply.checkpoint.gguf import convert
 from fiveply.checkpoint.slices import Slice
-from fiveply.corpus.tokenizer import END_OF_TEXT, Tokenizer
-from fiveply.generate import Generator, Sampling
-from fiveply.model.attention import RowsAttention
 from fiveply.spec.errors import InputError, RunError
-
-CONFIGS = Path(__file__).parent / "configs"
-LENGTHS = [1, 37, 2, 64, 11, 23]
-NEAR = 1e-3
-"""Two largest logits closer than this may change places by rounding."""
+from fiveply.world.device import Devices
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small products wait for a second thread longer than they take, the more so where other tests run."""
+    monkeypatch.setattr(Devices, "threads_for", lambda self, ranks: 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def save_random(family: str, folder: Path, **changed: Any) -> Any:
-    """A random model of `transformers` that generates without end, and its directory."""
-    values = json.loads((CONFIGS / f"{family}.json").read_text()) | {"eos_token_id": None} | changed
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = float(name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")))
-            parameter.normal_(centre, 0.1)
-    model.save_pretrained(folder)
-    model.name_or_path = str(folder)
-    return model
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2", "mistral"])
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Generator]:
-    folder = tmp_path_factory.mktemp(request.param) / "hf"
-    return save_random(request.param, folder), Generator.load(folder, "float32")
-
-
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama") / "hf"
-    save_random("llama", folder)
-    return folder
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return save_random("llama", tmp_path_factory.mktemp("llama") / "hf", num_hidden_layers=3)
 
 
-def ragged(vocabulary: int, lengths: list[int] = LENGTHS) -> list[list[int]]:
-    generator = np.random.default_rng(5)
-    return [generator.integers(3, vocabulary, length).tolist() for length in lengths]
+def as_file(prompts: list[list[int]], folder: Path) -> Path:
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"tokens": prompt}) + "\n" for prompt in prompts))
+    return file
 
 
-@torch.no_grad()
-def logits_after(model: Any, tokens: list[int]) -> torch.Tensor:
-    return model(torch.tensor([tokens])).logits[0, -1]
+def completions(model: Path | str, prompts: list[list[int]], folder: Path, **arguments: Any) -> list[dict[str, Any]]:
+    return generate.run(model, prompts=as_file(prompts, folder), **arguments)["completions"]
 
 
-def same_where_clear(ours: list[int], theirs: list[int], prompt: list[int], model: Any) -> bool:
-    """Equal, or parting where the two largest logits nearly tie."""
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if a != b:
-            top = logits_after(model, prompt + ours[:index]).topk(2).values
-            return bool(top[0] - top[1] <= NEAR)
-    return True
-
-
-def greedy_by_transformers(model: Any, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
-
-
-def test_greedy_equals_transformers(family: tuple[Any, Generator]) -> None:
-    model, generator = family
-    prompts = ragged(generator.decoder.spec.vocabulary)
-    completions = generator.generate(prompts, 20)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        assert completion.prompt_tokens == prompt
-        assert (len(completion.tokens), completion.finish_reason, completion.text) == (20, "length", "")
-        assert same_where_clear(completion.tokens, greedy_by_transformers(model, prompt, 20), prompt, model)
-
-
-@pytest.mark.parametrize(("temperature", "limits"), [(0.0, (2048, 32)), (0.0, (13, 3)), (1.0, (7, 2))], ids=str)
-def test_a_batch_equals_each_alone(
-    family: tuple[Any, Generator], temperature: float, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However prompts are cut into chunks, and whoever waits for whom. In float64, where no rounding decides a token."""
-    model, _ = family
-    vocabulary = model.config.vocab_size
-    ends = frozenset(range(0, vocabulary, 9))  # so that sequences leave at different times
-    generator = dataclasses.replace(Generator.load(model.name_or_path, "float64"), ends=ends)
-    prompts = ragged(vocabulary)
-    alone = [generator.generate([prompt], 12, temperature, seed=9)[0] for prompt in prompts]
-    monkeypatch.setattr(generate, "PROMPT_TOKENS", limits[0])
-    monkeypatch.setattr(generate, "TOGETHER", limits[1])
-    together = generator.generate(prompts, 12, temperature, seed=9)
-    for one, other in zip(alone, together, strict=True):
-        assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-9)
+@pytest.mark.parametrize("layout", ["dp=1", "tp=3,pp=2"])
+def test_greedy_equals_transformers(llama: Any, layout: str, tmp_path: Path) -> None:
+    prompts = ragged(llama.config.vocab_size)
+    found = completions(llama.name_or_path, prompts, tmp_path, max_tokens=12, dtype="float32", layout=layout)
+    for prompt, completion in zip(prompts, found, strict=True):
+        assert completion["prompt_tokens"] == prompt
+        assert (len(completion["tokens"]), completion["finish_reason"], completion["text"]) == (12, "length", "")
+        assert same_where_clear(completion["tokens"], greedy_by_transformers(llama, prompt, 12), prompt, llama)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-@torch.no_grad()
-def test_logprobs_are_those_of_the_whole_forward(family: tuple[Any, Generator], temperature: float) -> None:
-    _, generator = family
-    decoder = generator.decoder
-    prompts = ragged(decoder.spec.vocabulary)
-    for completion in generator.generate(prompts, 15, temperature, top_k=50, seed=1):
-        tokens = torch.tensor(completion.prompt_tokens + completion.tokens)
-        hidden = decoder(tokens, torch.arange(len(tokens)), RowsAttention(1))
-        logits = decoder.logits(hidden[len(completion.prompt_tokens) - 1 : -1])
-        wanted = logits.log_softmax(-1).gather(1, tokens[len(completion.prompt_tokens) :, None]).squeeze(1)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=2e-5, rtol=1e-5)
-
-
-def test_tokens_are_told_as_they_come(llama: Path) -> None:
-    generator = Generator.load(llama, "float32")
-    told: dict[int, list[int]] = {}
-    prompts = ragged(generator.decoder.spec.vocabulary)
-    completions = generator.generate(prompts, 7, on_token=lambda index, token: told.setdefault(index, []).append(token))
-    assert [told[index] for index in range(len(prompts))] == [completion.tokens for completion in completions]
-
-
-# --- sampling -------------------------------------------------------------------------------------------------------
-
-LOGITS = torch.tensor([1.0, -2.0, 0.5, 3.0, 2.9, -9.0, 0.0])
-
-
-def share(sampling: Sampling, draws: int = 4000) -> np.ndarray:
-    drawn = [generate._draw(LOGITS, sampling, position) for position in range(draws)]
-    return np.bincount(drawn, minlength=len(LOGITS)) / draws
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_follow_the_distribution(temperature: float) -> None:
-    wanted = (LOGITS.double() / temperature).softmax(-1).numpy()
-    error = np.sqrt(wanted * (1 - wanted) / 4000)
-    assert (np.abs(share(Sampling(1, temperature, seed=4)) - wanted) <= 4 * error + 1e-9).all()
-
-
-def test_top_k_and_top_p_keep_the_likeliest() -> None:
-    def kept(**settings: Any) -> set[int]:
-        return set(share(Sampling(1, **settings), 1500).nonzero()[0].tolist())
-
-    assert kept(temperature=5.0, top_k=3) == {3, 4, 0}
-    assert kept(temperature=5.0, top_k=100) == set(range(7))
-    first = LOGITS.softmax(-1)[3].item()
-    assert kept(temperature=1.0, top_p=first - 1e-3) == {3}
-    assert kept(temperature=1.0, top_p=first + 1e-3) == {3, 4}
-    assert kept(temperature=5.0, top_k=2, top_p=0.99) == {3, 4}
-    assert kept(temperature=1e-300) == {3}
-
-
-def test_seeds_and_positions_are_independent() -> None:
-    flat = torch.zeros(1000)
-
-    def draws(seed: int) -> list[int]:
-        return [generate._draw(flat, Sampling(1, 1.0, seed=seed), position) for position in range(200)]
-
-    assert draws(0) == draws(0)
-    for a, b in itertools.combinations([draws(0), [*draws(0)[1:], 0], draws(1), draws(-1), draws(2**40)], 2):
-        assert sum(x == y for x, y in zip(a, b, strict=True)) < 5
-
-
-def test_draws_are_pinned() -> None:
-    """A seed's text must survive releases."""
-    flat = torch.zeros(1000)
-    assert [generate._draw(flat, Sampling(1, 1.0, seed=7), position) for position in range(6)] == [
-        872,
-        82,
-        14,
-        442,
-        61,
-        454,
+def test_a_batch_equals_each_alone_with_the_models_own_logprobs(llama: Any, temperature: float, tmp_path: Path) -> None:
+    """In float64, where no rounding decides a token."""
+    prompts = ragged(llama.config.vocab_size)
+    settings: dict[str, Any] = {
+        "max_tokens": 9,
+        "temperature": temperature,
+        "top_k": 50,
+        "seed": -9,
+        "dtype": "float64",
+    }
+    together = completions(llama.name_or_path, prompts, tmp_path, **settings)
+    assert [one["tokens"] for one in completions(llama.name_or_path, prompts[::-1], tmp_path, **settings)][::-1] == [
+        one["tokens"] for one in together
     ]
+    for prompt, completion in list(zip(prompts, together, strict=True))[1:4]:
+        (alone,) = completions(llama.name_or_path, [prompt], tmp_path, **settings)
+        assert alone["tokens"] == completion["tokens"]
+        assert alone["logprobs"] == pytest.approx(completion["logprobs"], abs=1e-9)
+        ids = torch.tensor([prompt + completion["tokens"]])
+        with torch.no_grad():
+            wanted = llama(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert completion["logprobs"] == pytest.approx(
+            wanted.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist(), abs=5e-5
+        )
 
 
-def test_one_seed_one_text_whatever_the_batch(llama: Path) -> None:
-    generator = Generator.load(llama, "float64")
-    prompts = ragged(generator.decoder.spec.vocabulary)
-    first = generator.generate(prompts, 10, 0.9, seed=1)
-    assert [one.tokens for one in generator.generate(prompts[::-1], 10, 0.9, seed=1)][::-1] == [o.tokens for o in first]
-    assert generator.generate(prompts[2:3], 10, 0.9, seed=1)[0].tokens == first[2].tokens
-    assert generator.generate(prompts[2:3], 10, 0.9, seed=2)[0].tokens != first[2].tokens
-    greedy = [one.tokens for one in generator.generate(prompts, 10)]
-    assert [one.tokens for one in generator.generate(prompts, 10, 0.7, top_k=1, seed=1)] == greedy
-    assert [one.tokens for one in generator.generate(prompts, 10, 0.0, seed=5)] == greedy
+def test_seeds(llama: Any, tmp_path: Path) -> None:
+    prompts = ragged(llama.config.vocab_size)[:2]
+    settings: dict[str, Any] = {"max_tokens": 10, "dtype": "float64"}
+    first, second = (
+        completions(llama.name_or_path, prompts, tmp_path, temperature=0.9, seed=seed, **settings) for seed in (1, 2)
+    )
+    assert [one["tokens"] for one in first] != [one["tokens"] for one in second]
+    greedy = [one["tokens"] for one in completions(llama.name_or_path, prompts, tmp_path, seed=5, **settings)]
+    likeliest = completions(llama.name_or_path, prompts, tmp_path, temperature=0.7, top_k=1, seed=1, **settings)
+    assert [one["tokens"] for one in likeliest] == greedy
+
+
+def test_a_cut_off_run_goes_on(llama: Any, tmp_path: Path) -> None:
+    prompts, out = ragged(llama.config.vocab_size), tmp_path / "out.jsonl"
+    settings: dict[str, Any] = {"max_tokens": 5, "dtype": "float32", "out": out}
+    whole = completions(llama.name_or_path, prompts, tmp_path, **settings)
+    lines = out.read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(prompts)
+    changed = lines[1].replace(b'"length"', b'"stop"')  # not made again, so it shows
+    out.write_bytes(lines[0] + changed + lines[2][:-9])
+    again = completions(llama.name_or_path, prompts, tmp_path, **settings)
+    assert [one["tokens"] for one in again] == [one["tokens"] for one in whole]
+    assert [one["finish_reason"] for one in again].count("stop") == 1
+    assert sorted(json.loads(line)["index"] for line in out.read_text().splitlines()) == list(range(len(prompts)))
+    before = out.read_bytes()
+    assert completions(llama.name_or_path, prompts, tmp_path, **settings) == again
+    assert out.read_bytes() == before
+    with pytest.raises(InputError, match="is of another prompt; name a new file"):
+        completions(llama.name_or_path, prompts[::-1], tmp_path, **settings)
+    out.write_text("{}\n")
+    with pytest.raises(InputError, match="not completions that can be gone on with"):
+        completions(llama.name_or_path, prompts, tmp_path, **settings)
+
+
+def test_a_conversation(
+    speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(speaking, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}a")
+    said = iter(["Ahoy", "More", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    generate.converse(folder, max_tokens=6, dtype="float32")
+    told = capsys.readouterr().out
+    first = generate.run(speaking, prompt="uAhoya", max_tokens=6, dtype="float32")["completions"][0]["text"]
+    second = generate.run(speaking, prompt=f"uAhoya{first}uMorea", max_tokens=6, dtype="float32")["completions"][0][
+        "text"
+    ]
+    assert told == f"{first}\n{second}\n"
 
 
 # --- text, ends, directories ----------------------------------------------------------------------------------------
-
-CHARACTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def add_tokenizer(folder: Path, *, beginning: bool = False) -> Tokenizer:
-    """Bytes, an end and a beginning of text."""
-    vocabulary = {END_OF_TEXT: 0, "<s>": 1} | {c: index for index, c in enumerate(CHARACTERS, 2)}
-    inner = InnerTokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([END_OF_TEXT, "<s>"])
-    if beginning:
-        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = Tokenizer(inner, 0)
-    tokenizer.save(folder)
-    return tokenizer
 
 
 def save_checkpoint(model: Path, folder: Path, step: int) -> Path:
@@ -249,51 +156,51 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_text_stops_before_the_end_token(speaking: Path) -> None:
-    generator = Generator.load(speaking, "float32")
-    assert (generator.ends, generator.before_text, generator.beginning) == ({0}, [], [1])
-    whole = generator.generate(["What a ship carries"], 12)[0]
-    assert whole.prompt_tokens == generator.tokenizer.encode("What a ship carries").tolist()  # type: ignore[union-attr]
-    assert whole.text == generator.tokenizer.decode(whole.tokens)  # type: ignore[union-attr]
-    end = whole.tokens[5]
-    at = whole.tokens.index(end)
-    short = dataclasses.replace(generator, ends=frozenset({end})).generate(["What a ship carries"], 12)[0]
-    assert (short.tokens, short.finish_reason) == (whole.tokens[: at + 1], "stop")
-    assert short.text == generator.tokenizer.decode(whole.tokens[:at])  # type: ignore[union-attr]
-    assert short.logprobs == whole.logprobs[: at + 1]
+def text_of(folder: Path) -> Any:
+    return service.Served.load(folder, dtype="float32").text
 
 
-def test_a_prompt_that_ends_inside_a_character(speaking: Path) -> None:
-    generator = Generator.load(speaking, "float32")
-    tokens = generator.tokenizer.encode("é").tolist()  # type: ignore[union-attr]
-    before, after = "caf", tokens[1:]
-    prompt = [*generator.tokenizer.encode(before).tolist(), tokens[0]]  # type: ignore[union-attr]
-    sequence = generate._Sequence(0, prompt + after, len(prompt))
-    completion = generator._completion(sequence, 1)
-    assert completion is not None
-    assert completion.text == generator.tokenizer.decode(after)  # type: ignore[union-attr]
+def rewrite(folder: Path, **changed: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+def test_text_stops_before_the_end_token(speaking: Path, tmp_path: Path) -> None:
+    text = text_of(speaking)
+    assert (text.ends, text.before, text.beginning) == ({0}, [], [1])
+    ask: dict[str, Any] = {"prompt": "What a ship carries", "max_tokens": 12, "dtype": "float32"}
+    whole = generate.run(speaking, **ask)["completions"][0]
+    assert whole["prompt_tokens"] == text.tokenizer.encode("What a ship carries").tolist()
+    assert whole["text"] == text.tokenizer.decode(whole["tokens"])
+    end = whole["tokens"][5]
+    at = whole["tokens"].index(end)
+    folder = tmp_path / "hf"
+    shutil.copytree(speaking, folder)
+    rewrite(folder, eos_token_id=end)
+    short = generate.run(folder, **ask)["completions"][0]
+    assert (short["tokens"], short["finish_reason"]) == (whole["tokens"][: at + 1], "stop")
+    assert short["text"] == text.tokenizer.decode(whole["tokens"][:at])
+    assert short["logprobs"] == pytest.approx(whole["logprobs"][: at + 1], abs=1e-5)
 
 
 def test_the_files_say_where_texts_begin_and_end(speaking: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(speaking, folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9], "bos_token_id": 1}')
-    generator = Generator.load(folder, "float32")
-    assert (generator.ends, generator.before_text, generator.beginning) == ({0, 5, 9}, [], [1])
-    assert generator.generate([""], 1)[0].prompt_tokens == [1]
-    assert generator.generate([[]], 1)[0].prompt_tokens == [1]
+    text = text_of(folder)
+    assert (text.ends, text.before, text.beginning) == ({0, 5, 9}, [], [1])
+    assert generate.run(folder, max_tokens=1)["completions"][0]["prompt_tokens"] == [1]
+    assert (text.encode(""), text.encode([])) == ([1], [1])
     add_tokenizer(folder, beginning=True)
-    generator = Generator.load(folder, "float32")
-    assert generator.before_text == [1]
-    text = generator.tokenizer.encode("a").tolist()  # type: ignore[union-attr]
-    prompts = [one.prompt_tokens for one in generator.generate(["a", "<s>a", ""], 1)]
-    assert prompts == [[1, *text], [1, *text], [1]]
+    text = text_of(folder)
+    assert text.before == [1]
+    a = text.tokenizer.encode("a").tolist()
+    assert [text.encode(one) for one in ("a", "<s>a", "")] == [[1, *a], [1, *a], [1]]
     (folder / "generation_config.json").write_text("{")
     assert refused(folder).startswith(f"{folder / 'generation_config.json'}: not a JSON object")
     (folder / "generation_config.json").unlink()
-    config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": None}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert Generator.load(folder, "float32").generate([""], 1)[0].prompt_tokens == [0]
+    rewrite(folder, bos_token_id=None)
+    assert text_of(folder).encode("") == [0]
 
 
 def test_runs_and_checkpoints(speaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +258,7 @@ def refused(model: Path | str, **arguments: Any) -> str:
         ({"top_k": -1}, "generate: top_k: -1"),
         ({"top_p": 0.0}, "generate: top_p: 0.0"),
         ({"top_p": 1.5}, "generate: top_p: 1.5"),
-        ({"layout": "tp=2"}, "--layout: 2 ranks: generation runs on one process until serving is built"),
+        ({"layout": "tp=2"}, "--layout: tp: tp=2 does not divide 9 heads"),
         ({"layout": "tq=2"}, "--layout: unknown key 'tq'"),
         ({"prompt": "a", "prompts": Path("b")}, "both --prompt and --prompts"),
         ({"prompts": Path("absent.jsonl")}, "absent.jsonl: cannot be read"),
@@ -393,11 +300,11 @@ def test_bad_prompt_files(speaking: Path, tmp_path: Path, content: bytes, line: 
     assert line in refused(speaking, prompts=file, max_tokens=1)
 
 
-def test_bad_directories(llama: Path, speaking: Path, tmp_path: Path) -> None:
+def test_bad_directories(llama: Any, speaking: Path, tmp_path: Path) -> None:
     assert refused(tmp_path / "absent").startswith(f"{tmp_path / 'absent'}: no such directory")
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint, and is no Hugging Face directory" in refused(tmp_path / "empty")
-    assert "prompt 1: the model has no tokenizer.json to read text with" in refused(llama, prompt="a")
+    assert "prompt 1: the model has no tokenizer.json to read text with" in refused(llama.name_or_path, prompt="a")
     folder = tmp_path / "mixed"
     save_random("llama", folder, vocab_size=200, num_hidden_layers=1)
     add_tokenizer(folder)
@@ -409,11 +316,15 @@ def test_nothing_to_begin_with(tmp_path: Path) -> None:
     assert "prompt 1: is empty, and the model names no token to begin with" in refused(tmp_path / "hf")
 
 
-def test_broken_weights_are_named(speaking: Path) -> None:
-    generator = Generator.load(speaking, "float32")
-    generator.decoder.head_weight[0, 0] = torch.nan
+@pytest.mark.parametrize("layout", ["dp=1", "pp=2"])
+def test_broken_weights_are_named(speaking: Path, tmp_path: Path, layout: str) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(speaking, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(RunError, match="logits are not finite"):
-        generator.generate(["a"], 1)
+        generate.run(folder, prompt="a", max_tokens=1, layout=layout)
 
 
 # --- a real model ---------------------------------------------------------------------------------------------------
@@ -430,21 +341,24 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)  # half a gigabyte
 
 
-def test_smollm2_continues_as_transformers_does(smollm2: Path) -> None:
+@pytest.mark.parametrize("layout", ["dp=1", pytest.param("tp=3,pp=2", marks=pytest.mark.slow)])
+def test_smollm2_continues_as_transformers_does(smollm2: Path, layout: str, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     texts = [
         "The three primary colours are red,",
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
     ]
-    generator = Generator.load(smollm2, "float32")
-    assert generator.ends == {2}
-    for text, completion in zip(texts, generator.generate(texts, 16), strict=True):
+    assert service.Served.load(smollm2).text.ends == {2}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    found = generate.run(smollm2, prompts=prompts, max_tokens=16, dtype="float32", layout=layout)["completions"]
+    for text, completion in zip(texts, found, strict=True):
         prompt = tokenizer(text)["input_ids"]
-        assert completion.prompt_tokens == prompt
+        assert completion["prompt_tokens"] == prompt
         theirs = greedy_by_transformers(model, prompt, 16)
-        assert same_where_clear(completion.tokens, theirs[: len(completion.tokens)], prompt, model)
-        if completion.tokens == theirs:
-            assert completion.text == tokenizer.decode(theirs, skip_special_tokens=True)
-    assert completion.finish_reason == "stop"
-    assert completion.text == "The capital of France is Paris."
+        assert same_where_clear(completion["tokens"], theirs[: len(completion["tokens"])], prompt, model)
+        if completion["tokens"] == theirs:
+            assert completion["text"] == tokenizer.decode(theirs, skip_special_tokens=True)
+    assert found[1]["finish_reason"] == "stop"
+    assert found[1]["text"] == "The capital of France is Paris."

@@ -21,6 +21,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 import fiveply
 from fiveply.spec.errors import FiveplyError, InputError
+from fiveply.world.allocator import keep_freed_memory
 
 Flag = FlagCreatePairsOff[bool]
 app = tyro.extras.SubcommandApp()
@@ -173,13 +174,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     layout: str = "dp=1",
+    out: str = "",
     json: Flag = False,
 ) -> None:
-    """Continue text with a trained model, on one process.
+    """Continue text with a trained model; without a prompt, a conversation in the terminal.
 
     fiveply generate runs/demo --prompt "ROMEO:" --max-tokens 100 --temperature 0.8
 
-    fiveply generate path/to/huggingface --prompts prompts.jsonl --json
+    fiveply generate path/to/huggingface --prompts prompts.jsonl --layout dp=2 --out answers.jsonl
 
     Args:
         model: A run's directory, a checkpoint, or a Hugging Face directory.
@@ -190,20 +192,80 @@ def generate(
         top_k: Sample among the k likeliest tokens; 0 for all.
         top_p: Sample among the likeliest tokens that together have this probability.
         seed: Of the sampling.
-        layout: One process for now.
+        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages.
+        out: A .jsonl file that completions are added to as they end; what it has already is not made again.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply import generate as generation
 
+    settings: dict[str, Any] = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "layout": layout,
+    }  # fmt: skip
+    if not (prompt or prompts or json) and sys.stdin.isatty():
+        generation.converse(model, **settings)
+        return
     result = generation.run(
-        model, prompt=prompt or None, prompts=Path(prompts) if prompts else None, max_tokens=max_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, layout=layout,
-    )  # fmt: skip
+        model,
+        prompt=prompt or None,
+        prompts=Path(prompts) if prompts else None,
+        out=Path(out) if out else None,
+        **settings,
+    )
     if json:
         _print_json(result)
         return
     for completion in result["completions"]:
         print(f"{prompt}{completion['text']}")
+
+
+@command
+def serve(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    /,
+    *,
+    layout: str = "dp=1",
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    name: str = "",
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto",
+    cache_tokens: int = 0,
+    most_running: int = 64,
+    most_waiting: int = 256,
+    step_tokens: int = 512,
+    no_prefix_cache: Flag = False,
+    api_keys: str = "",
+    backend: Literal["auto", "shm", "gloo"] = "auto",
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API has it, with a chat page at /.
+
+    fiveply serve path/to/huggingface --layout tp=2
+
+    fiveply serve runs/demo --layout dp=2,pp=2 --port 8001
+
+    Args:
+        model: A run's directory, a checkpoint, or a Hugging Face directory.
+        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages.
+        port: Where to listen; 0 takes a free one.
+        host: Loopback by default: only this machine can reach it.
+        name: What the API calls the model; its directory's name by default.
+        dtype: Of weights and cache; auto is bfloat16 where this machine is fast at it, else float32.
+        cache_tokens: Tokens that each replica's key-value cache holds; by default what memory allows.
+        most_running: Requests that a replica decodes together.
+        most_waiting: Requests beyond those; more are refused with 429.
+        step_tokens: Most tokens in one step; longer prompts are taken in chunks.
+        no_prefix_cache: Do not reuse the cache of prompts that begin alike.
+        api_keys: A file with a key on each line; requests must bring one.
+        backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
+    """
+    from fiveply import service
+    from fiveply.serve.driver import Settings
+
+    settings = Settings(
+        most_running=most_running, most_waiting=most_waiting, step_tokens=step_tokens, reuse=not no_prefix_cache
+    )
+    served = service.Served.load(model, layout, dtype, cache_tokens, backend)
+    keys = Path(api_keys) if api_keys else None
+    service.serve(served, settings, name=name or Path(model).resolve().name, host=host, port=port, keys=keys)
 
 
 @command
@@ -243,9 +305,11 @@ def report(
     out: str = "",
     json: Flag = False,
 ) -> None:
-    """Draw a run as one self-contained HTML file: curves, ranks, schedule, memory.
+    """Draw a run as one self-contained HTML file: curves, ranks, schedule, recorded steps, memory.
 
     fiveply report runs/demo
+
+    Recorded steps are written for ui.perfetto.dev too, to runs/NAME/timeline.perfetto.json.
 
     Args:
         run: The run's directory.
@@ -260,6 +324,7 @@ def report(
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `fiveply` command."""
+    keep_freed_memory()
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(fiveply.__version__)
@@ -300,7 +365,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "verify", "generate", "convert", "report"]
+    return ["train", "verify", "generate", "serve", "convert", "report"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:

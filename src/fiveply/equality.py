@@ -86,7 +86,10 @@ def verify(
         for index, one in enumerate(resolved):
             path = Path(folder) / str(index)
             # On CPUs everywhere: float64 is exact there, and ranks may outnumber devices.
-            losses = launch(_record_to, one.world, path, run, spec, one, steps, dtype, transport, backend="gloo")
+            losses = launch(
+                _record_to, one.world, path, run, spec, one, steps, dtype, transport, backend="gloo",
+                shared_memory=transport != "gloo",
+            )  # fmt: skip
             traces.append(_load(path, losses))
     return compare(*traces, dtype=dtype) | {"layout": str(resolved[0]), "against": str(resolved[1])}
 

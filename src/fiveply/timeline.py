@@ -158,24 +158,28 @@ def _share(event: Event) -> str:
     return named.get(event.kind, "rest")
 
 
-def matched(events: Iterable[Event]) -> list[Event]:
-    """All ranks' events, with each transfer of a pipeline drawn alike at both ends: from its send to its being taken.
-
-    By itself a rank knows only when it posted a receive, ahead of need, and not when its send arrived. The sends from one
-    rank to another and the receives there are in one order.
-    """
-    events = list(events)
+def transfers(events: Iterable[Event]) -> list[tuple[Event, Event]]:
+    """The two ends, (send, receive), of each transfer among all ranks' events: the sends from one rank to another and the
+    receives there are in one order."""
     sides: dict[str, dict[tuple[int, int], list[Event]]] = {"send": defaultdict(list), "receive": defaultdict(list)}
     for event in sorted(events, key=lambda e: (e.start, e.number)):
         if event.lane == "communication" and event.kind == "transfer":
             pair = (event.rank, event.peer) if event.operation == "send" else (event.peer, event.rank)
             sides[event.operation][pair].append(event)
+    return [both for pair, sends in sides["send"].items() for both in zip(sends, sides["receive"][pair], strict=False)]
+
+
+def matched(events: Iterable[Event]) -> list[Event]:
+    """All ranks' events, with each transfer of a pipeline drawn alike at both ends: from its send to its being taken.
+
+    By itself a rank knows only when it posted a receive, ahead of need, and not when its send arrived.
+    """
+    events = list(events)
     drawn: dict[int, Event] = {}
-    for pair, sends in sides["send"].items():
-        for send, receive in zip(sends, sides["receive"][pair], strict=False):
-            end = max(send.start, receive.end)
-            for event in (send, receive):
-                drawn[id(event)] = msgspec.structs.replace(event, start=send.start, end=end)
+    for send, receive in transfers(events):
+        end = max(send.start, receive.end)
+        for event in (send, receive):
+            drawn[id(event)] = msgspec.structs.replace(event, start=send.start, end=end)
     return [drawn.get(id(event), event) for event in events]
 
 

@@ -109,9 +109,10 @@ def one_process(case: Case) -> Trace:
     return _one_process(replace(case, layout="dp=1", compile=False))
 
 
-def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout_seconds: float = 120.0,
-             transport: Transport = "shm") -> list[Any]:  # fmt: skip
-    """Record every case (all of one world size) in one launch; `judge` sees each whole trace on rank 0.
+def on_ranks(
+    cases: Sequence[Case], judge: Callable[[Case, Trace], Any], transport: Transport, timeout_seconds: float = 120.0
+) -> list[Any]:
+    """Record every case (all of one world size) in one launch over `transport`; `judge` sees each whole trace on rank 0.
 
     A rank that fails names the layout it was under, so that a hang or an error among hundreds is found.
     """
@@ -127,25 +128,25 @@ def on_ranks(cases: Sequence[Case], judge: Callable[[Case, Trace], Any], timeout
             judged.append(judge(case, trace) if dist.get_rank() == 0 else None)
             if case.compile:  # else shapes of one layout make the next one's graphs dynamic
                 torch.compiler.reset()
+        assert world == 1 or groups.carriers == transport
         return judged
 
     return launch(ranks, world, timeout_seconds=timeout_seconds)
 
 
-def prove(cases: Sequence[Case], transport: Transport = "shm") -> list[dict[str, Any]]:
+def prove(cases: Sequence[Case], transport: Transport) -> list[dict[str, Any]]:
     """Compare each case with one process; one result of `equality.compare` for each."""
     traces = {case: one_process(case) for case in cases}
-    return on_ranks(cases, lambda case, trace: compare(trace, traces[case], dtype=case.dtype),
-                    transport=transport)  # fmt: skip
+    return on_ranks(cases, lambda case, trace: compare(trace, traces[case], dtype=case.dtype), transport)
 
 
-def prove_each(cases: Iterable[Case]) -> dict[Case, dict[str, Any]]:
+def prove_each(cases: Iterable[Case], transport: Transport) -> dict[Case, dict[str, Any]]:
     """`prove` for cases of several world sizes: one launch for each size."""
     results: dict[Case, dict[str, Any]] = {}
     by_world = sorted(cases, key=lambda case: case.resolved().world)
     for _, group in itertools.groupby(by_world, key=lambda case: case.resolved().world):
         members = list(group)
-        results |= zip(members, prove(members), strict=True)
+        results |= zip(members, prove(members, transport), strict=True)
     return results
 
 
@@ -154,12 +155,12 @@ def assert_equal(case: Case, result: dict[str, Any]) -> None:
     assert result["max_difference"]["initial_parameters"] == 0
 
 
-def prove_near_float32(case: Case) -> None:
+def prove_near_float32(case: Case, transport: Transport) -> None:
     """bf16 has 8 bits: no equality to rounding, but the same gradients by direction, and in float32 where they add up."""
     exact = one_process(case)
 
     def ranks() -> tuple[float, float, float] | None:
-        mesh = Mesh(case.resolved(), case.spec)
+        mesh = Mesh(case.resolved(), case.spec, Groups(transport))
         job = Job(case.run, case.spec, mesh, Dtypes(torch.bfloat16, torch.float32, torch.float32))
         batches, trace = verification_batches(case.spec, case.run), Trace()
         for step in range(2):

@@ -17,6 +17,7 @@ from prover import Case, assert_equal, on_ranks, one_process
 from torch._dynamo.utils import counters
 
 from fiveply.equality import Trace, compare
+from fiveply.world.mesh import Transport
 
 # torch's tracer looks at `.grad` of whatever a block takes.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -49,7 +50,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         yield
 
 
-def prove_compiled(cases: list[Case]) -> list[dict[str, Any]]:
+def prove_compiled(cases: list[Case], transport: Transport) -> list[dict[str, Any]]:
     exact = {case: one_process(case) for case in cases}
 
     def judge(case: Case, trace: Trace) -> dict[str, Any]:
@@ -59,33 +60,33 @@ def prove_compiled(cases: list[Case]) -> list[dict[str, Any]]:
         counters.clear()
         return compare(trace, exact[case], dtype=case.dtype) | {"graphs": graphs, "limits": limits}
 
-    return on_ranks(cases, judge, timeout_seconds=300)
+    return on_ranks(cases, judge, transport, timeout_seconds=300)
 
 
-def check(cases: list[Case]) -> None:
-    for case, result in zip(cases, prove_compiled(cases), strict=True):
+def check(cases: list[Case], transport: Transport) -> None:
+    for case, result in zip(cases, prove_compiled(cases, transport), strict=True):
         assert_equal(case, result)
         assert result["graphs"] > 0, f"{case} was not compiled"
         assert not result["limits"], f"{case} fell back to plain code: {result['limits']}"
 
 
-def test_compiled_blocks_sharded_and_tensor_parallel() -> None:
-    check([Case("small", layout, rows=8, compile=True) for layout in RISKY])
+def test_compiled_blocks_sharded_and_tensor_parallel(transport: Transport) -> None:
+    check([Case("small", layout, rows=8, compile=True) for layout in RISKY], transport)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_under_other_axes_and_pairs() -> None:
+def test_compiled_blocks_under_other_axes_and_pairs(transport: Transport) -> None:
     for world in (2, 4):
         cases = [Case("small", layout, rows=8, compile=True) for layout in OTHERS]
-        check([case for case in cases if case.resolved().world == world])
+        check([case for case in cases if case.resolved().world == world], transport)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_with_dropout_biases_and_layer_norms() -> None:
-    check([Case("small-gpt2", layout, rows=8, compile=True) for layout in ("tp=2", "dp=2,zero=3")])
+def test_compiled_blocks_with_dropout_biases_and_layer_norms(transport: Transport) -> None:
+    check([Case("small-gpt2", layout, rows=8, compile=True) for layout in ("tp=2", "dp=2,zero=3")], transport)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", RISKY)
-def test_compiled_blocks_in_bf16(layout: str) -> None:
-    prover.prove_near_float32(Case("small", layout, rows=8, dtype="float32", compile=True))
+def test_compiled_blocks_in_bf16(layout: str, transport: Transport) -> None:
+    prover.prove_near_float32(Case("small", layout, rows=8, dtype="float32", compile=True), transport)

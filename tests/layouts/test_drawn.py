@@ -12,6 +12,7 @@ from prover import MODELS, Case, assert_equal, prove
 
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout, ScheduleName, divisors
+from fiveply.world.mesh import Transport
 
 ROWS = 24
 DRAWS = settings(
@@ -78,20 +79,20 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def check(case: Case) -> None:
+def check(case: Case, transport: Transport) -> None:
     note(str(case))
     assert case.legal(), f"{case} was drawn as legal"
-    assert_equal(case, prove([case])[0])
+    assert_equal(case, prove([case], transport)[0])
 
 
 @DRAWS
 @given(cases())
-def test_a_drawn_layout_computes_what_one_process_does(case: Case) -> None:
-    check(case)
+def test_a_drawn_layout_computes_what_one_process_does(transport: Transport, case: Case) -> None:
+    check(case, transport)
 
 
 @pytest.mark.slow
 @settings(DRAWS, max_examples=60)
 @given(cases())
-def test_many_drawn_layouts_compute_what_one_process_does(case: Case) -> None:
-    check(case)
+def test_many_drawn_layouts_compute_what_one_process_does(transport: Transport, case: Case) -> None:
+    check(case, transport)

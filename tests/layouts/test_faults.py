@@ -22,18 +22,25 @@ from fiveply.spec import placement
 from fiveply.train.job import Job
 from fiveply.train.optimizer import SegmentOptimizer
 from fiveply.world.collectives import Axis
+from fiveply.world.mesh import Transport
 
 Plant = Callable[[pytest.MonkeyPatch], None]
+Found = Callable[[Case, Plant], dict[str, Any]]
 
 
-def found(case: Case, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch, transport: Transport) -> Found:
     """The comparison under the fault; without it the case passes."""
-    one_process(case)
-    with monkeypatch.context() as patch:
-        plant(patch)
-        result = prove([case])[0]
-    assert not result["pass"], f"{case}: the fault went unnoticed"
-    return result
+
+    def compared(case: Case, plant: Plant) -> dict[str, Any]:
+        one_process(case)
+        with monkeypatch.context() as patch:
+            plant(patch)
+            result = prove([case], transport)[0]
+        assert not result["pass"], f"{case}: the fault went unnoticed"
+        return result
+
+    return compared
 
 
 def skip_sum_over(axis: str) -> Plant:
@@ -50,32 +57,30 @@ def skip_sum_over(axis: str) -> Plant:
 
 
 @pytest.mark.parametrize("layout", ["pp=2", "pp=3,schedule=zb", "pp=2,schedule=interleaved"])
-def test_gradients_of_tied_copies_not_added(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = found(Case("few-kv", layout), skip_sum_over("tied"), monkeypatch)
+def test_gradients_of_tied_copies_not_added(layout: str, found: Found) -> None:
+    result = found(Case("few-kv", layout), skip_sum_over("tied"))
     assert result["worst"]["gradients"] == "model.embed_tokens.weight"
     assert result["max_difference"]["gradients"] > 1e-3
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "dp=2,zero=3,tp=2"])
-def test_partial_gradients_of_norms_not_added_under_sequence_parallelism(
-    layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = found(Case("few-kv", layout), skip_sum_over("tp"), monkeypatch)
+def test_partial_gradients_of_norms_not_added_under_sequence_parallelism(layout: str, found: Found) -> None:
+    result = found(Case("few-kv", layout), skip_sum_over("tp"))
     assert "norm" in result["worst"]["gradients"]
 
 
-def test_partial_gradients_of_query_and_key_norms_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = found(Case("qwen3", "tp=2,sp=0"), skip_sum_over("tp"), monkeypatch)
+def test_partial_gradients_of_query_and_key_norms_not_added(found: Found) -> None:
+    result = found(Case("qwen3", "tp=2,sp=0"), skip_sum_over("tp"))
     assert result["worst"]["gradients"].endswith(("q_norm.weight", "k_norm.weight"))
 
 
-def test_gradients_of_key_value_heads_held_twice_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = found(Case("few-kv", "tp=4"), skip_sum_over("kv"), monkeypatch)
+def test_gradients_of_key_value_heads_held_twice_not_added(found: Found) -> None:
+    result = found(Case("few-kv", "tp=4"), skip_sum_over("kv"))
     assert result["worst"]["gradients"].endswith(("k_proj.weight", "v_proj.weight"))
 
 
 @pytest.mark.parametrize("layout", ["dp=2", "dp=2,zero=1", "dp=2,zero=2,micro_batch=2", "dp=2,zero=3"])
-def test_gradients_averaged_over_replicas_instead_of_added(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_averaged_over_replicas_instead_of_added(layout: str, found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = GradientReducer.finish
 
@@ -86,13 +91,13 @@ def test_gradients_averaged_over_replicas_instead_of_added(layout: str, monkeypa
 
         patch.setattr(GradientReducer, "finish", reduced)
 
-    result = found(Case("llama", layout), plant, monkeypatch)
+    result = found(Case("llama", layout), plant)
     assert result["max_difference"]["gradients"] == pytest.approx(0.5, rel=1e-2)
     # Clipping divides the fault out again, so losses and parameters hardly tell: gradients must be compared.
     assert max(result["max_difference"][kind] for kind in ("loss", "parameters")) < 1e-6
 
 
-def test_scaled_by_shard_groups_under_hybrid_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_by_shard_groups_under_hybrid_sharding(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = Axis.all_reduce
 
@@ -106,21 +111,21 @@ def test_scaled_by_shard_groups_under_hybrid_sharding(monkeypatch: pytest.Monkey
 
         patch.setattr(Axis, "all_reduce", faulty)
 
-    result = found(Case("llama", "dp=4,zero=3,dp_shard=2"), plant, monkeypatch)
+    result = found(Case("llama", "dp=4,zero=3,dp_shard=2"), plant)
     assert result["max_difference"]["gradients"] == pytest.approx(0.5, rel=1e-2)
 
 
-def test_divided_by_all_tokens_instead_of_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divided_by_all_tokens_instead_of_targets(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Batches, "target_tokens", lambda self, start, count: count * self.sequence)
 
-    result = found(Case("llama", "dp=2"), plant, monkeypatch)
+    result = found(Case("llama", "dp=2"), plant)
     assert 0.01 < result["max_difference"]["loss"] < 0.1
     assert 0.01 < result["max_difference"]["gradients"] < 0.1
 
 
 @pytest.mark.parametrize("layout", ["dp=2", "pp=2", "dp=1,micro_batch=3"])
-def test_mean_of_means_of_micro_batches(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_of_means_of_micro_batches(layout: str, found: Found) -> None:
     """A micro-batch's loss divided by its own number of targets, then the mean over them: right for equal numbers alone."""
     case = Case("llama", layout)
     targets_of_step = verification_batches(case.spec, case.run).target_tokens(0, case.rows)
@@ -135,10 +140,10 @@ def test_mean_of_means_of_micro_batches(layout: str, monkeypatch: pytest.MonkeyP
 
         patch.setattr(tensor_parallel, "head_loss", mean)
 
-    assert found(case, plant, monkeypatch)["max_difference"]["gradients"] > 1e-4
+    assert found(case, plant)["max_difference"]["gradients"] > 1e-4
 
 
-def test_never_divided_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_divided_by_tokens(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = Job.gradients
 
@@ -149,11 +154,11 @@ def test_never_divided_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(Job, "gradients", faulty)
 
-    assert found(Case("llama", "dp=2"), plant, monkeypatch)["max_difference"]["gradients"] > 100
+    assert found(Case("llama", "dp=2"), plant)["max_difference"]["gradients"] > 100
 
 
 @pytest.mark.parametrize("layout", ["dp=2", "tp=2", "pp=2"])
-def test_dropout_keyed_by_rank(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_keyed_by_rank(layout: str, found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = dropout.KeyedDropout.__init__
 
@@ -162,13 +167,13 @@ def test_dropout_keyed_by_rank(layout: str, monkeypatch: pytest.MonkeyPatch) -> 
 
         patch.setattr(dropout.KeyedDropout, "__init__", faulty)
 
-    result = found(Case("gpt2", layout), plant, monkeypatch)
+    result = found(Case("gpt2", layout), plant)
     assert result["max_difference"]["loss"] > 1e-6
     assert result["worst"]["loss"].startswith("step")
     assert result["max_difference"]["initial_parameters"] == 0
 
 
-def test_the_same_dropout_in_every_step_of_a_run_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_dropout_in_every_step_of_a_run_is_another_run(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = dropout.KeyedDropout.__init__
 
@@ -177,11 +182,11 @@ def test_the_same_dropout_in_every_step_of_a_run_is_another_run(monkeypatch: pyt
 
         patch.setattr(dropout.KeyedDropout, "__init__", faulty)
 
-    assert found(Case("gpt2", "dp=2"), plant, monkeypatch)["worst"]["loss"] == "step 2"
+    assert found(Case("gpt2", "dp=2"), plant)["worst"]["loss"] == "step 2"
 
 
 @pytest.mark.parametrize("layout", ["tp=3", "pp=2", "dp=2,zero=3"])
-def test_initial_values_keyed_by_rank(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_values_keyed_by_rank(layout: str, found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = initialize.initial_value
 
@@ -190,12 +195,12 @@ def test_initial_values_keyed_by_rank(layout: str, monkeypatch: pytest.MonkeyPat
 
         patch.setattr(parallelize, "initial_value", faulty)
 
-    result = found(Case("llama", layout), plant, monkeypatch)
+    result = found(Case("llama", layout), plant)
     assert result["max_difference"]["initial_parameters"] > 1
     assert result["worst"]["initial_parameters"].endswith("weight")
 
 
-def test_initial_values_that_differ_in_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_values_that_differ_in_the_last_bit(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = initialize.initial_value
 
@@ -207,13 +212,13 @@ def test_initial_values_that_differ_in_the_last_bit(monkeypatch: pytest.MonkeyPa
 
         patch.setattr(parallelize, "initial_value", faulty)
 
-    result = found(Case("llama", "dp=2"), plant, monkeypatch)
+    result = found(Case("llama", "dp=2"), plant)
     assert result["worst"]["initial_parameters"] == "model.layers.3.mlp.down_proj.weight"
     assert max(result["max_difference"].values()) < 1e-9
 
 
 @pytest.mark.parametrize("layout", ["pp=2", "pp=4,schedule=zb"])
-def test_a_stage_that_loses_its_last_layer(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_loses_its_last_layer(layout: str, found: Found) -> None:
     """30 layers on 4 stages silently trained 28."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
@@ -228,13 +233,13 @@ def test_a_stage_that_loses_its_last_layer(layout: str, monkeypatch: pytest.Monk
 
     case = Case("llama", layout)
     lost = case.resolved().stages[0] - 1
-    result = found(case, plant, monkeypatch)
+    result = found(case, plant)
     for kind in ("initial_parameters", "gradients", "parameters"):
         assert result["max_difference"][kind] == float("inf")
         assert result["worst"][kind].startswith(f"model.layers.{lost}.")
 
 
-def test_a_layer_that_is_skipped_though_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_is_skipped_though_it_is_held(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = parallelize.stage_of_decoder
 
@@ -245,32 +250,32 @@ def test_a_layer_that_is_skipped_though_it_is_held(monkeypatch: pytest.MonkeyPat
 
         patch.setattr(parallelize, "stage_of_decoder", faulty)
 
-    result = found(Case("llama", "dp=2"), plant, monkeypatch)
+    result = found(Case("llama", "dp=2"), plant)
     assert result["worst"]["gradients"].startswith("model.layers.")
     assert result["max_difference"]["gradients"] >= 1
 
 
-def test_a_rank_that_counts_its_norm_twice_clips_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_counts_its_norm_twice_clips_differently(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         def everything(self: SegmentOptimizer) -> torch.Tensor:
             return torch.stack([s.grad.square().sum() for s in self.segments]).sum().double()
 
         patch.setattr(SegmentOptimizer, "square_norm", everything)
 
-    result = found(Case("few-kv", "tp=4"), plant, monkeypatch)
+    result = found(Case("few-kv", "tp=4"), plant)
     assert result["max_difference"]["parameters"] > 1e-9
 
 
 @pytest.mark.parametrize("layout", ["dp=2,zero=1", "dp=2,zero=2"])
-def test_parameters_not_gathered_after_the_step(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_not_gathered_after_the_step(layout: str, found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Unit, "updated", lambda self: None)
 
-    result = found(Case("llama", layout), plant, monkeypatch)
+    result = found(Case("llama", layout), plant)
     assert result["worst"]["loss"] == "step 2"
 
 
-def test_a_vocabulary_cut_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vocabulary_cut_off_by_one(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = tensor_parallel.VocabularyHead.__init__
 
@@ -280,11 +285,11 @@ def test_a_vocabulary_cut_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(tensor_parallel.VocabularyHead, "__init__", faulty)
 
-    result = found(Case("few-kv", "tp=2"), plant, monkeypatch)
+    result = found(Case("few-kv", "tp=2"), plant)
     assert result["max_difference"]["loss"] > 1e-6
 
 
-def test_micro_batches_sent_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_sent_in_another_order(found: Found) -> None:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sound = Job._micro_batches
 
@@ -294,9 +299,9 @@ def test_micro_batches_sent_in_another_order(monkeypatch: pytest.MonkeyPatch) ->
 
         patch.setattr(Job, "_micro_batches", faulty)
 
-    assert found(Case("llama", "pp=2"), plant, monkeypatch)["max_difference"]["loss"] > 1e-6
+    assert found(Case("llama", "pp=2"), plant)["max_difference"]["loss"] > 1e-6
 
 
-def test_sound_ranks_pass_where_faults_were_planted() -> None:
+def test_sound_ranks_pass_where_faults_were_planted(transport: Transport) -> None:
     cases = [Case("few-kv", "tp=4"), Case("few-kv", "dp=2,zero=3,tp=2"), Case("llama", "dp=4,zero=3,dp_shard=2")]
-    assert all(result["pass"] for result in prove(cases))
+    assert all(result["pass"] for result in prove(cases, transport))

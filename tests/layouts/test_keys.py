@@ -25,7 +25,7 @@ from fiveply.spec.placement import declare, stage_units
 from fiveply.spec.run import RunSpec
 from fiveply.train.job import Job
 from fiveply.world.launch import launch
-from fiveply.world.mesh import Groups, Mesh
+from fiveply.world.mesh import Groups, Mesh, Transport
 
 SCHEDULES = get_args(ScheduleName)
 FLOAT64 = Dtypes(torch.float64, torch.float64, torch.float64)
@@ -88,13 +88,13 @@ CASES = _cases()
 
 
 @cache
-def results() -> dict[Case, dict[str, Any]]:
-    return prove_each(CASES.values())
+def results(transport: Transport) -> dict[Case, dict[str, Any]]:
+    return prove_each(CASES.values(), transport)
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_equal(what: str) -> None:
-    assert_equal(CASES[what], results()[CASES[what]])
+def test_equal(what: str, transport: Transport) -> None:
+    assert_equal(CASES[what], results(transport)[CASES[what]])
 
 
 def test_documents_give_ranks_and_micro_batches_unequal_numbers_of_targets() -> None:
@@ -151,28 +151,30 @@ def test_ranks_are_ordered_tensor_then_data_then_pipeline() -> None:
 
 
 @pytest.mark.parametrize("layout", ["dp=1", "dp=2,zero=2", "dp=2,zero=3,micro_batch=2", "tp=2", "pp=2,schedule=zbv"])
-def test_bf16_with_float32_reduction_stays_near_float32(layout: str) -> None:
-    prove_near_float32(Case("few-kv", layout, dtype="float32"))
+def test_bf16_with_float32_reduction_stays_near_float32(layout: str, transport: Transport) -> None:
+    prove_near_float32(Case("few-kv", layout, dtype="float32"), transport)
 
 
 # replicas that step alone
 
 
-def test_averaging_parameters_each_step_equals_averaging_gradients_with_plain_gradient_steps() -> None:
+def test_averaging_parameters_each_step_equals_averaging_gradients_with_plain_gradient_steps(
+    transport: Transport,
+) -> None:
     cases = [
         Case("llama", "dp=2", sync_every=1),
         Case("few-kv", "dp=2,tp=2", sync_every=1),
         Case("few-kv", "dp=2,pp=2", sync_every=1),
     ]
-    for case, result in prove_each(cases).items():
+    for case, result in prove_each(cases, transport).items():
         assert_equal(case, result)
 
 
-def test_replicas_drift_apart_between_averages_and_meet_at_them() -> None:
+def test_replicas_drift_apart_between_averages_and_meet_at_them(transport: Transport) -> None:
     case = Case("qwen3", "dp=2,tp=2", sync_every=3, steps=6)
 
     def ranks() -> list[bool]:
-        job = Job(case.run, case.spec, Mesh(case.resolved(), case.spec), FLOAT64)
+        job = Job(case.run, case.spec, Mesh(case.resolved(), case.spec, Groups(transport)), FLOAT64)
         batches, alike = verification_batches(case.spec, case.run), []
         for step in range(6):
             job.step(batches, step)
@@ -207,9 +209,9 @@ def _report(case: Case, groups: Groups | None = None) -> list[float]:
 
 
 @cache
-def _reports() -> dict[Case, list[float]]:
+def _reports(transport: Transport) -> dict[Case, list[float]]:
     def ranks() -> list[list[float]]:
-        groups = Groups()
+        groups = Groups(transport)
         told = []
         for case in NORMS:
             mine = _report(case, groups)
@@ -228,9 +230,11 @@ def _one_report(case: Case) -> list[float]:
 
 
 @pytest.mark.parametrize("case", NORMS, ids=str)
-def test_norm_loss_and_evaluation_are_the_same_on_every_rank_and_under_every_layout(case: Case) -> None:
+def test_norm_loss_and_evaluation_are_the_same_on_every_rank_and_under_every_layout(
+    case: Case, transport: Transport
+) -> None:
     exact = _one_report(NORMS[case])
-    assert _reports()[case] == pytest.approx(exact, rel=1e-9)
+    assert _reports(transport)[case] == pytest.approx(exact, rel=1e-9)
     assert exact[0] > case.run.optimizer.clip > 0, (
         "clipping must bite, or the comparison of parameters says nothing of it"
     )
@@ -252,20 +256,20 @@ def test_dropout_acts_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize("seed", [3, 2**40 + 3])
-def test_another_seed_is_another_run_and_as_equal(seed: int) -> None:
+def test_another_seed_is_another_run_and_as_equal(seed: int, transport: Transport) -> None:
     case = Case("gpt2", "dp=2")
     run: RunSpec = msgspec.structs.replace(case.run, seed=seed)
 
     def trace(layout: str) -> list[float]:
-        return record(run, case.spec, Case("gpt2", layout).resolved(), 2, "float64").losses
+        return record(run, case.spec, Case("gpt2", layout).resolved(), 2, "float64", Groups(transport)).losses
 
     other, one = launch(trace, 2, "dp=2"), launch(trace, 1, "dp=1")
     assert other == pytest.approx(one, rel=TOLERANCE["float64"])
     assert not math.isclose(one[0], one_process(case).losses[0], rel_tol=1e-6)
 
 
-def test_tied_embeddings_at_several_depths_share_one_world() -> None:
+def test_tied_embeddings_at_several_depths_share_one_world(transport: Transport) -> None:
     """Ranks between the ends make groups of their own; cached ones of another depth once left ranks out of step."""
     cases = [Case("few-kv", layout) for layout in ("dp=2,pp=3", "pp=6", "dp=3,pp=2", "tp=2,pp=3")]
-    for case, result in zip(cases, prove(cases), strict=True):
+    for case, result in zip(cases, prove(cases, transport), strict=True):
         assert_equal(case, result)

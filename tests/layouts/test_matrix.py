@@ -1,6 +1,6 @@
 """The equality matrix: every legal layout of up to four ranks computes what one process does, to 1e-9 in float64.
 
-It runs over shared memory, which ranks of one host choose by themselves, and once more over gloo.
+It runs over shared memory, which ranks of one host choose by themselves; with `--backend gloo` over that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from prover import MODELS, Case, assert_equal, every_layout, prove, rotate, valu
 
 from fiveply.pipeline_schedule import build
 from fiveply.spec.layout import Layout
+from fiveply.world.mesh import Transport
 
 WORLDS = (1, 2, 3, 4)
 
@@ -34,26 +35,19 @@ CASES, MORE_CASES = _cases()
 
 
 @cache
-def results(world: int) -> dict[Case, dict[str, Any]]:
-    return dict(zip(CASES[world], prove(CASES[world]), strict=True))
+def results(world: int, transport: Transport) -> dict[Case, dict[str, Any]]:
+    return dict(zip(CASES[world], prove(CASES[world], transport), strict=True))
 
 
 @pytest.mark.parametrize("case", [case for world in WORLDS for case in CASES[world]], ids=str)
-def test_a_layout_computes_what_one_process_does(case: Case) -> None:
-    assert_equal(case, results(case.resolved().world)[case])
+def test_a_layout_computes_what_one_process_does(case: Case, transport: Transport) -> None:
+    assert_equal(case, results(case.resolved().world, transport)[case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
-def test_layouts_compute_what_one_process_does_at_other_models(world: int) -> None:
-    for case, result in zip(MORE_CASES[world], prove(MORE_CASES[world]), strict=True):
-        assert_equal(case, result)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", WORLDS)
-def test_layouts_compute_the_same_over_gloo(world: int) -> None:
-    for case, result in zip(CASES[world], prove(CASES[world], transport="gloo"), strict=True):
+def test_layouts_compute_what_one_process_does_at_other_models(world: int, transport: Transport) -> None:
+    for case, result in zip(MORE_CASES[world], prove(MORE_CASES[world], transport), strict=True):
         assert_equal(case, result)
 
 

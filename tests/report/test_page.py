@@ -5,12 +5,11 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import chromium
 import pytest
 import synthetic_run
 
@@ -207,26 +206,9 @@ def test_numbers_as_text() -> None:
 
 # in a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
-    "--disable-component-update", "--disable-extensions", "--disable-dev-shm-usage", "--hide-scrollbars",
-    "--virtual-time-budget=3000",
-]  # fmt: skip
-# A window is never narrower than 500 pixels; a frame is. All pages stand in one window: starting a browser takes its time.
-FRAMES = """<!doctype html><body style="margin:0">{frames}
-<script>
-const seen = {{}};
-addEventListener("message", event => {{
-  seen[event.data.name] = event.data.seen;
-  document.body.dataset.seen = JSON.stringify(seen);
-}});
-</script></body>"""
-FRAME = '<iframe name="{name}" src="{source}" width="{width}" height="900" style="border:0;display:block"></iframe>'
-# Points at the curves, reads them by keys, changes the axis, points at a rank and at the schedule, and writes down what it saw.
+# Points at the curves, reads them by keys, changes the axis, points at a rank and at the schedule, and says what it saw.
 PROBE = """
-<script>
-addEventListener("load", () => {
+(() => {
   const seen = { scroll: document.documentElement.scrollWidth, width: innerWidth };
   const plot = document.querySelector('[data-chart="loss"] .plot');
   const readout = () => document.querySelector('[data-chart="loss"] .readout').innerText;
@@ -247,43 +229,16 @@ addEventListener("load", () => {
   for (const details of document.querySelectorAll("details")) details.open = true;
   seen.opened = document.documentElement.scrollWidth;
   seen.error = document.documentElement.dataset.error ?? null;
-  parent.postMessage({ name, seen }, "*");
-});
-</script>
+  return seen;
+})()
 """
-
-
 WIDTHS = (1280, 390)
-
-
-@pytest.fixture(scope="module")
-def browsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the probe saw in each case's page at each width, by `case at width`."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome in PATH")
-    folder = tmp_path_factory.mktemp("browser")
-    frames: list[str] = []
-    for number, case in enumerate(CASES):
-        path = write_report(make(folder / str(number), case))
-        path.write_text(path.read_text().replace("</body>", PROBE + "</body>"))
-        frames += [
-            FRAME.format(name=f"{case} at {width}", source=path.relative_to(folder), width=width) for width in WIDTHS
-        ]
-    (folder / "frames.html").write_text(FRAMES.format(frames="".join(frames)))
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--dump-dom"]
-    done = subprocess.run(
-        [*command, (folder / "frames.html").as_uri()], capture_output=True, text=True, timeout=60, check=False
-    )
-    found = re.search(r'data-seen="([^"]*)"', done.stdout)
-    assert found, f"no page's script came to its end: {done.stderr[-500:]}"
-    return json.loads(html.unescape(found[1]))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("case", CASES)
-def test_in_a_browser(browsed: dict[str, Any], case: str, width: int) -> None:
-    assert f"{case} at {width}" in browsed, "the page's script did not come to its end"
-    seen = browsed[f"{case} at {width}"]
+def test_in_a_browser(tmp_path: Path, browser: chromium.Browser, case: str, width: int) -> None:
+    seen = browser.open(write_report(make(tmp_path, case)), width).run(PROBE)
     assert seen["error"] is None
     assert seen["width"] == width
     assert max(seen["scroll"], seen["opened"]) <= width

@@ -61,7 +61,8 @@ def test_a_line_on_a_terminal(size: Any) -> None:
     assert re.match(
         r"━+  step  50/100  loss \d\.\d{4}  held out \d\.\d{4}  [\d.]+ k tokens/s  MFU [\d.]+%  lr .*  norm ", drawn[49]
     )
-    assert "0:50  0:50 left" in drawn[49]
+    assert drawn[49].endswith("memory 454 MiB  0:50  0:50 left"), "the fullest rank's"
+    assert "memory 454 MiB" in drawn[54], "measured every tenth step, shown at each"
     assert drawn[-1] == "\n", "the terminal is left at the start of a line"
     assert "left" not in drawn[-2]
     assert "step 100/100" in drawn[-2]
@@ -73,7 +74,10 @@ def test_it_fits_any_width_and_drops_the_least_first(size: Any, columns: int) ->
     drawn = [text for text in follow(Terminal()) if text != "\n"]
     assert max(cell_len(text) for text in drawn) < columns
     assert all("\n" not in text for text in drawn)
-    present = [word in drawn[60] for word in ("step", "loss", "left", "held out", "tokens/s", "━", "MFU", "lr", "norm")]
+    present = [
+        word in drawn[60]
+        for word in ("step", "loss", "left", "held out", "tokens/s", "━", "MFU", "memory", "lr", "norm")
+    ]
     assert present[0]
     assert present == sorted(present, reverse=True)
 

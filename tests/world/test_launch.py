@@ -294,3 +294,8 @@ def test_ranks_started_by_others_are_joined(launcher: str) -> None:
         errors = [process.communicate(timeout=30)[1].splitlines()[-1] for process in processes]
         assert errors[0].endswith("another rank failed first")
         assert errors[1].endswith("RunError: rank 1: ValueError: second")
+
+
+def test_a_single_rank_can_have_a_process_of_its_own() -> None:
+    assert launch(os.getpid, 1, backend="gloo") == os.getpid()
+    assert launch(os.getpid, 1, backend="gloo", apart=True) != os.getpid()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
@@ -103,6 +104,19 @@ def test_without_recording_no_clock_is_read_and_nothing_is_kept() -> None:
     assert recorder.current is None
     assert recorder.board[Field.MOVES] == 4
     assert recorder.board[Field.ISSUED] == 1
+
+
+def test_a_profiler_sees_calls_that_are_none_of_torchs() -> None:
+    recorder = Recorder()
+    call(recorder, None, wait=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        pending = call(recorder, Work(), wait=False)
+        pending.wait()
+        call(recorder, None, wait=True)
+    call(recorder, None, wait=True)
+    assert [event.name for event in profiled.events()] == ["all-reduce over dp"] * 3, (
+        "an issue, a wait, one that is both"
+    )
 
 
 def test_a_failing_action_leaves_no_span_behind() -> None:

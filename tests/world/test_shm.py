@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -248,6 +250,38 @@ def test_an_operation_moves_on_while_nobody_waits() -> None:
         return False
 
     assert over_shm(check, 2)
+
+
+def test_what_is_on_its_way_outlives_its_callers_interest() -> None:
+    """Its tensors stay in place, though nobody but the group knows them; its memory is let go once it has ended."""
+
+    def check(group: SharedMemoryGroup) -> None:
+        me, size = group.rank(), 3 * SLOT  # of float32: more than the ring holds
+        x = values(size, torch.float32, 1)
+        held = weakref.ref(x)
+        if me:
+            dist.isend(x, 0, group=group)
+            del x
+            gc.collect()
+            assert held() is not None
+            dist.barrier()
+        else:
+            dist.barrier()
+            dist.recv(out := torch.empty(size), 1, group=group)
+            assert torch.equal(out, x)
+        x = torch.ones(size)
+        held = weakref.ref(x)
+        work = dist.all_reduce(x, group=group, async_op=True)
+        assert work is not None
+        work.wait()
+        del x, work
+        assert held() is None
+        alone = Groups("shm").get([0, 1], lane=1)
+        assert isinstance(alone, SharedMemoryGroup)
+        alone.recv([torch.empty(1)], 1 - me, 0)  # never sent
+        dist.barrier()
+
+    over_shm(check, 2)
 
 
 def test_tags_and_any_source() -> None:

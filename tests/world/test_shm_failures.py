@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import short_run
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from fiveply.spec.errors import RunError
-from fiveply.world import shm
+from fiveply.world import compiled, shm
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Groups
 from fiveply.world.process import failure
@@ -227,13 +230,13 @@ def _fallen_back() -> tuple[str, str, float]:
 
 
 def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
 
 
 def _with_broken_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Path(os.environ["PYTEST_TMP"]) / "shm.cpp"
-    broken.write_text("int main( {")
-    monkeypatch.setattr(shm, "_SOURCE", broken)
+    broken = Path(os.environ["PYTEST_TMP"])
+    (broken / "group.cpp").write_text("int main( {")
+    monkeypatch.setattr(shm, "_NATIVE", broken)
 
 
 def _without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +303,9 @@ def test_the_transport_is_a_choice() -> None:
 
 def test_ranks_compile_at_once_into_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    source = tmp_path / "shm.cpp"
-    source.write_text(shm._SOURCE.read_text() + f"\n// {time.time()}\n")
-    monkeypatch.setattr(shm, "_SOURCE", source)
+    native = shutil.copytree(shm._NATIVE, tmp_path / "native")
+    (native / "block.hpp").write_text((native / "block.hpp").read_text() + f"\n// {time.time()}\n")
+    monkeypatch.setattr(shm, "_NATIVE", native)
     monkeypatch.setattr(shm, "_FLAGS", (*shm._FLAGS, "-O0"))
 
     def function() -> bool:
@@ -312,6 +315,22 @@ def test_ranks_compile_at_once_into_a_cache(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("fiveply.world.launch.shm.build", shm.build)
     assert launch(function, 2, backend="gloo", timeout_seconds=60)
     assert [path.suffix for path in (tmp_path / ".cache" / "fiveply").iterdir()] == [".so"]
+
+
+def test_a_change_of_any_source_makes_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = shutil.copytree(shm._NATIVE, tmp_path / "native")
+    monkeypatch.setattr(shm, "_NATIVE", native)
+    names = {compiled.file_name(*shm.sources(), "c++")}
+    for path in native.iterdir():
+        path.write_text(path.read_text() + "\n")
+        names.add(compiled.file_name(*shm.sources(), "c++"))
+    assert len(names) == 1 + len(list(native.iterdir())) > 5
+
+
+def test_nothing_is_compiled_where_gloo_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "build", lambda: pytest.fail("shared memory was built"))
+    run = short_run.train(tmp_path, "dp=2", "over-gloo", "--backend", "gloo")
+    assert json.loads((run / "facts.json").read_text())["transport"] == "gloo"
 
 
 # torch's own wrappers

@@ -1,8 +1,9 @@
-"""A run as one self-contained HTML file: curves, ranks, schedule, memory.
+"""A run as one self-contained HTML file: curves, ranks, schedule, recorded steps, memory.
 
 `write_report` reads the directory (`record.py`), turns it into what `page.html` shows, and fills that template with the
 style and the script that stand beside it. The template draws ranks, schedule and memory (`figures.py`) as plain HTML and
-SVG; `page.js` draws the curves, which follow the window's width. Nothing is loaded from outside, and the page forbids it.
+SVG; `page.js` draws the curves and `timeline.js` the recorded steps (`timelines.py`), which follow the window's width. Nothing
+is loaded from outside, and the page forbids it.
 """
 
 from __future__ import annotations
@@ -19,24 +20,31 @@ import jinja2
 import msgspec
 from markupsafe import Markup, escape
 
-from fiveply.report import figures
+from fiveply.report import figures, perfetto, timelines
 from fiveply.report.record import Facts, Record, Row, load, smoothed
 from fiveply.report.text import bytes_text, count_text, duration_text, plural
 from fiveply.spec.errors import RunError
+from fiveply.timeline import RecordedStep
 
 CURVES = ("loss", "tokens_per_second", "grad_norm", "lr")
 LAST_STEPS = 20  # whose mean is the final training loss
 MOST_POINTS = 1500  # of a curve; beyond, neighbours are averaged
 LOG_LINES = 40
+TRACE = "timeline.perfetto.json"
+"""Beside the run's other files, the recorded steps for ui.perfetto.dev."""
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of the run in directory `run`, by default to `run/report.html`; returns where.
+    """Write the page of the run in directory `run`, by default to `run/report.html`; returns where. Steps that the run
+    recorded are written as a trace too, to `run/TRACE`.
 
     Raises InputError for what is no run's directory, has no steps yet, or is damaged; RunError where it can't be written.
     """
     out = out or run / "report.html"
-    text = render(load(run))
+    record, steps = load(run), timelines.chosen(run)
+    text = render(record, steps)
+    if steps:
+        perfetto.write(steps, run / TRACE)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
@@ -45,8 +53,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return out
 
 
-def render(record: Record) -> str:
-    """The page's text."""
+def render(record: Record, steps: list[RecordedStep]) -> str:
+    """The page's text; `steps`: those recorded, the first on top."""
+    recorded = [timelines.drawn(step) for step in steps]
 
     def beside(name: str) -> str:
         return files("fiveply.report").joinpath(name).read_text(encoding="utf-8")
@@ -58,8 +67,7 @@ def render(record: Record) -> str:
     return environment.from_string(beside("page.html")).render(
         style=Markup(beside("page.css")),
         script=Markup(beside("page.js")),
-        # In a script element only "<" could end the data early.
-        data=Markup(msgspec.json.encode(_curves(record)).decode().replace("<", "\\u003c")),
+        data=_embedded(_curves(record)),
         name=record.run.name,
         facts=record.facts,
         run=record.run,
@@ -71,10 +79,19 @@ def render(record: Record) -> str:
         grid=figures.grid(record.facts),
         schedule=figures.schedule(record),
         memory=figures.memory(record),
+        recorded=recorded,
+        pictures=_embedded([step["picture"] for step in recorded]),
+        timeline_script=Markup(beside("timeline.js")),
+        trace=record.directory / TRACE,
         log=_log_tail(record.directory / "logs" / "rank-00000.log"),
         resume=f"fiveply train {shlex.quote(str(record.directory / 'run.toml'))}",
         again=f"fiveply report {shlex.quote(str(record.directory))}",
     )
+
+
+def _embedded(value: Any) -> Markup:
+    """JSON for a script element, which only "<" could end early."""
+    return Markup(msgspec.json.encode(value).decode().replace("<", "\\u003c"))
 
 
 def _present(rows: list[Row], key: str) -> list[Any]:

@@ -34,7 +34,8 @@ MOST_ROWS = 16  # of the table of ranks before replicas fold
 class Progress:
     """Training's progress: one line that redraws itself on a terminal, a plain line now and then elsewhere.
 
-    `update` takes rows of `metrics.jsonl`; a step's row may come twice, the second time with its evaluation. With
+    `update` takes rows of `metrics.jsonl`; a step's row may come twice, the second time with its evaluation. Memory is the
+    fullest rank's peak, as last measured. With
     `enabled=False` (ranks other than the first) every method does nothing. `clock` gives seconds.
     """
 
@@ -55,6 +56,7 @@ class Progress:
         self._begun = clock()
         self._row: dict[str, Any] = {}
         self._held_out: float | None = None
+        self._memory: int | None = None
         self._loss_sum = self._loss_weight = 0.0
         self._first: tuple[int, float] | None = None  # step and time from which the speed is taken
         self._drawn_at = float("-inf")
@@ -83,6 +85,8 @@ class Progress:
             self._loss_weight = SMOOTHING * self._loss_weight + 1
         if row.get("held_out_loss") is not None:
             self._held_out = row["held_out_loss"]
+        if row.get("memory_bytes"):
+            self._memory = max(row["memory_bytes"])
         if self._first is None:
             # The first step warms up: compilation, first touch of memory. The speed is that of the steps after it.
             self._first = row["step"], self._clock()
@@ -152,8 +156,9 @@ class Progress:
         field(4, self._held_out, lambda v: f"held out {v:.4f}")
         field(5, row.get("tokens_per_second"), lambda v: f"{count_text(v)} tokens/s")
         field(8, row.get("mfu"), lambda v: f"MFU {v:.1%}", "dim")
-        field(9, row.get("lr"), lambda v: f"lr {v:.1e}", "dim")
-        field(10, row.get("grad_norm"), lambda v: f"norm {v:.2f}", "dim")
+        field(10, row.get("lr"), lambda v: f"lr {v:.1e}", "dim")
+        field(11, row.get("grad_norm"), lambda v: f"norm {v:.2f}", "dim")
+        field(9, self._memory, lambda v: f"memory {bytes_text(v)}", "dim")
         field(6, now - self._begun, clock_text)
         field(2, self._seconds_left(now), lambda v: f"{clock_text(v)} left", "cyan")
         return fields

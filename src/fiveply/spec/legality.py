@@ -42,6 +42,18 @@ def resolve(layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int
     )
 
 
+def resolve_for_inference(layout: Layout, spec: ModelSpec, where: str = "layout") -> Layout:
+    """Check `layout` for serving the model, and fill its stages; keys that matter in training alone are left out."""
+    layout.check(where)
+    if layout.chunks > 1:
+        raise InputError(f"schedule={layout.schedule} puts {layout.chunks} chunks on a rank; serving runs one", where=where,
+                         key="schedule", fix="leave schedule and vp out")  # fmt: skip
+    plain = Layout(dp=layout.dp, tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, stages=layout.stages)
+    _check_model(plain, spec, where)
+    _check_runtime(plain, msgspec.structs.replace(spec, attention_dropout=0.0), where)
+    return msgspec.structs.replace(plain, stages=plain.stages or tuple(balanced_stages(spec, plain.stage_count)))
+
+
 def check_module(layout: Layout, stages: int, where: str = "layout") -> Layout:
     """Check `layout` for a user's own module that names `stages` stages; returns it with sequence parallel off."""
     layout.check(where)

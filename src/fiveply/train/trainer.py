@@ -56,13 +56,9 @@ def train(ready: Ready) -> dict[str, Any]:
     compute = setup.dtypes(ready.run.precision).compute
     peak = metrics.peak_flops(compute, torch.device("cpu")) if device.find().kind == "cpu" else 0.0
     return launch(
-        _rank,
-        ready.layout.world,
-        ready,
-        peak,
-        log_folder=directory / "logs",
-        timeout_seconds=setup.call_seconds(ready.run),
-    )
+        _rank, ready.layout.world, ready, peak, log_folder=directory / "logs", timeout_seconds=setup.call_seconds(ready.run),
+        shared_memory=ready.transport != "gloo",
+    )  # fmt: skip
 
 
 def _rank(ready: Ready, peak: float) -> dict[str, Any]:

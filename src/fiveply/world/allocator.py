@@ -12,7 +12,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """One heap, grown by 64 MiB at a time, never trimmed. Does nothing where the C library is not glibc."""
+    """One heap, grown by 64 MiB at a time, never trimmed. Does nothing where the C library is not glibc.
+
+    For the rest of the process: so for ranks, and for programs that are fiveply's own, not for a user's that calls it.
+    """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for key, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 4096), (_TOP_PAD, 64 << 20)):
             mallopt(key, value)

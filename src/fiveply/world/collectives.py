@@ -38,7 +38,6 @@ class Axis:
     ) -> None:
         self.name, self.ranks, self.group = name, ranks, group
         self.size, self.index = len(ranks), ranks.index(rank)
-        # A call that waits skips torch's dispatch, which takes five times as long as the exchange of a small tensor.
         self._shared = group if isinstance(group, SharedMemoryGroup) else None
         self._recorder = recorder or Recorder(rank)
         self.place = self._recorder.add_axis(name, ranks)
@@ -47,44 +46,31 @@ class Axis:
         self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True
     ) -> Call | None:
         """In place."""
-
-        def issue() -> dist.Work | None:
-            if wait and self._shared is not None:
-                return self._shared.run(shm.ALL_REDUCE, x, x, x, op)
-            return dist.all_reduce(x, op, group=self.group, async_op=True)
-
-        return self._call("all-reduce", x, wait, issue)
+        shared = (shm.ALL_REDUCE, x, x, x, op)
+        return self._call("all-reduce", x, wait, lambda: dist.all_reduce(x, op, self.group, async_op=True), shared)
 
     def all_gather(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call | None:
         """`out` is `size` times as long as `x` on dim 0."""
-
-        def issue() -> dist.Work | None:
-            if wait and self._shared is not None:
-                return self._shared.run(shm.ALL_GATHER, x, out, x)
-            return _all_gather(out, x, group=self.group, async_op=True)
-
-        return self._call("all-gather", out, wait, issue)
+        shared = (shm.ALL_GATHER, x, out, x)
+        return self._call("all-gather", out, wait, lambda: _all_gather(out, x, self.group, async_op=True), shared)
 
     def reduce_scatter(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call | None:
         """`x` is `size` times as long as `out` on dim 0."""
-
-        def issue() -> dist.Work | None:
-            if wait and self._shared is not None:
-                return self._shared.run(shm.REDUCE_SCATTER, x, out, out, dist.ReduceOp.SUM)
-            return _reduce_scatter(out, x, group=self.group, async_op=True)
-
-        return self._call("reduce-scatter", x, wait, issue)
+        shared = (shm.REDUCE_SCATTER, x, out, out, dist.ReduceOp.SUM)
+        return self._call(
+            "reduce-scatter", x, wait, lambda: _reduce_scatter(out, x, group=self.group, async_op=True), shared
+        )
 
     def send(self, x: Tensor, to: int) -> Call:
         """`to` is an index on this axis. The tensor must stay unchanged until the returned work is done."""
         peer = self.ranks[to]
-        call = self._call("send", x, False, lambda: dist.isend(x, peer, group=self.group), peer)
+        call = self._call("send", x, False, lambda: dist.isend(x, peer, group=self.group), peer=peer)
         assert call is not None
         return call
 
     def receive(self, out: Tensor, source: int) -> Call:
         peer = self.ranks[source]
-        call = self._call("receive", out, False, lambda: dist.irecv(out, peer, group=self.group), peer)
+        call = self._call("receive", out, False, lambda: dist.irecv(out, peer, group=self.group), peer=peer)
         assert call is not None
         return call
 
@@ -95,9 +81,17 @@ class Axis:
         return values
 
     def _call(
-        self, operation: str, x: Tensor | None, wait: bool, issue: Callable[[], dist.Work | None], peer: int = -1
-    ) -> Call | None:
-        """Start what `issue` starts, seen by the recorder; `x` is the larger of its tensors."""
+        self, operation: str, x: Tensor | None, wait: bool, issue: Callable[[], dist.Work | None],
+        shared: tuple[Any, ...] | None = None, peer: int = -1,
+    ) -> Call | None:  # fmt: skip
+        """Start what `issue` starts, seen by the recorder; `x` is the larger of its tensors.
+
+        `shared`: how shared memory does it. A call that waits then skips torch's dispatch, which takes five times as long
+        as the exchange of a small tensor.
+        """
+        group = self._shared
+        if wait and shared is not None and group is not None:
+            issue = lambda: group.run(*shared)  # noqa: E731
         return Call(self._recorder, self, operation, 0 if x is None else x.nbytes, peer).begin(issue, wait=wait)
 
 

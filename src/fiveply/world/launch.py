@@ -114,6 +114,8 @@ def launch(
     log_folder: Path | None = None,
     backend: str | None = None,
     timeout_seconds: float = 600.0,
+    shared_memory: bool = True,
+    apart: bool = False,
 ) -> Any:
     """Run `function(*args)` on `ranks` ranks, each within a default process group; return rank 0's value.
 
@@ -123,7 +125,8 @@ def launch(
     None.
 
     `log_folder` gets what each rank prints as `rank-00003.log`; rank 0 prints to the terminal as well, the others
-    only there. `timeout_seconds` bounds each collective and the start.
+    only there. `timeout_seconds` bounds each collective and the start. `shared_memory`: whether CPU ranks may talk
+    through it, for which its library is then made ready. `apart`: a single rank gets a process of its own too.
 
     Raises InputError if the world does not have `ranks` ranks; the FiveplyError that a rank raised first; RunError
     naming the rank that failed first otherwise (the traceback of a defect goes to standard error and the rank's log).
@@ -143,7 +146,11 @@ def launch(
         except OSError as error:
             raise InputError(f"cannot hold logs: {error.strerror}", where=str(log_folder)) from error
     job = _Job(function, args, ranks, backend, timedelta(seconds=timeout_seconds), log_folder)
-    return _run_here(job, place) if place or ranks == 1 else _start(job)
+    if place or (ranks == 1 and not apart):
+        return _run_here(job, place)
+    if shared_memory and "nccl" not in backend:
+        shm.build()  # before there are ranks that would each compile or load it
+    return _start(job)
 
 
 def _run_here(job: _Job, place: own.Place | None) -> Any:
@@ -161,7 +168,8 @@ def _run_here(job: _Job, place: own.Place | None) -> Any:
         own.voice.tell = tell
         try:
             torch.set_num_threads(_threads(place))
-            keep_freed_memory()
+            if place:
+                keep_freed_memory()
             if place and not dist.is_initialized():
                 _meet(place, job.backend, job.timeout)
             elif not place:
@@ -231,8 +239,6 @@ def _leave(patience_seconds: float | None = None) -> None:
 
 
 def _start(job: _Job) -> Any:
-    if "nccl" not in job.backend:
-        shm.build()  # before there are ranks that would each compile or load it
     # CUDA can't be used in a forked process once its parent has; elsewhere than on Linux system libraries can't either.
     forks = sys.platform == "linux" and "nccl" not in job.backend and not torch.cuda.is_initialized()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.autograd import profiler
+from torch.profiler import record_function
 
 from fiveply.timeline import Event
 
@@ -70,7 +72,8 @@ class AxisLike(Protocol):
 class Span:
     """A context in which this rank does one thing."""
 
-    __slots__ = ("call", "chunk", "code", "kind", "micro_batch", "outer", "peer", "recorder", "stage", "start")
+    __slots__ = ("call", "chunk", "code", "kind", "micro_batch", "outer", "peer", "profiled", "recorder", "stage",
+                 "start")  # fmt: skip
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class Span:
         self.code = _KIND_CODES.get(kind, 0)
         self.outer: Span | None = None
         self.start: Any = None
+        self.profiled: record_function | None = None
 
     def __enter__(self) -> Span:
         recorder, call = self.recorder, self.call
@@ -99,6 +103,9 @@ class Span:
         else:
             board[_AXIS], board[_NUMBER], board[_BYTES], board[_PEER] = call.place, call.number, call.bytes, call.peer
             board[_OPERATION] = call.code
+            if profiler._is_profiler_enabled:  # which does not see what skips torch's dispatch, nor waiting
+                self.profiled = record_function(f"{call.operation} over {call.axis.name}")
+                self.profiled.__enter__()
         if recorder.recording is not None:
             self.start = recorder.recording.now()
         return self
@@ -110,6 +117,8 @@ class Span:
         board[_MOVES] += 1
         if self.call is not None:
             board[_OPERATION] = 0
+            if self.profiled is not None:
+                self.profiled.__exit__(None, None, None)
         elif outer is None:
             board[_KIND], board[_MICRO_BATCH], board[_STAGE] = 0, -1, -1
         else:

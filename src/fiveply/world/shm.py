@@ -5,7 +5,7 @@ Notable:
   has no name, so nothing is left behind however its ranks die, and /dev/shm's size does not matter. All of it is reserved
   at the start, so that shortage is an error then and not a bus error later.
 - Every member says what it found through the group's store, and the first gives the verdict: all use the block or none.
-- `shm.cpp` moves bytes and never waits for long; time-outs, dead peers and their names are here.
+- The library (`shm_native/`) moves bytes and never waits for long; time-outs, dead peers and their names are here.
 
 What it does not know: tensors, process groups, meshes (`fiveply.world.shm_backend`).
 """
@@ -13,23 +13,20 @@ What it does not know: tensors, process groups, meshes (`fiveply.world.shm_backe
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import platform
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from fiveply.world import compiled
 
 KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "broadcast", "reduce", "gather", "scatter", "all-to-all", "barrier",
@@ -41,13 +38,12 @@ KINDS = (
 PENDING, DONE, MISMATCH, CANCELLED = range(4)  # of an operation
 _PRESENT, _LEFT, _FAILED = range(3)  # a member's status
 
-_SOURCE = Path(__file__).with_name("shm.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fwrapv", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
+_NATIVE = Path(__file__).with_name("shm_native")
+_FLAGS = ("-fwrapv", "-ffp-contract=off", "-pthread")
 _SLICE_NS = 200_000_000  # how long a wait stays in compiled code: then signals are taken and peers looked at
 _SLOT_BYTES = 256 * 1024  # a rank has four slots: a mebibyte for collectives
 _RINGS_BYTES = 1024 * 1024  # of what a rank sends to its peers
 _SMALL_BYTES = 32 * 1024  # up to here every rank reduces everything
-_SPIN_NS = 50_000  # before a waiter sleeps, where each rank has a core of its own
 
 
 class Unavailable(Exception):  # noqa: N818
@@ -66,55 +62,22 @@ def build() -> ctypes.CDLL | str:
 
     A launcher calls this before it forks, so that its ranks find it loaded.
     """
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux":
         return f"{platform.system()} has no futex and no memfd_create"
-    if compiler is None:
-        return "no C++ compiler was found (c++, g++ or clang++)"
-    # A home directory can be shared by machines whose processors differ.
-    key = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()]
-    name = f"shm-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
-    folder = Path.home() / ".cache" / "fiveply"
-    with tempfile.TemporaryDirectory(prefix="fiveply-") as own, suppress(OSError):
-        path = folder / name
-        if not path.exists():
-            made = Path(own) / name
-            if problem := _compile(compiler, made):
-                return problem
-            path = _keep(made, path)
-        return _load(path)
-    return "the compiled library could not be loaded"
+    library = compiled.library(*sources())
+    return library if isinstance(library, str) else _declare(library)
 
 
-def _compile(compiler: str, out: Path) -> str:
-    try:
-        done = subprocess.run(
-            [compiler, *_FLAGS, str(_SOURCE), "-o", str(out)], capture_output=True, text=True, timeout=120
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{compiler} failed: {error}"
-    complaint = (done.stderr.strip().splitlines() or ["no message"])[0]
-    return f"{compiler} failed: {complaint[:200]}" if done.returncode else ""
+def sources() -> tuple[Path, tuple[str, ...], list[Path]]:
+    """What `compiled.library` takes."""
+    return _NATIVE / "group.cpp", _FLAGS, sorted(_NATIVE.glob("*.hpp"))
 
 
-def _keep(made: Path, path: Path) -> Path:
-    """Move it into the cache whole or not at all: ranks may do so at the same time. Where that fails, it serves once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        shutil.copy(made, aside)
-        aside.replace(path)
-        return path
-    except OSError:
-        return made
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, result, *arguments in (
         ("shm_size", i64, i32, i64, i64),
-        ("shm_open_group", pointer, i32, i32, i32, i64, i64, i64, i64),
+        ("shm_open_group", pointer, i32, i32, i32, i64, i64, i64),
         ("shm_start", pointer, pointer, i32, i32, i32, i32, i64, pointer, pointer, ctypes.POINTER(Parts), i64),
         ("shm_wait", i32, pointer, pointer, i64),
         ("shm_state", i32, pointer),
@@ -129,12 +92,6 @@ def _load(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
 def _born(pid: int) -> str:
@@ -168,7 +125,8 @@ class Operation:
         return list(values)
 
     def __del__(self) -> None:
-        self.channel.library.shm_free(self.handle)
+        if not self.pending():  # else its channel ends with it, in any order: what still moves it must not lose it
+            self.channel.library.shm_free(self.handle)
 
 
 class Channel:
@@ -176,18 +134,19 @@ class Channel:
 
     def __init__(
         self, library: ctypes.CDLL, fd: int, rank: int, ranks: Sequence[int], members: Sequence[dict[str, Any]],
-        timeout_seconds: float, crowded: bool,
+        timeout_seconds: float,
     ) -> None:  # fmt: skip
-        """`crowded`: ranks outnumber cores, so a waiter had better sleep at once. Raises Unavailable."""
+        """Raises Unavailable."""
         self.library, self.rank, self.ranks, self.members = library, rank, list(ranks), members
         self.timeout_seconds = timeout_seconds
         self.names: dict[str, None] = {}  # of the axes that it serves: for messages, in order
         slot, ring = _sizes(len(ranks))
-        group = library.shm_open_group(fd, rank, len(ranks), slot, ring, _SMALL_BYTES, 0 if crowded else _SPIN_NS)
+        group = library.shm_open_group(fd, rank, len(ranks), slot, ring, _SMALL_BYTES)
         if not group:
             raise Unavailable("the block could not be mapped")
         self.group = group
         self._lost: Exception | None = None
+        # What these read and write stays in place, even if their callers forget them.
         self._underway: list[Operation] = []
         self.completer: Any = None  # of futures, where any were asked for
 
@@ -200,7 +159,7 @@ class Channel:
             self.group, kind, dtype, reduction, root, size, source, target, parts, _SLICE_NS
         )
         if handle:
-            self.finish(Operation(self, handle, kind, size, holds))
+            self.finish(self._kept(Operation(self, handle, kind, size, holds)))
 
     def start(self, kind: int, size: int, source: int, target: int, dtype: int = 0, reduction: int = 0, root: int = 0,
               parts: Any = None, holds: Any = None) -> Operation:  # fmt: skip
@@ -208,10 +167,10 @@ class Channel:
         if self._lost is not None:
             raise self._lost
         handle = self.library.shm_start(self.group, kind, dtype, reduction, root, size, source, target, parts, 0)
-        operation = Operation(self, handle, kind, size, holds)
-        self._underway = [other for other in self._underway if other.pending()]
-        if operation.pending():
-            self._underway.append(operation)
+        return self._kept(Operation(self, handle, kind, size, holds))
+
+    def _kept(self, operation: Operation) -> Operation:
+        self._underway = [other for other in (*self._underway, operation) if other.pending()]
         return operation
 
     def finish(self, operation: Operation, timeout_seconds: float | None = None) -> None:
@@ -230,6 +189,7 @@ class Channel:
                 silent = [str(self.ranks[q]) for q in awaited] or ["this one"]
                 who = f"rank {silent[0]} has" if len(silent) == 1 else f"ranks {', '.join(silent)} have"
                 self._fail(f"{who} been silent for {limit:g} s in {self._name(operation)}")
+        operation.holds = None  # the channel may remember the operation until it starts the next
         if state == MISMATCH:
             self._fail(self._mismatch(operation), RuntimeError)
         if state == CANCELLED:
@@ -281,7 +241,7 @@ def _sizes(n: int) -> tuple[int, int]:
     return max(_SLOT_BYTES // (64 * n), 4) * 64 * n, max(_RINGS_BYTES // (64 * n), 16) * 64
 
 
-def join(store: dist.Store, rank: int, ranks: Sequence[int], timeout_seconds: float, crowded: bool) -> Channel:
+def join(store: dist.Store, rank: int, ranks: Sequence[int], timeout_seconds: float) -> Channel:
     """Meet the other members through `store`, whose keys are this group's alone. All raise Unavailable, or none does."""
     library = build()
     me = {"host": _host() if sys.platform == "linux" else "", "pid": os.getpid(), "born": _born(os.getpid())}
@@ -297,7 +257,7 @@ def join(store: dist.Store, rank: int, ranks: Sequence[int], timeout_seconds: fl
         channel = None
         try:
             fd = _block(library, store, rank, members[0]["pid"], len(ranks))
-            channel = Channel(library, fd, rank, ranks, members, timeout_seconds, crowded)
+            channel = Channel(library, fd, rank, ranks, members, timeout_seconds)
         except (OSError, Unavailable) as error:
             problem = f"rank {ranks[rank]}: {error}"
         _tell(store, f"mapped/{rank}", problem)

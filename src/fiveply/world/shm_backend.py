@@ -26,8 +26,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fiveply.world import shm
-from fiveply.world.device import find
-from fiveply.world.process import place
 
 _REDUCED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int16, torch.int32,
             torch.int64)  # fmt: skip
@@ -58,11 +56,8 @@ def _create(given: Any, options: Options | None) -> Any:
     options = options or Options()
     rank, size, timeout = given.group_rank, given.group_size, given.timeout
     try:
-        here = place()
-        local_ranks = here.local_ranks if here else dist.get_world_size() if dist.is_initialized() else size
-        crowded = local_ranks > find().cores
         ranks = list(given.global_ranks_in_group) or list(range(size))
-        channel = shm.join(given.store, rank, ranks, timeout.total_seconds(), crowded)
+        channel = shm.join(given.store, rank, ranks, timeout.total_seconds())
     except shm.Unavailable as error:
         options.fell_back = str(error)
         return dist.ProcessGroupGloo(given.store, rank, size, timeout=timeout)

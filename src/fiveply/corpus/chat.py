@@ -1,0 +1,67 @@
+"""Conversations to the text that a chat model was trained on: the jinja template of its directory, in a sandbox."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fiveply.spec.errors import InputError
+
+
+class ChatTemplate:
+    """Renders messages, each with a `role` and a `content`."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str = "chat template") -> None:
+        """Raises InputError where `source` is no template. `special_tokens`: by name, as bos_token."""
+        self._names = dict(special_tokens)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {
+            "raise_exception": _refuse,
+            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        }
+        environment.filters["tojson"] = lambda value, **_: msgspec.json.encode(value).decode()
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise InputError(f"not a template ({error})", where=where, fix="mend or delete it") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate | None:
+        """Of a Hugging Face directory or a checkpoint; None where it has none."""
+        file = folder / "tokenizer_config.json"
+        try:
+            config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.is_file() else {}
+        except msgspec.MsgspecError as error:
+            raise InputError(f"not a JSON object ({error})", where=str(file), fix="mend or delete it") from None
+        own = folder / "chat_template.jinja"
+        source = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = next((one["template"] for one in source if one.get("name") == "default"), None)
+        if not isinstance(source, str):
+            return None
+        tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+        names = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
+        return cls(
+            source,
+            {key: value for key, value in names.items() if isinstance(value, str)},
+            str(own if own.is_file() else file),
+        )
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text up to where the model's answer begins. Raises ValueError with what the template says against it."""
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._names)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the model's chat template refuses this conversation: {error}") from None
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)

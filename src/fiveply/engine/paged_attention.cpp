@@ -1,0 +1,201 @@
+// Causal attention of packed tokens over a paged key-value cache, on CPUs.
+//
+// Each cached key and value is read once a step, where it lies: nothing is gathered, padded or masked in memory. Keys of a
+// block are stored column by column (kv head, column, token), so that a vector holds one column of all its tokens; values
+// are stored row by row, padded to whole vectors. A row's arithmetic goes through the cache in groups of blocks that begin at
+// fixed positions, so it gives the same bits however its tokens are cut into chunks and whatever else is in the step.
+// The softmax is the streaming one of Milakov and Gimelshein 2018.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int BLOCK = 16;  // tokens of a block, and numbers of a vector
+constexpr int GROUP = 8;   // blocks whose scores are formed together
+constexpr int KEYS = BLOCK * GROUP;
+constexpr int64_t ALONE = 1 << 17;  // products up to which one thread does all
+constexpr int WIDE = 4;  // vectors of an accumulator that stay in registers
+
+template <class A> struct Vector;
+template <> struct Vector<float> { typedef float type __attribute__((vector_size(64), aligned(4), may_alias)); };
+template <> struct Vector<double> { typedef double type __attribute__((vector_size(128), aligned(8), may_alias)); };
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+
+struct bfloat16 { uint16_t bits; };
+
+inline Vector<float>::type load(const float* x) { return *reinterpret_cast<const Vector<float>::type*>(x); }
+inline Vector<double>::type load(const double* x) { return *reinterpret_cast<const Vector<double>::type*>(x); }
+inline Vector<float>::type load(const bfloat16* x) {
+  Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16;
+  return reinterpret_cast<Vector<float>::type&>(wide);
+}
+inline float number(float x) { return x; }
+inline double number(double x) { return x; }
+inline float number(bfloat16 x) {
+  uint32_t word = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &word, 4);
+  return y;
+}
+inline void store(float* to, float x) { *to = x; }
+inline void store(double* to, double x) { *to = x; }
+inline void store(bfloat16* to, float x) {  // to the nearest, ties to even
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  to->bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// exp(x) for x <= 0: 2^n times a polynomial in the rest (Cephes' coefficients); 0 below -87.
+inline Vector<float>::type exponential(Vector<float>::type x) {
+  typedef int32_t Integers __attribute__((vector_size(64)));
+  const Vector<float>::type zero = {};
+  auto small = x < -87.0f;  // -inf where a key is masked
+  x = small ? zero : x;
+  Vector<float>::type shifted = x * 1.44269504f + 12582912.0f;  // the sum rounds to a whole number
+  Vector<float>::type n = shifted - 12582912.0f;
+  Vector<float>::type r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector<float>::type p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+  Vector<float>::type y = p * reinterpret_cast<Vector<float>::type&>(bits);
+  return small ? zero : y;
+}
+inline Vector<double>::type exponential(Vector<double>::type x) {
+  for (int j = 0; j < BLOCK; j++) x[j] = std::exp(x[j]);
+  return x;
+}
+
+struct Shape {
+  int64_t heads, kv_heads, head_dim, padded, window;
+  int64_t q_stride, k_stride, v_stride;  // numbers from token to token
+  int64_t table_stride;
+};
+
+// Tokens [first, first + count) of one sequence, at positions from `position` on; `row` of the tables is its own.
+struct Tile { int64_t first, count, position, row; };
+
+template <class T, class A>
+void attend(const Shape& s, const Tile& tile, int64_t kv_head, const T* q, T* out, const T* keys, const T* values,
+            const int32_t* table, double scale, std::vector<A>& scratch) {
+  typedef typename Vector<A>::type V;
+  const int64_t group = s.heads / s.kv_heads, rows = tile.count * group, d = s.head_dim, padded = s.padded;
+  const int64_t key_bytes = d * BLOCK, value_bytes = BLOCK * padded;
+  scratch.resize(rows * (d + padded + 2) + KEYS);
+  A *query = scratch.data(), *sums = query + rows * d, *most = sums + rows * padded, *total = most + rows, *p = total + rows;
+  for (int64_t m = 0; m < rows; m++) {
+    const T* from = q + (tile.first + m / group) * s.q_stride + (kv_head * group + m % group) * d;
+    for (int64_t i = 0; i < d; i++) query[m * d + i] = number(from[i]) * A(scale);
+    for (int64_t i = 0; i < padded; i++) sums[m * padded + i] = 0;
+    most[m] = -std::numeric_limits<A>::infinity();
+    total[m] = 0;
+  }
+  const int64_t oldest = s.window ? std::max<int64_t>(0, tile.position - s.window + 1) : 0;
+  const int64_t newest = tile.position + tile.count - 1;
+  for (int64_t base = oldest / KEYS * KEYS; base <= newest; base += KEYS) {
+    for (int64_t m = 0; m < rows; m++) {
+      const int64_t own = tile.position + m / group;
+      const int64_t low = std::max<int64_t>(base, s.window ? own - s.window + 1 : 0) - base;
+      const int64_t high = std::min<int64_t>(base + KEYS - 1, own) - base;
+      if (low > high) continue;
+      A best = -std::numeric_limits<A>::infinity();
+      for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
+        const T* k = keys + (table[base / BLOCK + b] * s.kv_heads + kv_head) * key_bytes;
+        const A* x = query + m * d;
+        V part[4] = {};
+        int64_t i = 0;
+        for (; i + 4 <= d; i += 4)
+          for (int c = 0; c < 4; c++) part[c] += load(k + (i + c) * BLOCK) * x[i + c];
+        for (; i < d; i++) part[0] += load(k + i * BLOCK) * x[i];
+        V score = (part[0] + part[1]) + (part[2] + part[3]);
+        for (int64_t j = 0; j < BLOCK; j++) {
+          const int64_t at = b * BLOCK + j;
+          p[at] = at < low || at > high ? -std::numeric_limits<A>::infinity() : score[j];
+          best = p[at] > best ? p[at] : best;
+        }
+      }
+      const A top = best > most[m] ? best : most[m];
+      const A shrink = std::exp(most[m] - top);
+      A sum = 0;
+      for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
+        V e = exponential(load(p + b * BLOCK) - top);
+        *reinterpret_cast<V*>(p + b * BLOCK) = e;
+        for (int j = 0; j < BLOCK; j++) sum += e[j];
+      }
+      most[m] = top;
+      total[m] = total[m] * shrink + sum;
+      for (int64_t c = 0; c < padded; c += BLOCK * WIDE) {
+        const int wide = int(std::min<int64_t>(WIDE, (padded - c) / BLOCK));
+        V acc[WIDE];
+        for (int w = 0; w < wide; w++) acc[w] = load(sums + m * padded + c + w * BLOCK) * shrink;
+        for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
+          const T* v = values + (table[base / BLOCK + b] * s.kv_heads + kv_head) * value_bytes + c;
+          const int64_t from = std::max<int64_t>(low - b * BLOCK, 0), to = std::min<int64_t>(high - b * BLOCK, BLOCK - 1);
+          if (wide == WIDE)
+            for (int64_t j = from; j <= to; j++)
+              for (int w = 0; w < WIDE; w++) acc[w] += load(v + j * padded + w * BLOCK) * p[b * BLOCK + j];
+          else
+            for (int64_t j = from; j <= to; j++)
+              for (int w = 0; w < wide; w++) acc[w] += load(v + j * padded + w * BLOCK) * p[b * BLOCK + j];
+        }
+        for (int w = 0; w < wide; w++) *reinterpret_cast<V*>(sums + m * padded + c + w * BLOCK) = acc[w];
+      }
+    }
+  }
+  for (int64_t m = 0; m < rows; m++) {
+    T* to = out + ((tile.first + m / group) * s.heads + kv_head * group + m % group) * d;
+    for (int64_t i = 0; i < d; i++) store(to + i, sums[m * padded + i] / total[m]);
+  }
+}
+
+template <class T, class A>
+void run(const Shape* shape, const T* q, const T* k, const T* v, T* out, T* keys, T* values, const int64_t* slots,
+         int64_t tokens, const int32_t* tables, const Tile* tiles, int64_t tile_count, double scale) {
+  const Shape& s = *shape;
+  const int64_t d = s.head_dim;
+  int64_t products = 0;  // waking the other threads costs more than a little work
+  for (int64_t t = 0; t < tile_count; t++) {
+    const int64_t keys_each = tiles[t].position + tiles[t].count;
+    products += tiles[t].count * s.heads * d * (s.window ? std::min(keys_each, s.window) : keys_each);
+  }
+#pragma omp parallel if (products > ALONE)
+  {
+    std::vector<A> scratch;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t h = 0; h < s.kv_heads; h++) {
+        const int64_t block = slots[t] / BLOCK * s.kv_heads + h, at = slots[t] % BLOCK;
+        const T *from_k = k + t * s.k_stride + h * d, *from_v = v + t * s.v_stride + h * d;
+        for (int64_t i = 0; i < d; i++) keys[(block * d + i) * BLOCK + at] = from_k[i];
+        T* to = values + (block * BLOCK + at) * s.padded;
+        for (int64_t i = 0; i < d; i++) to[i] = from_v[i];
+        for (int64_t i = d; i < s.padded; i++) to[i] = T{};
+      }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < tile_count * s.kv_heads; item++) {
+      const Tile& tile = tiles[item / s.kv_heads];
+      attend<T, A>(s, tile, item % s.kv_heads, q, out, keys, values, tables + tile.row * s.table_stride, scale, scratch);
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T, A)                                                                                              \
+  extern "C" void NAME(const Shape* shape, const T* q, const T* k, const T* v, T* out, T* keys, T* values,              \
+                       const int64_t* slots, int64_t tokens, const int32_t* tables, const Tile* tiles, int64_t count,   \
+                       double scale) {                                                                                  \
+    run<T, A>(shape, q, k, v, out, keys, values, slots, tokens, tables, tiles, count, scale);                           \
+  }
+EXPORT(attend_float32, float, float)
+EXPORT(attend_float64, double, double)
+EXPORT(attend_bfloat16, bfloat16, float)

@@ -1,0 +1,152 @@
+"""One rank's work for a step: its stage of the decoder over the step's packed tokens, and on the last stage the answers.
+
+Notable: all ranks of a replica get the same steps in the same order, so the shape of what arrives from the stage before is
+known and nothing is agreed on. Hidden states go on to the same tensor rank of the next stage while this one turns to the next
+step. Logits are formed only for the tokens that are asked about.
+
+It knows no sockets and no other requests than those that steps name.
+
+Shape suffixes: T packed tokens, D hidden, R rows that are answered, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fiveply.engine import sampler
+from fiveply.engine.paged_attention import PagedAttention, Span
+from fiveply.model.decoder import Decoder
+from fiveply.serve.messages import Beginning, Outcome, Score, Segment, StepBatch, StepResult
+from fiveply.world.collectives import gather_columns
+from fiveply.world.mesh import Mesh
+from fiveply.world.recorder import Call
+
+SCORED_TOGETHER = 128  # prompt tokens whose logits exist at once
+
+
+@dataclass
+class _Request:
+    begins: Beginning
+    table: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """All so far, where sampling looks back."""
+    hidden_sum_D: Tensor | None = None
+    """Over its tokens so far, where it is to be embedded."""
+
+
+class Runner:
+    """Steps through this rank's part of the model."""
+
+    def __init__(self, decoder: Decoder, attention: PagedAttention, mesh: Mesh) -> None:
+        self._decoder, self._attention, self._mesh = decoder, attention, mesh
+        self._requests: dict[int, _Request] = {}
+        self._sent: Call | None = None
+        parameter = next(decoder.parameters())
+        self._dtype, self._device = parameter.dtype, parameter.device
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> StepResult | None:
+        """The step's result on the first tensor rank of the last stage, None elsewhere."""
+        for request in batch.released:
+            self._requests.pop(request, None)
+        requests = [self._request(segment) for segment in batch.segments]
+        spans = [
+            Span(segment.start, len(segment.tokens), request.table)
+            for segment, request in zip(batch.segments, requests, strict=True)
+        ]
+        positions_T = self._attention.begin(spans)
+        hidden_TD = self._decoder(self._input(batch, len(positions_T)), positions_T, self._attention)
+        if self._decoder.model.norm is None:
+            self._hand_on(hidden_TD)
+            return None
+        outcomes = self._answer(batch.segments, requests, hidden_TD)
+        return StepResult(batch.step, outcomes) if self._mesh.at.tp == 0 else None
+
+    def _request(self, segment: Segment) -> _Request:
+        if segment.begins is not None:
+            self._requests[segment.request] = _Request(segment.begins, tokens=list(segment.begins.cached))
+        request = self._requests[segment.request]
+        request.table += segment.blocks
+        if request.begins.sampling.looks_back:
+            request.tokens += segment.tokens
+        return request
+
+    def _input(self, batch: StepBatch, tokens: int) -> Tensor:
+        if self._decoder.first:
+            return torch.tensor([t for s in batch.segments for t in s.tokens], device=self._device)
+        axis = self._mesh.down
+        assert axis is not None
+        hidden_TD = torch.empty(tokens, self._decoder.spec.hidden, dtype=self._dtype, device=self._device)
+        axis.receive(hidden_TD, axis.index - 1).wait()
+        return hidden_TD
+
+    def _hand_on(self, hidden_TD: Tensor) -> None:
+        axis = self._mesh.down
+        assert axis is not None
+        if self._sent is not None:
+            self._sent.wait()
+        self._sent = axis.send(hidden_TD.contiguous(), axis.index + 1)
+
+    def _answer(self, segments: list[Segment], requests: list[_Request], hidden_TD: Tensor) -> list[Outcome]:
+        """On every tensor rank of the last stage: they share the vocabulary."""
+        outcomes: dict[int, Outcome] = {}
+        asked: list[int] = []  # the last token of each segment that samples
+        rows: list[sampler.Row] = []
+        first = 0
+        for segment, request in zip(segments, requests, strict=True):
+            end, begins = first + len(segment.tokens), request.begins
+            outcome = Outcome(segment.request)
+            if begins.scores and segment.start < begins.prompt:
+                outcome = Outcome(segment.request, scored_from=segment.start + 1,
+                                  scores=self._scores(segment, begins, hidden_TD[first:end]))  # fmt: skip
+            if begins.embeds:
+                outcome = Outcome(segment.request, embedding=self._pooled(segment, request, hidden_TD[first:end]))
+            if segment.last and segment.samples:
+                asked.append(end - 1)
+                rows.append(
+                    sampler.Row(begins.sampling, segment.start + len(segment.tokens), request.tokens, begins.prompt)
+                )
+            if segment.last or outcome.scores:
+                outcomes[segment.request] = outcome
+            first = end
+        if asked:
+            index_R = torch.tensor(asked, device=self._device)
+            answering = [s.request for s in segments if s.last and s.samples]
+            for request, (token, score) in zip(
+                answering, sampler.choose(self._logits(hidden_TD[index_R]), rows), strict=True
+            ):
+                known = outcomes[request]
+                problem = (
+                    ""
+                    if token >= 0
+                    else "the model's logits are not finite: its weights are broken, or too large for this precision"
+                )
+                outcomes[request] = Outcome(request, token, score, known.scored_from, known.scores, problem=problem)
+        return list(outcomes.values())
+
+    def _scores(self, segment: Segment, begins: Beginning, hidden_TD: Tensor) -> list[Score]:
+        """Of the prompt tokens that follow this segment's tokens."""
+        targets = [*segment.tokens[1:], *([segment.following] if segment.following >= 0 else [])]
+        targets = targets[: begins.prompt - segment.start - 1]
+        scores: list[Score] = []
+        for start in range(0, len(targets), SCORED_TOGETHER):
+            some = targets[start : start + SCORED_TOGETHER]
+            logits_RV = self._logits(hidden_TD[start : start + len(some)])
+            scores += sampler.score(logits_RV, some, max(0, begins.sampling.top_logprobs))
+        return scores
+
+    def _pooled(self, segment: Segment, request: _Request, hidden_TD: Tensor) -> list[float]:
+        """The mean over all tokens, once the last is in."""
+        added_D = hidden_TD.double().sum(0)
+        request.hidden_sum_D = added_D if request.hidden_sum_D is None else request.hidden_sum_D + added_D
+        return (request.hidden_sum_D / request.begins.prompt).tolist() if segment.last else []
+
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
+        """(R, V), whole on every tensor rank, in float32 or better."""
+        logits_RV = self._decoder.logits(hidden_RD)
+        if self._mesh.tp is not None:
+            logits_RV = gather_columns(logits_RV, self._mesh.tp, self._decoder.spec.vocabulary)
+        return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()

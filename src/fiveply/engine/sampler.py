@@ -1,0 +1,130 @@
+"""The next tokens of a step's rows: likeliest or drawn, with log-probabilities.
+
+Notable: the random number of a draw depends on the request's seed and the token's position alone, and rows are dealt with
+one by one wherever they interact with more than their own logits. So the same seed gives the same text whatever else is in
+the batch and at every layout. Penalties and filters shape the choice; log-probabilities are the model's own.
+
+It knows logits and settings, not requests, caches or ranks.
+
+Shape suffixes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fiveply.serve.messages import Sampling, Score
+
+
+class Row(NamedTuple):
+    """What one row's choice depends on beside its logits."""
+
+    sampling: Sampling
+    position: int
+    """Of the token to be chosen."""
+    tokens: Sequence[int] = ()
+    """All before it, where sampling looks back."""
+    prompt: int = 0
+    """How many of them are the prompt's."""
+
+
+def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[tuple[int, Score | None]]:
+    """A token for each row, -1 where its logits are not finite, and its score where asked for.
+
+    logits_RV: float32 or float64.
+    """
+    shaped_RV = _shaped(logits_RV, rows)
+    greatest_R, tokens_R = shaped_RV.max(-1)
+    tokens = tokens_R.tolist()
+    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        logits_DV = shaped_RV if len(drawn) == len(rows) else shaped_RV[drawn]
+        for index, token in zip(drawn, _draw(logits_DV, [rows[index] for index in drawn]), strict=True):
+            tokens[index] = token
+    finite = greatest_R.isfinite().tolist()
+    tokens = [token if sound else -1 for token, sound in zip(tokens, finite, strict=True)]
+    scored = [index for index, row in enumerate(rows) if row.sampling.top_logprobs >= 0 and finite[index]]
+    scores: dict[int, Score] = {}
+    if scored:
+        most = max(rows[index].sampling.top_logprobs for index in scored)
+        found = score(logits_RV[scored], [tokens[index] for index in scored], most)
+        for index, one in zip(scored, found, strict=True):
+            scores[index] = Score(one.logprob, one.top[: rows[index].sampling.top_logprobs])
+    return [(token, scores.get(index)) for index, token in enumerate(tokens)]
+
+
+def score(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
+    """Log-probabilities of `tokens` under the logits, and the `top` likeliest of each row."""
+    index_R = torch.tensor(tokens, device=logits_RV.device)
+    sums_R = logits_RV.logsumexp(-1)
+    own = (logits_RV.gather(1, index_R[:, None])[:, 0] - sums_R).tolist()
+    if top == 0:
+        return [Score(logprob) for logprob in own]
+    values_RK, ids_RK = logits_RV.topk(min(top, logits_RV.shape[1]))
+    likeliest = zip(ids_RK.tolist(), (values_RK - sums_R[:, None]).tolist(), strict=True)
+    return [Score(logprob, list(zip(*pair, strict=True))) for logprob, pair in zip(own, likeliest, strict=True)]
+
+
+def uniform(seed: int, position: int) -> float:
+    """In [0, 1): the first word of numpy's Philox (Salmon et al. 2011) keyed by the seed, at the position."""
+    return (int(np.random.Philox(key=seed % 2**64, counter=position).random_raw()) >> 11) * 2.0**-53
+
+
+def _shaped(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """With biases and penalties; the same tensor where no row has any."""
+    changed = [i for i, row in enumerate(rows) if row.sampling.looks_back or row.sampling.logit_bias]
+    if not changed:
+        return logits_RV
+    logits_RV = logits_RV.clone()
+    for index in changed:
+        sampling, logits_V, tokens = rows[index].sampling, logits_RV[index], rows[index].tokens
+        if sampling.repetition_penalty != 1 and tokens:
+            ids = torch.tensor(sorted(set(tokens)), device=logits_V.device)
+            seen = logits_V[ids]
+            logits_V[ids] = torch.where(
+                seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty
+            )
+        answer = Counter(tokens[rows[index].prompt :])
+        if answer and (sampling.frequency_penalty or sampling.presence_penalty):
+            ids = torch.tensor(list(answer), device=logits_V.device)
+            counts = torch.tensor(list(answer.values()), device=logits_V.device, dtype=logits_V.dtype)
+            logits_V[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+        if sampling.logit_bias:
+            ids = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
+            logits_V[ids] += torch.tensor(
+                list(sampling.logit_bias.values()), device=logits_V.device, dtype=logits_V.dtype
+            )
+    return logits_RV
+
+
+def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
+    """Of each row the first token, in order of ids, at which the cumulative distribution passes the row's random number."""
+    temperatures_R1 = torch.tensor([row.sampling.temperature for row in rows], dtype=torch.float64)[:, None]
+    weights_RV = ((logits_RV.double() - logits_RV.amax(-1, keepdim=True)) / temperatures_R1.to(logits_RV.device)).exp_()
+    for index, row in enumerate(rows):
+        if row.sampling.top_k or row.sampling.top_p < 1 or row.sampling.min_p:
+            weights_RV[index] = _filtered(weights_RV[index], row.sampling)
+    cumulative_RV = weights_RV.cumsum(-1)
+    points_R = torch.tensor([uniform(row.sampling.seed, row.position) for row in rows], dtype=torch.float64)
+    points_R1 = (points_R.to(cumulative_RV.device) * cumulative_RV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_RV, points_R1, right=True)[:, 0].clamp_(max=logits_RV.shape[1] - 1).tolist()
+
+
+def _filtered(weights_V: Tensor, sampling: Sampling) -> Tensor:
+    """Zero for tokens that top_k, top_p (Holtzman et al. 2020) or min_p (Nguyen et al. 2024) leave out, in this order."""
+    if 0 < sampling.top_k < len(weights_V):
+        values, ids = weights_V.topk(sampling.top_k)
+        weights_V = torch.zeros_like(weights_V).scatter(0, ids, values)
+    if sampling.top_p < 1:
+        values, ids = weights_V.sort(descending=True, stable=True)
+        sums = values.cumsum(0)
+        weights_V = torch.zeros_like(weights_V).scatter(0, ids, values * (sums - values < sampling.top_p * sums[-1]))
+    if sampling.min_p:
+        weights_V = weights_V.masked_fill(weights_V < sampling.min_p * weights_V.max(), 0)
+    return weights_V

@@ -1,0 +1,457 @@
+"""The server: OpenAI's paths over a driver, with limits, keys, and an end that lets answers finish.
+
+Notable: whoever disconnects is no longer worked for, streaming or not. What is too much is refused at once and says when to
+try again. `/health` and `/v1/models` fail as soon as a rank is lost.
+
+It knows no ranks; what requests and answers look like is `protocol.py`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import socket
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from fiveply.serve import protocol
+from fiveply.serve.driver import Driver, EngineLost, Generation, Overloaded, Piece
+from fiveply.serve.messages import Sampling, Score
+from fiveply.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, RequestError
+from fiveply.spec.errors import RunError
+
+Value = TypeVar("Value")
+
+LONG_TEXT = 32_768  # characters that take a tokenizer longer than a step
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one request, and of the end."""
+
+    body_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
+    answers: int = 128
+    """Prompts x n."""
+    write_seconds: float = 60.0
+    """Until a client that does not read is given up."""
+    drain_seconds: float = 30.0
+    """For answers to finish once an end is asked for."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What requests are checked against."""
+
+    name: str
+    vocabulary: int
+    positions: int
+
+
+class _Gone(Exception):  # noqa: N818
+    """The client has disconnected."""
+
+
+class Server:
+    """An ASGI application over `driver`. `keys`: any of them admits to /v1 and /metrics; none: everyone."""
+
+    def __init__(self, driver: Driver, model: Model, keys: Sequence[str] = (), limits: Limits | None = None) -> None:
+        self.driver, self.model, self.limits = driver, model, limits or Limits()
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._started = int(time.time())
+        self.app = Starlette(
+            routes=[
+                Route("/", self._page),
+                Route("/health", self._health),
+                Route("/metrics", self._guarded(self._metrics)),
+                Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
+                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+                Route("/v1/embeddings", self._guarded(self._embeddings), methods=["POST"]),
+            ]
+        )
+
+    async def run(self, listener: socket.socket, ready: Callable[[], None]) -> None:
+        """Until an end is asked for; `ready` is called when the first engine is."""
+        config = uvicorn.Config(
+            self.app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        announcing = asyncio.create_task(self._announce(ready))
+        try:
+            await self.driver.stop_asked.wait()
+            end = time.monotonic() + self.limits.drain_seconds
+            while self.driver.generations and self.driver.state != "stopped" and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            self.driver.stop()
+        finally:
+            announcing.cancel()
+            server.should_exit = True
+            await serving
+        if self.driver.problem:
+            raise EngineLost(self.driver.problem)
+
+    async def _announce(self, ready: Callable[[], None]) -> None:
+        await self.driver.ready.wait()
+        ready()
+
+    def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Keys before anything else; mistakes and refusals as answers."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                return await handler(request)
+            except RequestError as error:
+                return _json(error.body(), error.status)
+            except Overloaded as error:
+                refusal = RequestError(str(error), status=429, kind="rate_limit_error")
+                return _json(refusal.body(), 429, {"Retry-After": str(error.seconds)})
+            except RunError as error:
+                status = 503 if isinstance(error, EngineLost) else 500
+                return _json(RequestError(str(error), status=status, kind="server_error").body(), status)
+            except _Gone:
+                return Response(status_code=499)  # nobody reads it
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        if not self._keys:
+            return
+        given = hashlib.sha256(request.headers.get("authorization", "").removeprefix("Bearer ").encode()).digest()
+        # All of them, whichever fits: the time tells nothing.
+        if not sum(hmac.compare_digest(given, key) for key in self._keys):
+            raise RequestError("give an API key: Authorization: Bearer KEY", status=401, kind="authentication_error")
+
+    # --- what is not an answer ---
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(resources.files("fiveply.serve").joinpath("chat.html").read_text(encoding="utf-8"))
+
+    async def _health(self, request: Request) -> Response:
+        driver = self.driver
+        body: dict[str, Any] = {"status": "draining" if driver.stop_asked.is_set() else driver.state}
+        if driver.problem:
+            body["problem"] = driver.problem
+        return _json(msgspec.json.encode(body), 200 if body["status"] == "ready" else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.driver.metrics.page(self.driver), media_type="text/plain; version=0.0.4")
+
+    async def _models(self, request: Request) -> Response:
+        if self.driver.state != "ready":
+            raise EngineLost(self.driver.problem or f"the engine is {self.driver.state}")
+        entry = {"id": self.model.name, "object": "model", "created": self._started, "owned_by": "fiveply",
+                 "max_model_len": self.model.positions, "chat": self.driver.text.chat is not None}  # fmt: skip
+        return _json(msgspec.json.encode({"object": "list", "data": [entry]}))
+
+    # --- answers ---
+
+    async def _completions(self, request: Request) -> Response:
+        asked: CompletionRequest = await self._read(request, CompletionRequest)
+        text, count = self.driver.text, asked.n or 1
+        prompts = await self._tokens(asked.prompt, "prompt")
+        max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
+        if max_tokens == 0 and not asked.echo:
+            raise RequestError("0 tokens without echo ask for nothing", "max_tokens")
+        sampling = asked.sampling(-1 if asked.logprobs is None else asked.logprobs, self.model.vocabulary)
+        scores = asked.echo and asked.logprobs is not None
+        generations = self._submit(prompts, count, max_tokens, sampling, asked, scores=scores)
+        given = protocol.separate(asked.prompt, "prompt")
+
+        def echoed(index: int) -> str:
+            one = given[index // count]
+            return one if isinstance(one, str) else text.whole(one)
+
+        def choice(index: int, pieces: Sequence[Piece], first: bool = True) -> dict[str, Any]:
+            echo, generation = asked.echo and first, generations[index]
+            logprobs = None
+            if asked.logprobs is not None:
+                tokens, found = _flat(pieces)
+                before: list[Score | None] = [None, *generation.prompt_scores]
+                prompt = prompts[index // count]
+                logprobs = protocol.completion_logprobs(text, prompt + tokens, before + found) if echo else (
+                    protocol.completion_logprobs(text, tokens, found))  # fmt: skip
+            words = (echoed(index) if echo else "") + "".join(piece.text for piece in pieces)
+            return {"index": index, "text": words, "logprobs": logprobs, "finish_reason": pieces[-1].finish or None}
+
+        return await self._answer(request, asked, generations, "text_completion", "text_completion", choice)
+
+    async def _chat(self, request: Request) -> Response:
+        asked: ChatRequest = await self._read(request, ChatRequest)
+        text = self.driver.text
+        if text.chat is None or text.tokenizer is None:
+            raise RequestError("the model has no chat template; use /v1/completions", "messages")
+        try:
+            prompt = text.tokenizer.encode(text.chat.render([message.plain() for message in asked.messages])).tolist()
+        except ValueError as error:
+            raise RequestError(str(error), "messages") from None
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise RequestError("needs logprobs", "top_logprobs")
+        room = min(self.model.positions, self.driver.capacity or self.model.positions) - len(prompt)
+        max_tokens = asked.max_completion_tokens or asked.max_tokens or max(1, room)
+        sampling = asked.sampling((asked.top_logprobs or 0) if asked.logprobs else -1, self.model.vocabulary)
+        generations = self._submit([prompt], asked.n or 1, max_tokens, sampling, asked)
+
+        def logprobs(pieces: Sequence[Piece]) -> dict[str, Any] | None:
+            tokens, scores = _flat(pieces)
+            return (
+                protocol.chat_logprobs(text, tokens, [score for score in scores if score]) if asked.logprobs else None
+            )
+
+        def whole(index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+            message = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
+            return {
+                "index": index,
+                "message": message,
+                "logprobs": logprobs(pieces),
+                "finish_reason": pieces[-1].finish,
+            }
+
+        def part(index: int, pieces: Sequence[Piece], first: bool) -> dict[str, Any]:
+            delta = {"content": pieces[0].text} | ({"role": "assistant"} if first else {})
+            return {
+                "index": index,
+                "delta": delta,
+                "logprobs": logprobs(pieces),
+                "finish_reason": pieces[0].finish or None,
+            }
+
+        return await self._answer(request, asked, generations, "chat.completion", "chat.completion.chunk", whole, part)
+
+    async def _embeddings(self, request: Request) -> Response:
+        asked: EmbeddingRequest = await self._read(request, EmbeddingRequest)
+        self._check_model(asked.model)
+        prompts = await self._tokens(asked.input, "input")
+        self._check_sizes(prompts, 0, len(prompts), "input")
+        generations = [self.driver.submit(prompt, 0, Sampling(), embeds=True) for prompt in prompts]
+        async with self._cancelling(generations):
+            await _unless_gone(request, asyncio.gather(*map(_collect, generations)))
+        tokens = sum(map(len, prompts))
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": protocol.embedding(one.embedding, asked.encoding_format),
+            }
+            for index, one in enumerate(generations)
+        ]
+        total = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return _json(msgspec.json.encode({"object": "list", "data": data, "model": self.model.name, "usage": total}))
+
+    async def _read(self, request: Request, kind: type[Any]) -> Any:
+        """The body, within its limits, as a request; refused once an end is asked for."""
+        if self.driver.stop_asked.is_set():
+            raise EngineLost("the server is shutting down")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.limits.body_bytes:
+                        raise RequestError(f"the body exceeds {self.limits.body_bytes} bytes", status=413)
+        except TimeoutError:
+            raise RequestError(f"the body did not arrive within {self.limits.body_seconds:g} s", status=408) from None
+        return protocol.read(bytes(body), kind)
+
+    async def _tokens(self, given: protocol.Prompts, param: str) -> list[list[int]]:
+        """Of the prompts; long texts are encoded aside, so that others are not kept waiting."""
+        arguments = given, self.driver.text, self.model.vocabulary, param
+        if sum(len(one) if isinstance(one, str) else 0 for one in given) < LONG_TEXT:
+            return protocol.prompts_of(*arguments)
+        return await asyncio.to_thread(protocol.prompts_of, *arguments)
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, "", self.model.name):
+            raise RequestError(f"the model '{name}' is not served here; '{self.model.name}' is", "model", 404)
+
+    def _check_sizes(self, prompts: list[list[int]], max_tokens: int, answers: int, param: str) -> None:
+        if answers > self.limits.answers:
+            raise RequestError(f"{answers} answers in one request; at most {self.limits.answers}", param)
+        longest = max(map(len, prompts))
+        if longest + max_tokens > self.model.positions:
+            raise RequestError(
+                f"{longest} tokens + max_tokens {max_tokens} exceed the model's {self.model.positions} positions", param
+            )
+
+    def _submit(
+        self, prompts: list[list[int]], count: int, max_tokens: int, sampling: Sampling,
+        asked: CompletionRequest | ChatRequest, *, scores: bool = False,
+    ) -> list[Generation]:  # fmt: skip
+        """All of a request's answers, or none."""
+        self._check_model(asked.model)
+        self._check_sizes(
+            prompts, max_tokens, count * len(prompts), "prompt" if scores or prompts[1:] else "max_tokens"
+        )
+        ends = frozenset[int]() if asked.ignore_eos else self.driver.text.ends
+        generations: list[Generation] = []
+        try:
+            for prompt in prompts:
+                for index in range(count):
+                    own = protocol.alternative(sampling, index)
+                    generations.append(
+                        self.driver.submit(list(prompt), max_tokens, own, ends=ends, stops=asked.stops, scores=scores)
+                    )
+        except BaseException as error:
+            for generation in generations:
+                self.driver.cancel(generation)
+            if isinstance(error, ValueError):
+                raise RequestError(str(error), "max_tokens") from None
+            raise
+        return generations
+
+    async def _answer(
+        self, request: Request, asked: CompletionRequest | ChatRequest, generations: list[Generation], kind: str,
+        chunk_kind: str, whole: Callable[..., dict[str, Any]], part: Callable[..., dict[str, Any]] | None = None,
+    ) -> Response:  # fmt: skip
+        """One body, or a stream of events."""
+
+        def used() -> dict[str, Any]:
+            distinct = generations[:: asked.n or 1]
+            return protocol.usage(
+                sum(one.request.prompt for one in distinct),
+                sum(len(one.request.tokens) - one.request.prompt for one in generations),
+                sum(one.request.reused for one in distinct),
+            )
+
+        if not asked.stream:
+            async with self._cancelling(generations):
+                pieces = await _unless_gone(request, asyncio.gather(*map(_collect, generations)))
+            choices = [whole(index, one) for index, one in enumerate(pieces)]
+            body = protocol.head(kind, self.model.name) | {"choices": choices, "usage": used()}
+            return _json(msgspec.json.encode(body))
+
+        async def events() -> AsyncGenerator[bytes]:
+            top, seen = protocol.head(chunk_kind, self.model.name), set[int]()
+            counting = asked.stream_options is not None and asked.stream_options.include_usage
+            async with self._cancelling(generations):
+                try:
+                    async with aclosing(_together(generations)) as pieces:
+                        async for index, piece in pieces:
+                            if piece.text or piece.finish or piece.scores or index not in seen:
+                                choice = (part or whole)(index, [piece], index not in seen)
+                                seen.add(index)
+                                yield protocol.event(
+                                    top | {"choices": [choice]} | ({"usage": None} if counting else {})
+                                )
+                except RunError as error:
+                    yield b"data: " + RequestError(str(error), kind="server_error").body() + b"\n\n"
+                else:
+                    if counting:
+                        yield protocol.event(top | {"choices": [], "usage": used()})
+            yield protocol.event("[DONE]")
+
+        return _EventStream(events(), self.limits.write_seconds)
+
+    @asynccontextmanager
+    async def _cancelling(self, generations: Sequence[Generation]) -> AsyncIterator[None]:
+        """Whatever has not ended by then is not worked on any more."""
+        try:
+            yield
+        finally:
+            for generation in generations:
+                self.driver.cancel(generation)
+
+
+class _EventStream(Response):
+    """Server-sent events, until they end, or the client goes away or stops reading."""
+
+    def __init__(self, events: AsyncGenerator[bytes], write_seconds: float) -> None:
+        super().__init__(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._events, self._write_seconds = events, write_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            written, _ = await asyncio.gather(writing, leaving, return_exceptions=True)
+        if isinstance(written, Exception) and not isinstance(written, TimeoutError):
+            raise written
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                async with asyncio.timeout(self._write_seconds):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless_gone(request: Request, work: asyncio.Future[Value]) -> Value:
+    """What `work` gives; raises _Gone, and cancels it, when the client disconnects before."""
+    leaving = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise _Gone
+        return work.result()
+    finally:
+        leaving.cancel()
+        work.cancel()
+
+
+async def _collect(generation: Generation) -> list[Piece]:
+    return [piece async for piece in generation.pieces()]
+
+
+async def _together(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece]]:
+    """The pieces of several answers as they come."""
+    if len(generations) == 1:
+        async for piece in generations[0].pieces():
+            yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+
+    async def follow(index: int, generation: Generation) -> None:
+        try:
+            async for piece in generation.pieces():
+                queue.put_nowait((index, piece))
+            queue.put_nowait(None)
+        except RunError as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(follow(index, one)) for index, one in enumerate(generations)]
+    try:
+        left = len(tasks)
+        while left:
+            told = await queue.get()
+            if isinstance(told, Exception):
+                raise told
+            if told is None:
+                left -= 1
+            else:
+                yield told
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _flat(pieces: Sequence[Piece]) -> tuple[list[int], list[Score | None]]:
+    return [token for piece in pieces for token in piece.tokens], [score for piece in pieces for score in piece.scores]
+
+
+def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, status, headers, media_type="application/json")

@@ -1,0 +1,241 @@
+"""OpenAI's requests and answers as values: what is accepted, in which ranges, and how answers are written.
+
+Notable: fields are those that are honoured. Any other is refused with its name, so that nothing is ignored in silence;
+`user` alone says nothing that a server could act on.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+from msgspec import Meta
+
+from fiveply.serve.messages import Sampling, Score
+from fiveply.serve.text import Text
+
+Count = Annotated[int, Meta(ge=1, le=128)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Prompts = str | list[str | int | list[int]]
+"""A text, token ids, or several of either."""
+Share = Annotated[float, Meta(ge=0, le=1)]
+Tokens = Annotated[int, Meta(ge=0)]
+SEEDS = 2**64
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of an answer's alternatives, far apart
+
+
+class RequestError(Exception):
+    """A client's mistake: HTTP status, what is wrong, and the parameter."""
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, kind: str = "invalid_request_error"
+    ) -> None:
+        self.message, self.param, self.status, self.kind = message, param, status, kind
+        super().__init__(message)
+
+    def body(self) -> bytes:
+        return msgspec.json.encode(
+            {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": None}}
+        )
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+
+
+class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What completions and chat have in common; the last four are not OpenAI's."""
+
+    model: str | None = None
+    n: Count | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: int | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    user: str | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    ignore_eos: bool = False
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def sampling(self, top_logprobs: int, vocabulary: int) -> Sampling:
+        """Of the first alternative. Raises RequestError for a biased token that the model lacks."""
+        bias: dict[int, float] = {}
+        for name, value in (self.logit_bias or {}).items():
+            if not (name.isdecimal() and int(name) < vocabulary):
+                raise RequestError(f"token {name!r} is none of the model's {vocabulary}", "logit_bias")
+            bias[int(name)] = value
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature, top_k=max(0, self.top_k or 0),
+            top_p=1.0 if self.top_p is None else self.top_p, min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0, frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            seed=secrets.randbits(64) if self.seed is None else self.seed % SEEDS, logit_bias=bias,
+            top_logprobs=top_logprobs,
+        )  # fmt: skip
+
+
+class CompletionRequest(_Common, kw_only=True):
+    prompt: Prompts = ""
+    max_tokens: Tokens | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    text: str
+    type: Literal["text"] = "text"
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+
+
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
+class ChatRequest(_Common, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: TextFormat | None = None
+
+
+class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    input: Prompts
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+
+def read(body: bytes, kind: type[Any]) -> Any:
+    """A request, or RequestError with the parameter's name."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        if unknown := re.search(r"unknown field `([^`]+)`", text):
+            raise RequestError(f"the parameter '{unknown[1]}' is not supported", unknown[1]) from None
+        missing = re.search(r"required field `([^`]+)`", text)
+        place = re.search(r"`\$\.?([^`]+)`$", text)
+        raise RequestError(text, (missing or place or [None, None])[1]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+
+
+def separate(given: Prompts, param: str) -> list[str] | list[list[int]]:
+    """The prompts of a request. Raises RequestError for none, and for a mixture."""
+    if isinstance(given, str):
+        return [given]
+    kinds = {type(one) for one in given}
+    if len(kinds) != 1:
+        raise RequestError("mixes texts and token ids" if kinds else "is empty", param)
+    return [cast(list[int], given)] if kinds == {int} else cast(list[str], given)
+
+
+def prompts_of(given: Prompts, text: Text, vocabulary: int, param: str) -> list[list[int]]:
+    """The token ids of one or several prompts. Raises RequestError."""
+    prompts: list[list[int]] = []
+    for one in separate(given, param):
+        try:
+            tokens = text.encode(one)
+        except ValueError as error:
+            raise RequestError(str(error), param) from None
+        if outside := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise RequestError(f"token {outside[0]} is none of the model's {vocabulary}", param)
+        prompts.append(tokens)
+    return prompts
+
+
+def alternative(sampling: Sampling, index: int) -> Sampling:
+    """The settings of answer number `index` to the same prompt."""
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + index * _GOLDEN) % SEEDS) if index else sampling
+
+
+# --- answers ---
+
+
+def head(kind: str, model: str) -> dict[str, Any]:
+    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip
+
+
+def completion_logprobs(
+    text: Text, tokens: Sequence[int], scores: Sequence[Score | None], offset: int = 0
+) -> dict[str, Any]:
+    """OpenAI's older form. A token without a score (a prompt's first) has none."""
+    names = [text.shown(token) for token in tokens]
+    offsets: list[int] = []
+    for name in names:
+        offsets.append(offset)
+        offset += len(name)
+    return {
+        "tokens": names,
+        "token_logprobs": [score and _finite(score.logprob) for score in scores],
+        "top_logprobs": [score and _by_name(text, score) for score in scores],
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(text: Text, tokens: Sequence[int], scores: Sequence[Score]) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        name = text.shown(token)
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(name.encode())}
+
+    return {
+        "content": [
+            entry(token, score.logprob) | {"top_logprobs": [entry(*pair) for pair in score.top]}
+            for token, score in zip(tokens, scores, strict=True)
+        ]
+    }
+
+
+def embedding(vector: Sequence[float], form: str) -> list[float] | str:
+    return list(vector) if form == "float" else base64.b64encode(array("f", vector).tobytes()).decode()
+
+
+def event(value: Mapping[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    return b"data: " + (value.encode() if isinstance(value, str) else msgspec.json.encode(value)) + b"\n\n"
+
+
+def _by_name(text: Text, score: Score) -> dict[str, float]:
+    """Two tokens can read alike: the likelier one stands."""
+    named: dict[str, float] = {}
+    for token, logprob in score.top:
+        named.setdefault(text.shown(token), _finite(logprob))
+    return named
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity."""
+    return max(logprob, -1e9)

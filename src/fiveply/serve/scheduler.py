@@ -1,0 +1,225 @@
+"""Which requests run in the next step, and how many tokens each brings: pure Python, for one replica.
+
+Notable:
+- One number a request and step, how many tokens it brings, is prefill, prefill in chunks and decoding at once.
+- Cohorts keep a pipeline full: up to `stages` steps are in flight, none with more than its share of the running requests,
+  ceil(running / stages). One batch of all requests, as is usual, leaves all stages but one idle.
+- Whoever has waited longest for a step goes first, so nobody starves.
+- A request that needs a block when none is left takes those of the youngest. That one starts again later, from what the cache
+  still knows of it, and says the same: random numbers depend on seed and position alone. The oldest always goes on, so all end.
+
+It knows no tensors, text or sockets. When a request ends is the driver's decision.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fiveply.serve.kv_blocks import BlockPool, extend_digests
+from fiveply.serve.messages import BLOCK, Beginning, Outcome, Sampling, Segment, StepBatch, StepResult
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence on its way: its tokens so far, and how many of them are in the cache (those in flight included)."""
+
+    id: int
+    tokens: list[int]
+    max_tokens: int
+    """0: the prompt is only scored or embedded."""
+    sampling: Sampling = field(default_factory=Sampling)
+    scores: bool = False
+    embeds: bool = False
+    prompt: int = field(init=False)
+    computed: int = field(default=0, init=False)
+    reused: int = field(default=0, init=False)
+    """Tokens that the cache held when it was admitted."""
+    blocks: list[int] = field(default_factory=list, init=False)
+    digests: list[bytes] = field(default_factory=list, init=False)
+    told: int = field(default=0, init=False)
+    """Blocks that the ranks know of."""
+    last_step: int = field(default=-1, init=False)
+    in_flight: bool = field(default=False, init=False)
+    gone: bool = field(default=False, init=False)
+    """Cancelled or finished while in flight."""
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the cache must hold for it in the end; the last one is never read."""
+        return self.prompt + max(0, self.max_tokens - 1)
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.computed
+
+    def by_age(self) -> int:
+        return self.id
+
+    def forget(self) -> None:
+        """Nothing of it is cached any more, and nothing is on its way."""
+        self.computed, self.told, self.blocks, self.in_flight, self.last_step = 0, 0, [], False, -1
+
+
+def blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+class Scheduler:
+    """Requests of one replica; ids grow with arrival. `step_tokens`: most tokens in one step, which bounds its time."""
+
+    def __init__(
+        self, blocks: int, *, stages: int = 1, most_running: int = 64, step_tokens: int = 512, reuse: bool = True
+    ) -> None:
+        self.pool = BlockPool(blocks, reuse=reuse)
+        self.stages, self.most_running = stages, most_running
+        self.step_tokens = max(step_tokens, most_running + 1)  # all may decode, and a prompt still goes on
+        self.waiting: list[Request] = []  # oldest first
+        self.running: dict[int, Request] = {}
+        self.preemptions = 0
+        self._in_flight: deque[StepBatch] = deque()
+        self._released: list[int] = []
+        self._step = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest request that can be served."""
+        return self.pool.total * BLOCK
+
+    def add(self, request: Request) -> None:
+        """Its `longest` must be within `capacity`."""
+        assert request.longest <= self.capacity
+        bisect.insort(self.waiting, request, key=Request.by_age)
+
+    def remove(self, request: Request) -> None:
+        """It has ended, or nobody wants it any more; its blocks are free now, or when its step returns."""
+        if request.id in self.running:
+            request.gone = True
+            if not request.in_flight:
+                self._leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def schedule(self) -> StepBatch | None:
+        """The next step, which must be sent; None where nothing can go on before another returns."""
+        if len(self._in_flight) >= self.stages:
+            return None
+        self._admit()
+        share = -(-len(self.running) // self.stages)
+        ready = sorted((r for r in self.running.values() if not r.in_flight), key=lambda r: (r.last_step, r.id))
+        chosen = sorted(ready[:share], key=Request.by_age)
+        budget = self.step_tokens - sum(request.left == 1 for request in chosen)
+        segments: list[Segment] = []
+        for request in chosen:
+            if request.id not in self.running:
+                continue  # an older one took its blocks
+            count = 1 if request.left == 1 else min(request.left, budget)
+            if count and self._make_room(request, request.computed + count):
+                budget -= count if request.left > 1 else 0
+                segments.append(self._segment(request, count))
+        if not segments:
+            return None
+        batch = StepBatch(self._step, segments, self._released)
+        self._released = []
+        self._step += 1
+        self._in_flight.append(batch)
+        return batch
+
+    def update(self, result: StepResult) -> list[tuple[Request, Outcome]]:
+        """The oldest step in flight has returned: what it gave to requests that are still wanted. Tokens are appended."""
+        batch = self._in_flight.popleft()
+        assert batch.step == result.step, f"step {result.step} returned before step {batch.step}"
+        outcomes = {outcome.request: outcome for outcome in result.outcomes}
+        given: list[tuple[Request, Outcome]] = []
+        for segment in batch.segments:
+            request = self.running[segment.request]
+            request.in_flight = False
+            if request.gone:
+                self._leave(request)
+            elif outcome := outcomes.get(request.id):
+                if outcome.token >= 0:
+                    request.tokens.append(outcome.token)
+                given.append((request, outcome))
+        return given
+
+    def reusable(self, digests: Iterable[bytes]) -> int:
+        """Tokens of a prompt with these digests that the cache holds."""
+        return len(self.pool.find(list(digests))) * BLOCK
+
+    def _admit(self) -> None:
+        """Oldest first, each with blocks for all tokens that it has: prompts are never stopped halfway for blocks."""
+        while self.waiting and len(self.running) < self.most_running:
+            request, found = self.waiting[0], list[int]()
+            if self.pool.reuse:
+                extend_digests(request.digests, request.tokens)
+            if not (request.scores or request.embeds):  # these need every token's hidden state
+                found = self.pool.find(request.digests[: (len(request.tokens) - 1) // BLOCK])
+            needed = blocks_for(len(request.tokens)) - len(found)
+            # A block for each running request to grow into, or it would soon be preempted again.
+            if self.pool.free - self.pool.idle(found) - needed < len(self.running):
+                return
+            self.pool.hold(found)
+            request.blocks = found + (self.pool.allocate(needed) or [])
+            request.computed = request.reused = len(found) * BLOCK
+            self.running[request.id] = self.waiting.pop(0)
+
+    def _make_room(self, request: Request, tokens: int) -> bool:
+        """Blocks for `tokens` of the request, the youngest ones' if need be."""
+        while len(request.blocks) < blocks_for(tokens):
+            more = self.pool.allocate(blocks_for(tokens) - len(request.blocks))
+            if more is not None:
+                request.blocks += more
+                continue
+            younger = [r for r in self.running.values() if r.id > request.id and not r.in_flight]
+            if not younger:
+                return False
+            self._preempt(max(younger, key=Request.by_age))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._leave(request)
+        self.preemptions += 1
+        bisect.insort(self.waiting, request, key=Request.by_age)
+
+    def _leave(self, request: Request) -> None:
+        del self.running[request.id]
+        self.pool.release(request.blocks)
+        request.forget()
+        self._released.append(request.id)
+
+    def _segment(self, request: Request, count: int) -> Segment:
+        start = request.computed
+        end = start + count
+        begins = None
+        if request.told == 0:
+            cached = request.tokens[:start] if request.sampling.looks_back else []
+            begins = Beginning(request.sampling, request.prompt, cached, request.scores, request.embeds)
+        segment = Segment(
+            request.id, start, request.tokens[start:end], request.blocks[request.told :], end == len(request.tokens),
+            request.max_tokens > 0, begins, request.tokens[end] if request.scores and end < request.prompt else -1,
+        )  # fmt: skip
+        request.computed, request.in_flight, request.last_step, request.told = (
+            end,
+            True,
+            self._step,
+            len(request.blocks),
+        )
+        if self.pool.reuse:
+            # Known from now on: ranks work off steps in order, so this one writes the block before another reads it.
+            extend_digests(request.digests, request.tokens)
+            for index in range(start // BLOCK, end // BLOCK):
+                self.pool.know(request.blocks[index], request.digests[index])
+        return segment

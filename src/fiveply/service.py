@@ -1,0 +1,251 @@
+"""Starts a driver and its ranks, keeps them running, and ends both: the way that serving and generating share.
+
+Notable: this process's main thread starts the ranks and waits for them (it takes signals), a second thread is the driver's
+loop. When a rank is lost the others are ended, and new ones are started while the driver keeps its clients; that is tried
+again as long as an engine has been ready in between.
+
+It knows neither HTTP nor prompts: `work` is what is to be done with the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import tokenizers
+
+from fiveply.checkpoint.huggingface import HuggingFaceSource
+from fiveply.corpus.chat import ChatTemplate
+from fiveply.corpus.tokenizer import Tokenizer
+from fiveply.engine import worker
+from fiveply.engine.paged_attention import kernels
+from fiveply.engine.products import few_rows
+from fiveply.engine.weights import Source, open_source
+from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.http import Model, Server
+from fiveply.serve.text import Text
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.errors import FiveplyError, InputError, RunError
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve_for_inference
+from fiveply.world import device
+from fiveply.world.launch import joined, launch, stop_requested
+from fiveply.world.mesh import Transport
+
+Result = TypeVar("Result")
+
+COLLECTIVE_SECONDS = 120.0  # until ranks that wait for another give up
+STUCK_SECONDS = 3.0  # after a loss, until ranks that have not ended by themselves are killed
+PAUSE_SECONDS = 1.0  # before new ranks are started
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, how it is split, and what its directory says of text."""
+
+    path: Path
+    spec: ModelSpec
+    text: Text
+    layout: Layout
+    dtype: str
+    cache_tokens: int = 0
+    transport: Transport = "auto"
+
+    @classmethod
+    def load(
+        cls, path: str | Path, layout: str = "dp=1", dtype: str = "auto", cache_tokens: int = 0,
+        transport: Transport = "auto",
+    ) -> Served:  # fmt: skip
+        """Raises InputError for what can't be served, before anything is started."""
+        asked = Layout.parse(layout, "--layout")
+        source = open_source(Path(path))
+        if dtype == "auto":
+            dtype = "bfloat16" if device.find().fast_bf16 else "float32"
+        resolved = resolve_for_inference(asked, source.spec, "--layout")
+        return cls(source.path, source.spec, text_of(source), resolved, dtype, cache_tokens, transport)
+
+
+def run(
+    served: Served, settings: Settings, work: Callable[[Driver], Coroutine[Any, Any, Result]], *, apart: bool = False,
+    restarts: bool = False,
+) -> Result:  # fmt: skip
+    """What `work` returns, done while the ranks run. `apart`: a single rank too gets a process of its own.
+
+    `restarts`: start lost ranks again. Raises what `work` raises, or why there are no ranks.
+    """
+    if joined():
+        raise InputError("torchrun or Slurm has started this process as one of several", where="launch",
+                         fix="start it once, by itself: it starts its ranks")  # fmt: skip
+    if device.find().kind == "cpu":
+        kernels(), few_rows()  # compiled once, before there are ranks that need them
+    loop = _Loop(served, settings, work)
+    host, port, secret = loop.start()
+    job = worker.Job(
+        served.path, served.layout, served.dtype, host, port, secret, served.cache_tokens, served.transport
+    )
+    problem: FiveplyError | None = None
+    while problem is None and loop.working:
+        engines = loop.driver.engines
+        try:
+            launch(worker.work, served.layout.world, job, timeout_seconds=COLLECTIVE_SECONDS, apart=apart)
+            break  # the driver sent the ranks home
+        except FiveplyError as error:
+            if not loop.working or stop_requested():
+                break
+            loop.tell(loop.driver.lost, str(error))
+            if restarts and isinstance(error, RunError) and loop.driver.engines > engines:
+                print(f"fiveply: {error}; starting again", file=sys.stderr, flush=True)
+                time.sleep(PAUSE_SECONDS)
+                loop.tell(loop.driver.starting)
+            else:
+                problem = error
+    if problem is not None:
+        loop.tell(loop.driver.stop, str(problem))
+    try:
+        return loop.result()
+    except Exception as error:
+        raise problem or error from None
+
+
+def serve(
+    served: Served, settings: Settings, *, name: str, host: str = "127.0.0.1", port: int = 8000,
+    keys: Path | None = None,
+) -> None:  # fmt: skip
+    """The verb: until Ctrl-C or SIGTERM. `keys`: a file with an API key on each line. Raises as `run`."""
+    try:
+        admitted = (
+            [line.strip() for line in keys.read_text(encoding="utf-8").splitlines() if line.strip()] if keys else []
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot be read ({error})", where=str(keys), fix="give a file with a key on each line"
+        ) from None
+    if keys and not admitted:
+        raise InputError("holds no key", where=str(keys), fix="write one on each line")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise InputError(
+            f"cannot listen at {host}:{port} ({error.strerror})", where="--port", fix="choose another"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    if not admitted and host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"fiveply: anyone who reaches {address} may use it; --api-keys FILE asks for a key", file=sys.stderr)
+    model = Model(name, served.spec.vocabulary, served.spec.positions)
+
+    async def work(driver: Driver) -> None:
+        def ready() -> None:
+            holds = f"{served.layout}, {served.dtype}, {driver.capacity:,} tokens of cache"
+            print(f"fiveply: {model.name} is ready at {address} ({holds})", file=sys.stderr, flush=True)
+
+        await Server(driver, model, admitted).run(listener, ready)
+
+    with listener:
+        run(served, settings, work, apart=True, restarts=True)
+
+
+class _Loop(Generic[Result]):
+    """The driver's thread."""
+
+    def __init__(
+        self, served: Served, settings: Settings, work: Callable[[Driver], Coroutine[Any, Any, Result]]
+    ) -> None:
+        self._work = work
+        self._made: Future[tuple[str, int, str]] = Future()
+        self._result: Future[Result] = Future()
+        self._served, self._settings = served, settings
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="driver", daemon=True)
+
+    def start(self) -> tuple[str, int, str]:
+        """Address and secret for the ranks."""
+        self._thread.start()
+        return self._made.result()
+
+    @property
+    def working(self) -> bool:
+        return not self._result.done()
+
+    def tell(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call it in the driver's loop, if that still runs."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def result(self) -> Result:
+        self._thread.join()
+        return self._result.result()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.driver = Driver(self._served.layout, self._served.text, self._settings)
+        server, host, port = await self.driver.listen()
+        self._made.set_result((host, port, self.driver.secret))
+        tasks = [asyncio.create_task(one) for one in (self.driver.watch(), self._attend())]
+        try:
+            value = await self._work(self.driver)
+        except BaseException as error:
+            self._result.set_exception(error)
+        else:
+            self._result.set_result(value)
+        self.driver.stop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.driver.farewell()
+        server.close()
+
+    async def _attend(self) -> None:
+        """What a signal asks for reaches the driver; ranks of a lost engine that are stuck are ended."""
+        driver, lost_at = self.driver, 0.0
+        while True:
+            await asyncio.sleep(0.1)
+            if stop_requested():
+                driver.stop_asked.set()
+            if driver.state != "lost":
+                lost_at = 0.0
+            elif not lost_at:
+                lost_at = time.monotonic()
+            elif time.monotonic() - lost_at > STUCK_SECONDS:
+                for pid in set(driver.abandoned) - {os.getpid()}:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                driver.abandoned = []
+
+
+def text_of(source: Source) -> Text:
+    """What a directory says of text. A checkpoint's config.json may speak of another tokenizer than the run trained with,
+    and its texts were trained with no token before them: there the tokenizer alone is asked."""
+    file = source.path / "tokenizer.json"
+    tokenizer = Tokenizer.load(file) if file.is_file() else None
+    if tokenizer is not None and tokenizer.vocabulary > source.spec.vocabulary:
+        raise InputError(f"{tokenizer.vocabulary} tokens, the model has {source.spec.vocabulary}", where=str(file),
+                         fix="give the tokenizer that the model was trained with")  # fmt: skip
+    own_end = [] if tokenizer is None else [tokenizer.end]
+    chat = ChatTemplate.load(source.path)
+    if not isinstance(source, HuggingFaceSource):
+        return Text(tokenizer, frozenset(own_end), [], own_end, chat)
+    config, generation = source.spec.config, source.path / "generation_config.json"
+    try:
+        own = msgspec.json.decode(generation.read_bytes(), type=dict[str, Any]) if generation.is_file() else {}
+    except msgspec.MsgspecError as error:
+        raise InputError(f"not a JSON object ({error})", where=str(generation), fix="mend or delete it") from None
+    config = config | own
+    eos, bos = config.get("eos_token_id"), config.get("bos_token_id")
+    ends = [*own_end, *(token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int))]
+    # What the tokenizer's own template puts around a text.
+    added = tokenizers.Tokenizer.from_file(str(file)).encode("").ids if tokenizer else []
+    before = [t for t in added[:1] if t == bos]
+    return Text(tokenizer, frozenset(ends), before, [bos] if isinstance(bos, int) else ends[:1], chat)

@@ -1,0 +1,40 @@
+"""Products of inference: values, parts of a fused matrix, and bits that do not depend on a row's company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fiveply.engine.products import FEW, FusedProducts, few_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("rows", [1, 3, 4, 17, FEW, FEW + 1, 90])
+@pytest.mark.parametrize("shape", [((5,), 7), ((40, 16, 16), 72), ((33,), 128)])
+def test_products(dtype: torch.dtype, tolerance: float, rows: int, shape: tuple[tuple[int, ...], int]) -> None:
+    outs, inner = shape
+    generator = torch.Generator().manual_seed(rows)
+    weights = [torch.randn(out, inner, generator=generator).to(dtype) for out in outs]
+    x = torch.randn(rows, 2 * inner, generator=generator).to(dtype)[:, inner:]  # a part of something wider
+    products = FusedProducts(dtype, CPU)
+    stands = products.adopt(weights)
+    assert [stand.shape for stand in stands] == [weight.shape for weight in weights]
+    for y, weight in zip(products.linears(x, stands), weights, strict=True):
+        torch.testing.assert_close(
+            y.double(), x.double() @ weight.double().T, atol=tolerance * inner**0.5, rtol=tolerance
+        )
+
+
+@pytest.mark.skipif(isinstance(few_rows(), str), reason=str(few_rows()))
+def test_a_rows_bits_do_not_depend_on_its_company() -> None:
+    x, weight = torch.randn(FEW, 77), torch.randn(50, 77)
+    products = FusedProducts(torch.float32, CPU)
+    (stand,) = products.adopt([weight])
+    together = products.forward(x, stand)
+    for rows in range(1, FEW):
+        assert torch.equal(products.forward(x[:rows], stand), together[:rows])
+        assert torch.equal(products.forward(x[rows:], stand), together[rows:])

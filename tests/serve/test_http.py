@@ -1,0 +1,425 @@
+"""The server as its clients meet it: a process of its own over loopback, and where limits matter the application itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from random_models import add_tokenizer, save_random
+
+from fiveply import service
+from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.http import Limits, Model, Server
+from fiveply.serve.messages import Sampling
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if messages[-1].role == 'assistant' %}{{ raise_exception('nothing to answer') }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama that reads and writes bytes, and holds conversations."""
+    folder = tmp_path_factory.mktemp("speaking") / "tiny-talker"
+    save_random("llama", folder, vocab_size=258, num_hidden_layers=3)
+    add_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+class Process:
+    """`fiveply serve`, ready."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "fiveply.cli", "serve", str(folder), "--port", "0", "--dtype", "float32"]
+        self.process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        self.lines: list[str] = []
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"is ready at (http://\S+)", line):
+                self.url = found[1]
+                return
+        raise AssertionError("".join(self.lines))
+
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(self.url + path, timeout=20)
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx2.Response:
+        return httpx2.post(f"{self.url}/v1/{path}", json=body, timeout=60, **more)
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^fiveply_{name} (\S+)", self.get("/metrics").text, re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in order."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return sorted(map(int, children.split()))
+
+    def end(self) -> int:
+        self.process.terminate()
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[Process]:
+    server = Process(folder, *flags)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(speaking: Path) -> Iterator[Process]:
+    with serving(speaking, "--layout", "dp=2,pp=2") as one:
+        yield one
+
+
+@pytest.fixture
+def client(server: Process) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
+        yield one
+
+
+def eventually(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.05)
+
+
+# --- the usual client -----------------------------------------------------------------------------------------------
+
+
+def test_a_completion_is_that_of_the_model(client: openai.OpenAI, speaking: Path) -> None:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(speaking)
+    prompt = [ord("A") - 31, 70, 71]
+    answer = client.completions.create(model="tiny-talker", prompt=prompt, max_tokens=9, temperature=0, logprobs=2)
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9, pad_token_id=0)
+    with torch.no_grad():
+        wanted = model(out).logits[0].log_softmax(-1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    picked = [wanted[i - 1, out[0, i]].item() for i in range(3, 12)]
+    np.testing.assert_allclose(np.array(logprobs.token_logprobs), picked, atol=2e-5)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 9)
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_prompts_are_scored_as_lm_eval_asks(client: openai.OpenAI) -> None:
+    """Token ids in a batch, echoed with log-probabilities, one token or none beyond."""
+    prompts = [[5, 6, 7, 8] * 10, [9, 10]]
+    answer = client.completions.create(
+        model="tiny-talker", prompt=prompts, max_tokens=1, logprobs=1, echo=True, seed=1234
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        assert logprobs.top_logprobs is not None
+        assert len(logprobs.token_logprobs) == len(logprobs.tokens or []) == len(prompt) + 1
+        assert logprobs.token_logprobs[0] is None
+        for logprob, top in zip(logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True):
+            assert logprob <= max(top.values()) + 1e-5 < 1e-5
+    bare = client.completions.create(model="tiny-talker", prompt=prompts[0], max_tokens=0, logprobs=1, echo=True)
+    assert bare.choices[0].logprobs is not None
+    first = answer.choices[0].logprobs
+    assert first is not None
+    np.testing.assert_allclose(
+        (bare.choices[0].logprobs.token_logprobs or [])[1:], (first.token_logprobs or [])[1:-1], atol=1e-5
+    )
+
+
+def test_streams_say_what_answers_say(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny-talker", "prompt": "Ahoy", "max_tokens": 20, "temperature": 0.8, "seed": 3}
+    whole = client.completions.create(**ask, echo=True)
+    pieces = list(client.completions.create(**ask, echo=True, stream=True, stream_options={"include_usage": True}))
+    assert "".join(piece.choices[0].text for piece in pieces[:-1]) == whole.choices[0].text
+    assert whole.choices[0].text.startswith("Ahoy")
+    assert [piece.choices[0].finish_reason for piece in pieces[:-1]][-1] == "length"
+    assert pieces[-1].usage == whole.usage
+    assert pieces[-1].choices == []
+
+
+def test_conversations(client: openai.OpenAI) -> None:
+    messages: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
+    ask: dict[str, Any] = {"model": "tiny-talker", "messages": messages, "temperature": 0, "max_completion_tokens": 12}
+    answer = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
+    plain = client.completions.create(
+        model="tiny-talker", prompt="<system>Be brief.<user>Hi<assistant>", max_tokens=12, temperature=0
+    )
+    assert answer.choices[0].message.content == plain.choices[0].text
+    assert answer.choices[0].logprobs is not None
+    content = answer.choices[0].logprobs.content or []
+    assert len(content) == 12
+    assert all(len(one.top_logprobs) == 2 and one.top_logprobs[0].token == one.token for one in content)
+    pieces = list(client.chat.completions.create(**ask, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == plain.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="refuses this conversation: nothing to answer"):
+        client.chat.completions.create(model="tiny-talker", messages=[{"role": "assistant", "content": "Hi"}])
+
+
+def test_alternatives_and_seeds(client: openai.OpenAI, server: Process) -> None:
+    ask: dict[str, Any] = {"model": "tiny-talker", "prompt": "Land ", "max_tokens": 24, "temperature": 1.5}
+    alone = client.completions.create(**ask, seed=5).choices[0].text
+    several = client.completions.create(**ask, seed=5, n=4)
+    assert several.choices[0].text == alone
+    assert len({choice.text for choice in several.choices}) == 4
+    crowd = [client.completions.create(**ask | {"prompt": ["x" * n, "Land "]}, seed=5).choices[1].text for n in (1, 50)]
+    assert crowd == [alone, alone]
+    assert len({client.completions.create(**ask).choices[0].text for _ in range(2)}) == 2
+    streamed: dict[int, str] = {}
+    for piece in client.completions.create(**ask, seed=5, n=4, stream=True):
+        streamed[piece.choices[0].index] = streamed.get(piece.choices[0].index, "") + piece.choices[0].text
+    assert [streamed[index] for index in range(4)] == [choice.text for choice in several.choices]
+
+
+def test_a_stop_string_is_not_shown(client: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny-talker", "prompt": "Ahoy", "max_tokens": 40, "temperature": 0}
+    whole = client.completions.create(**ask).choices[0].text
+    stop = whole[10:13]
+    answer = client.completions.create(**ask, stop=["never said", stop])
+    assert answer.choices[0].text == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    pieces = list(client.completions.create(**ask, stop=stop, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == whole[: whole.index(stop)]
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    one = client.embeddings.create(model="tiny-talker", input="sea")
+    both = client.embeddings.create(model="tiny-talker", input=["sea", "land"], encoding_format="float")
+    assert len(one.data[0].embedding) == 72
+    np.testing.assert_allclose(one.data[0].embedding, both.data[0].embedding, atol=1e-5)
+    assert np.abs(np.subtract(both.data[0].embedding, both.data[1].embedding)).max() > 0.01
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.owned_by) == ("tiny-talker", "fiveply")
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "message"),
+    [
+        ("completions", b"{", 400, None, "the body is not JSON"),
+        ("completions", b"\xff\xfe", 400, None, "the body is not JSON"),
+        ("completions", b"[1]", 400, None, "Expected `object`"),
+        ("completions", b'{"prompt": "a", "best_of": 2}', 400, "best_of", "the parameter 'best_of' is not supported"),
+        ("completions", b'{"prompt": "a", "stream_options": {"x": 1}}', 400, "x", "the parameter 'x' is not supported"),
+        ("completions", b'{"prompt": "a", "max_tokens": "9"}', 400, "max_tokens", "Expected `int | null`, got `str`"),
+        ("completions", b'{"prompt": "a", "temperature": -1}', 400, "temperature", "Expected `float` >= 0.0"),
+        ("completions", b'{"prompt": "a", "max_tokens": 0}', 400, "max_tokens", "0 tokens without echo"),
+        ("completions", b'{"prompt": []}', 400, "prompt", "is empty"),
+        ("completions", b'{"prompt": ["a", 5]}', 400, "prompt", "mixes texts and token ids"),
+        ("completions", b'{"prompt": [5, 258]}', 400, "prompt", "token 258 is none of the model's 258"),
+        ("completions", b'{"prompt": "a", "max_tokens": 512}', 400, "max_tokens", "1 tokens + max_tokens 512 exceed"),
+        ("completions", b'{"prompt": "a", "logit_bias": {"258": 1}}', 400, "logit_bias", "token '258' is none"),
+        ("completions", b'{"prompt": ["a", "b"], "n": 65}', 400, "prompt", "130 answers in one request"),
+        ("completions", b'{"prompt": "a", "model": "gpt-4"}', 404, "model", "the model 'gpt-4' is not served here"),
+        ("chat/completions", b'{"prompt": "a"}', 400, "prompt", "the parameter 'prompt' is not supported"),
+        ("chat/completions", b"{}", 400, "messages", "missing required field `messages`"),
+        ("chat/completions", b'{"messages": []}', 400, "messages", "Expected `array` of length >= 1"),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user"}], "tools": []}',
+            400,
+            "tools",
+            "'tools' is not supported",
+        ),
+        ("embeddings", b'{"input": "a", "dimensions": 5}', 400, "dimensions", "'dimensions' is not supported"),
+    ],
+)
+def test_mistakes_are_named(
+    server: Process, path: str, body: bytes, status: int, param: str | None, message: str
+) -> None:
+    answer = httpx2.post(f"{server.url}/v1/{path}", content=body, timeout=20)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+def test_an_oversize_body_is_cut_off(server: Process) -> None:
+    answer = httpx2.post(f"{server.url}/v1/completions", content=b"x" * (5 << 20), timeout=20)
+    assert answer.status_code == 413
+    assert server.get("/health").status_code == 200
+
+
+def test_other_paths_and_methods(server: Process) -> None:
+    assert server.get("/v1/nothing").status_code == 404
+    assert server.get("/v1/completions").status_code == 405
+    assert "<textarea" in server.get("/").text
+
+
+# --- clients that leave, ranks that die, ends ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_nobody_works_for_a_client_that_has_left(server: Process, stream: bool) -> None:
+    eventually(lambda: server.metric("running") == 0)
+    cancelled = server.metric("requests_cancelled_total")
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": stream, "n": 2}
+    if stream:
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{server.url}/v1/completions", json=body, timeout=0.3)
+    eventually(lambda: server.metric("running") == 0)
+    assert server.metric("requests_cancelled_total") == cancelled + 2
+    assert server.metric("cache_use") == 0
+
+
+def test_a_killed_rank_is_told_replaced_and_not_noticed_by_answers(speaking: Path) -> None:
+    with serving(speaking, "--layout", "pp=2") as server:
+        body = {"prompt": "Ahoy", "max_tokens": 480, "temperature": 0.9, "seed": 4, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            told, killed, seen = "", False, set[int]()
+            for line in answer.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                told += json.loads(line[6:])["choices"][0]["text"]
+                if not killed and len(told) > 20:
+                    killed = True
+                    os.kill(server.ranks()[1], signal.SIGKILL)
+                    eventually(lambda: server.get("/health").status_code == 503)
+                    health = server.get("/health").json()
+                    seen.add(server.get("/v1/models").status_code)
+        assert killed
+        assert seen == {503}
+        assert health["status"] in ("lost", "starting")
+        assert re.match(r"rank \d (closed its connection|was killed by signal 9)", health["problem"])
+        eventually(lambda: server.get("/health").status_code == 200)
+        again = server.post("completions", body | {"stream": False}).json()["choices"][0]["text"]
+        assert told == again
+        assert server.metric("engine_losses_total") == 1
+
+
+def test_answers_are_finished_before_the_end(speaking: Path) -> None:
+    with serving(speaking, "--layout", "pp=2") as server:
+        body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.terminate()
+            eventually(lambda: server.get("/health").json()["status"] == "draining")
+            refused = server.post("completions", {"prompt": "a"})
+            assert refused.status_code == 503
+            assert "shutting down" in refused.json()["error"]["message"]
+            said = [line for line in lines if line]
+        assert said[-1] == "data: [DONE]"
+        assert json.loads(said[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(timeout=30) == 0
+
+
+# --- the application itself -----------------------------------------------------------------------------------------
+
+
+def against(
+    folder: Path, settings: Settings, limits: Limits, keys: list[str],
+    test: Callable[[httpx2.AsyncClient, Driver], Awaitable[None]], cache_tokens: int = 0,
+) -> None:  # fmt: skip
+    async def work(driver: Driver) -> None:
+        await driver.ready.wait()
+        app = Server(driver, Model("m", 258, 512), keys, limits).app
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60
+        ) as client:
+            await test(client, driver)
+
+    service.run(service.Served.load(folder, "pp=2", "float32", cache_tokens), settings, work)
+
+
+def test_keys(speaking: Path) -> None:
+    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
+        for path in ("/v1/models", "/metrics", "/v1/completions"):
+            for headers in (
+                {},
+                {"Authorization": "Bearer "},
+                {"Authorization": "Bearer one "},
+                {"Authorization": "Bearer onetwo"},
+            ):
+                answer = await client.request("POST" if "comp" in path else "GET", path, headers=headers, content=b"{")
+                assert answer.status_code == 401
+        for key in ("one", "two"):
+            assert (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code == 200
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/")).status_code == 200
+
+    against(speaking, Settings(), Limits(), ["one", "two"], test)
+
+
+def test_too_much_is_refused_with_a_time_to_come_back(speaking: Path) -> None:
+    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
+        body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True}
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(12)))
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert [answer.status_code for answer in answers].count(200) == 12 - len(refused)
+        assert len(refused) >= 5
+        assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+
+    against(speaking, Settings(most_running=2, most_waiting=3), Limits(), [], test)
+
+
+def test_what_the_cache_can_not_hold_is_refused(speaking: Path) -> None:
+    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
+        answer = await client.post("/v1/completions", json={"prompt": "a" * 50, "max_tokens": 40})
+        assert answer.status_code == 400
+        assert "exceed the cache's 64 tokens" in answer.json()["error"]["message"]
+        assert (await client.post("/v1/completions", json={"prompt": "a" * 30, "max_tokens": 30})).status_code == 200
+
+    against(speaking, Settings(), Limits(), [], test, cache_tokens=64)
+
+
+def test_a_stuck_rank_is_lost_ended_and_replaced(speaking: Path) -> None:
+    async def work(driver: Driver) -> tuple[str, list[int], list[int]]:
+        await driver.ready.wait()
+        whole = [t async for piece in driver.submit([5, 6], 200, Sampling()).pieces() for t in piece.tokens]
+        generation = driver.submit([5, 6], 200, Sampling())
+        pieces = generation.pieces()
+        tokens = [t for _ in range(3) for t in (await anext(pieces)).tokens]
+        os.kill(driver.pids[0], signal.SIGSTOP)
+        while driver.state == "ready":
+            await asyncio.sleep(0.05)
+        problem = driver.problem
+        tokens += [t async for piece in pieces for t in piece.tokens]
+        return problem, tokens, whole
+
+    served = service.Served.load(speaking, "pp=2", "float32")
+    problem, tokens, whole = service.run(served, Settings(silence_seconds=2.5), work, restarts=True)
+    assert re.fullmatch(r"rank [01] has been silent for 2.5 s", problem)
+    assert tokens == whole
