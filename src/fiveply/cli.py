@@ -20,21 +20,22 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 import fiveply
-from fiveply.spec.errors import FiveplyError, InputError
+from fiveply.spec.errors import FiveplyError, InputError, RunError
 from fiveply.world.allocator import keep_freed_memory
 
 Flag = FlagCreatePairsOff[bool]
 app = tyro.extras.SubcommandApp()
+bench = tyro.extras.SubcommandApp()
 
 
-def command(verb: Callable[..., None]) -> Callable[..., None]:
+def command(verb: Callable[..., None], of: tyro.extras.SubcommandApp = app, name: str = "") -> Callable[..., None]:
     """Register a verb such that parsing returns it bound to its flags: parsing and running fail in different ways."""
 
     @functools.wraps(verb)
     def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(verb, *args, **kwargs)
 
-    app.command(bound)
+    of.command(name=name or verb.__name__)(bound)
     return verb
 
 
@@ -398,10 +399,8 @@ def plan(
         _print_json(values)
 
 
-@command
-def bench(
-    what: Annotated[Positional[Literal["plan"]], arg(metavar="plan")],
-    /,
+@functools.partial(command, of=bench, name="plan")
+def bench_plan(
     *,
     table: str = "",
     json: Flag = False,
@@ -411,7 +410,6 @@ def bench(
     fiveply bench plan --table measurements.csv
 
     Args:
-        what: What is scored.
         table: A CSV with the columns of the shipped table (src/fiveply/plan/published.csv), which is the default.
         json: Print the score, with one prediction a row, as one JSON object on standard output.
     """
@@ -425,6 +423,60 @@ def bench(
         _print_json(msgspec.to_builtins(found))
     else:
         benches.show(found, Console())
+
+
+@functools.partial(command, of=bench, name="serve")
+def bench_serve(
+    *,
+    url: str,
+    model: str,
+    concurrency: str = "",
+    rate: str = "",
+    prompt_tokens: int = 128,
+    output_tokens: int = 128,
+    requests: int = 0,
+    api_key: str = "",
+    timeout: float = 300.0,
+    seed: int = 0,
+    json: Flag = False,
+) -> None:
+    """Put load on a server of OpenAI's API: tokens a second, time to the first token and per token, errors, and the knee.
+
+    fiveply bench serve --url http://127.0.0.1:8000 --model NAME --concurrency 1,4,16
+
+    fiveply bench serve --url http://127.0.0.1:8000 --model NAME --rate 0.5,1,2,4 --json
+
+    Args:
+        url: The server's address; /v1 is added to one that names no path.
+        model: What the server calls the model.
+        concurrency: Clients that ask again as soon as they are answered, several numbers with commas between; 1 by default. With
+            --rate, the most requests in flight.
+        rate: Requests that arrive each second, by a Poisson process; several with commas between.
+        prompt_tokens: Tokens of each prompt: random, each prompt its own.
+        output_tokens: Tokens of each answer.
+        requests: For each concurrency or rate; by default four for each client, or half a minute of arrivals.
+        api_key: Sent as a bearer token.
+        timeout: Seconds until a request is given up.
+        seed: Of prompts and arrivals.
+        json: Print one JSON object on standard output: the figures of the only point, or of the knee, and all points.
+    """
+    from rich.console import Console
+
+    from fiveply import load_test
+
+    points = load_test.measure(
+        url, model, concurrencies=concurrency, rates=rate, requests=requests, prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens, key=api_key, timeout=timeout, seed=seed,
+    )  # fmt: skip
+    if json:
+        _print_json(load_test.as_json(points))
+    else:
+        load_test.show(points, Console())
+    if all(point.errors == point.requests for point in points):
+        raise RunError("no request was answered")
+
+
+app.command(bench, name="bench", help="Score the planner (bench plan), or measure a server under load (bench serve).")
 
 
 def main(args: list[str] | None = None) -> None:
