@@ -141,11 +141,14 @@ def load(name: str) -> Machine:
 
 def _read(name: str) -> dict[str, Any]:
     text = resources.files("fiveply.plan").joinpath(f"hardware/{name}.toml").read_bytes()
-    values = msgspec.toml.decode(text)
+    values: dict[str, Any] = msgspec.toml.decode(text)
     like = values.pop("like", None)
-    if like is None:
-        return values
-    base = _read(like)
-    for key, value in values.items():
-        base[key] = base[key] | value if isinstance(value, dict) and key in base else value
-    return base
+    return _changed(_read(like), values) if like else values
+
+
+def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, table by table."""
+    both = {
+        key: _changed(base[key], value) for key, value in changes.items() if isinstance(value, dict) and key in base
+    }
+    return base | changes | both
