@@ -148,7 +148,5 @@ def _read(name: str) -> dict[str, Any]:
 
 def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes`, table by table."""
-    both = {
-        key: _changed(base[key], value) for key, value in changes.items() if isinstance(value, dict) and key in base
-    }
-    return base | changes | both
+    tables = [key for key, value in changes.items() if isinstance(value, dict) and key in base]
+    return base | changes | {key: _changed(base[key], changes[key]) for key in tables}
