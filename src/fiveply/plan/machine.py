@@ -46,6 +46,8 @@ class Attention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     launch: float
     backward: float = 0.8
     """Speed of backward (2.5 times the FLOPs) relative to forward."""
+    older: dict[str, float] = {}
+    """Speed of older generations of kernels (`flash1`, `flash2`) relative to the best for the device, which the others are of."""
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
