@@ -111,14 +111,13 @@ def runtime(compute: int, reduce: int, optimizer: int, *, same: bool = False) ->
 def state_of(elements: Any, shards: Any, zero: Any, *, software: Software = FIVEPLY) -> tuple[Any, Any, Any]:
     """Bytes of (parameters, gradients, optimiser state) of one flat buffer of `elements` whose sharded state `shards` ranks
     share. Whole numbers or arrays that broadcast together."""
-    zero = np.asarray(zero)
     part = -(-elements // shards)
-    whole = part * shards
-    parameters = np.where(zero == 3, part, whole) * software.parameter_bytes
-    gradients = np.where(zero >= 2, part, whole) * software.gradient_bytes
+    spare = part * shards - part  # what the other ranks own
+    parameters = (part + spare * (zero < 3)) * software.parameter_bytes
+    gradients = part + spare * (zero < 2)
     if software.separate_part:
-        gradients = gradients + np.where((zero == 1) & (np.asarray(shards) > 1), part, 0) * software.gradient_bytes
-    return parameters, gradients, part * software.optimizer_bytes
+        gradients = gradients + part * ((zero == 1) & (shards > 1))
+    return parameters, gradients * software.gradient_bytes, part * software.optimizer_bytes
 
 
 def state(
