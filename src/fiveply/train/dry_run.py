@@ -277,7 +277,7 @@ def show(found: DryRun, console: Console | None = None) -> None:
         console.print(pipeline_schedule.picture(_schedule(shape), width=console.width), highlight=False)
     for rank in found.ranks:
         place = ", ".join(f"{axis} {rank.place[axis]}" for axis in ("dp", "tp", "pp"))
-        flops = ", ".join(f"{name} {count_text(value)}FLOP" for name, value in rank.flops.items())
+        flops = ", ".join(f"{name} {count_text(value, 'kMGTPE')}FLOP" for name, value in rank.flops.items())
         console.print(f"\nrank {rank.rank} ({place}): {flops}")
         console.print(f"peak {bytes_text(rank.peak_bytes)} at {rank.when}", soft_wrap=True)
         console.print(_columns(("bytes at the peak", ""), [(n, bytes_text(v)) for n, v in sorted(rank.peak.items())]))
