@@ -399,6 +399,25 @@ def plan(
 
 
 @command
+def probe(*, out: str = "cluster.toml", backend: Literal["auto", "shm", "gloo"] = "auto", json: Flag = False) -> None:
+    """Measure this machine (products, attention, memory, collectives between its ranks), and write it as a cluster.
+
+    fiveply probe
+
+    fiveply plan 2m --cluster cluster.toml --seq 128 --batch-tokens 2k
+
+    Args:
+        out: The file to write; layout=auto reads cluster.toml where it stands.
+        backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
+        json: Print the figures as one JSON object on standard output.
+    """
+    from fiveply import probe as probing
+
+    found = probing.probe(out, transport=backend)
+    _finish(found, json, f"wrote {out} in {found['seconds']:.0f} s: {found['devices']} of {found['name']}")
+
+
+@command
 def bench(
     what: Annotated[Positional[Literal["plan"]], arg(metavar="plan")],
     /,
@@ -470,7 +489,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "plan", "verify", "generate", "serve", "convert", "report", "bench"]
+    return ["train", "plan", "verify", "generate", "serve", "convert", "probe", "report", "bench"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:
