@@ -66,7 +66,7 @@ def assert_equal(case: Drawn, rank: int, real: dict[str, Any]) -> None:
     assert dry.standing == real["standing"]
     assert {(m, n, k): count for m, n, k, count in dry.products} == real["products"]
     assert {(phase, tuple(shape)): count for phase, shape, count in dry.attention} == real["attention"]
-    if case.resolved.pp == 1:  # between stages, when a transfer is seen done is chance
+    if case.resolved.pp == 1:  # between stages, when a transfer lets its tensor go is chance
         assert moments(dry) == real["moments"]
 
 
