@@ -61,8 +61,9 @@ class Browser:
         os.close(self._from)
         self._profile.cleanup()
 
-    def open(self, path: Path, width: int, height: int = 900, *, touch: bool = False, dark: bool = False) -> Page:
-        """A page at a width, in pixels of the page; loaded when this returns."""
+    def open(self, page: Path | str, width: int, height: int = 900, *, touch: bool = False, dark: bool = False) -> Page:
+        """A file or a URL at a width, in pixels of the page; loaded when this returns."""
+        url = page if isinstance(page, str) else page.resolve().as_uri()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session)
@@ -71,7 +72,7 @@ class Browser:
         page.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
-        page.call("Page.navigate", url=path.resolve().as_uri())
+        page.call("Page.navigate", url=url)
         while self._message().get("method") != "Page.loadEventFired":
             pass
         page.settle()

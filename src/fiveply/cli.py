@@ -16,27 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 import fiveply
-from fiveply.spec.errors import FiveplyError, InputError, RunError
+from fiveply import cli_measure  # noqa: F401  (registers plan, probe and bench)
+from fiveply.command import Flag, app, command, finish, print_json
+from fiveply.spec.errors import FiveplyError, InputError
 from fiveply.world.allocator import keep_freed_memory
-
-Flag = FlagCreatePairsOff[bool]
-app = tyro.extras.SubcommandApp()
-bench = tyro.extras.SubcommandApp()
-
-
-def command(verb: Callable[..., None], of: tyro.extras.SubcommandApp = app, name: str = "") -> Callable[..., None]:
-    """Register a verb such that parsing returns it bound to its flags: parsing and running fail in different ways."""
-
-    @functools.wraps(verb)
-    def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
-        return functools.partial(verb, *args, **kwargs)
-
-    of.command(name=name or verb.__name__)(bound)
-    return verb
 
 
 @command
@@ -57,6 +43,8 @@ def train(
     profile: str = "",
     memory_snapshot: Flag = False,
     hang_timeout: float | None = None,
+    dry_run: Flag = False,
+    ranks: str = "",
     json: Flag = False,
 ) -> None:
     """Train a language model under a layout, from a run's TOML file or from flags alone; or start a script of your own.
@@ -68,6 +56,8 @@ def train(
     fiveply train --model 15m --data my.txt --layout dp=2,tp=2 --steps 200
 
     fiveply train run.toml --resume --layout tp=2
+
+    fiveply train run.toml --layout dp=128,tp=8,pp=16 --dry-run --ranks 0,16383
 
     Keys of the file, all with defaults: name, folder, seed, layout; [model] preset, init_from, overrides; [data] corpus,
     tokenizer, sequence, held_out, respect_documents, folder; [train] steps, until, patience, global_batch, sync_every,
@@ -92,6 +82,8 @@ def train(
         memory_snapshot: Write what each rank's memory holds to runs/NAME/memory, after the recorded step.
         hang_timeout: Seconds that no rank goes on until the run ends with a report of who waits for whom; 300 by default,
             0 for never.
+        dry_run: Train nothing: go through one step of some ranks without values; print bytes, collectives and operations.
+        ranks: Those of a dry run, as 0,17,16383; the first and the last by default.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply.spec.run import RunSpec
@@ -114,8 +106,17 @@ def train(
     settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value not in (None, ""))]
     defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
+    if dry_run:
+        from fiveply.train import dry_run as dry
+
+        found = dry.of_run(spec, layout, ranks)
+        if json:
+            print_json(msgspec.to_builtins(found))
+        else:
+            dry.show(found)
+        return
     ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
-    _finish(trainer.train(ready), json)
+    finish(trainer.train(ready), json)
 
 
 @command
@@ -157,7 +158,7 @@ def verify(
     )
     print(equality.table(result), file=sys.stderr if json else sys.stdout)
     if json:
-        _print_json(result)
+        print_json(result)
     if not result["pass"]:
         raise SystemExit(1)
 
@@ -213,7 +214,7 @@ def generate(
         **settings,
     )
     if json:
-        _print_json(result)
+        print_json(result)
         return
     for completion in result["completions"]:
         print(f"{prompt}{completion['text']}")
@@ -295,7 +296,7 @@ def convert(
         huggingface.export(store.Checkpoint.open(run if run.is_dir() else source), Path(folder))
     else:
         gguf.convert(Path(source), Path(folder))
-    _finish({"folder": folder}, json, f"wrote {folder}")
+    finish({"folder": folder}, json, f"wrote {folder}")
 
 
 @command
@@ -320,61 +321,7 @@ def report(
     from fiveply.report import page
 
     path = page.write_report(Path(run), Path(out) if out else None)
-    _finish({"report": str(path)}, json, f"wrote {path}")
-
-
-@functools.partial(command, of=bench, name="serve")
-def bench_serve(
-    *,
-    url: str,
-    model: str,
-    concurrency: str = "",
-    rate: str = "",
-    prompt_tokens: int = 128,
-    output_tokens: int = 128,
-    requests: int = 0,
-    api_key: str = "",
-    timeout: float = 300.0,
-    seed: int = 0,
-    json: Flag = False,
-) -> None:
-    """Put load on a server of OpenAI's API: tokens a second, time to the first token and per token, errors, and the knee.
-
-    fiveply bench serve --url http://127.0.0.1:8000 --model NAME --concurrency 1,4,16
-
-    fiveply bench serve --url http://127.0.0.1:8000 --model NAME --rate 0.5,1,2,4 --json
-
-    Args:
-        url: The server's address; /v1 is added to one that names no path.
-        model: What the server calls the model.
-        concurrency: Clients that ask again as soon as they are answered, several numbers with commas between; 1 by default. With
-            --rate, the most requests in flight.
-        rate: Requests that arrive each second, by a Poisson process; several with commas between.
-        prompt_tokens: Tokens of each prompt: random, each prompt its own.
-        output_tokens: Tokens of each answer.
-        requests: For each concurrency or rate; by default four for each client, or half a minute of arrivals.
-        api_key: Sent as a bearer token.
-        timeout: Seconds until a request is given up.
-        seed: Of prompts and arrivals.
-        json: Print one JSON object on standard output: the figures of the only point, or of the knee, and all points.
-    """
-    from rich.console import Console
-
-    from fiveply import load_test
-
-    points = load_test.measure(
-        url, model, concurrencies=concurrency, rates=rate, requests=requests, prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens, key=api_key, timeout=timeout, seed=seed,
-    )  # fmt: skip
-    if json:
-        _print_json(load_test.as_json(points))
-    else:
-        load_test.show(points, Console())
-    if all(point.errors == point.requests for point in points):
-        raise RunError("no request was answered")
-
-
-app.command(bench, name="bench", help="Measure a server under load (bench serve).")
+    finish({"report": str(path)}, json, f"wrote {path}")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -420,7 +367,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "verify", "generate", "serve", "convert", "report", "bench"]
+    return ["train", "plan", "verify", "generate", "serve", "convert", "probe", "report", "bench"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:
@@ -439,17 +386,6 @@ def _spread_settings(args: list[str]) -> list[str]:
 
 def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, (int, float)) else f'"{value}"'
-
-
-def _finish(result: dict[str, Any], json: bool, line: str = "") -> None:
-    if json:
-        _print_json(result)
-    elif line:
-        print(line)
-
-
-def _print_json(result: dict[str, Any]) -> None:
-    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from rich.progress import Progress
 
 from fiveply import service
 from fiveply.serve import messages
-from fiveply.serve.driver import Driver, Generation, Settings
+from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.generation import Generation
 from fiveply.spec.errors import InputError, RunError
 
 STEP_TOKENS = 2048  # nobody waits for the next token of an answer: prompts in large chunks

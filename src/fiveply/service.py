@@ -89,7 +89,8 @@ def run(
         raise InputError("torchrun or Slurm has started this process as one of several", where="launch",
                          fix="start it once, by itself: it starts its ranks")  # fmt: skip
     if device.find().kind == "cpu":
-        kernels(), few_rows()  # compiled once, before there are ranks that need them
+        kernels()  # compiled once, before there are ranks that need them
+        few_rows()
     loop = _Loop(served, settings, work)
     host, port, secret = loop.start()
     job = worker.Job(
@@ -191,7 +192,11 @@ class _Loop(Generic[Result]):
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.driver = Driver(self._served.layout, self._served.text, self._settings)
-        server, host, port = await self.driver.listen()
+        try:
+            server, host, port = await self.driver.listen()
+        except OSError as error:
+            self._made.set_exception(RunError(f"ranks have no address to come to ({error})"))
+            return
         self._made.set_result((host, port, self.driver.secret))
         tasks = [asyncio.create_task(one) for one in (self.driver.watch(), self._attend())]
         try:

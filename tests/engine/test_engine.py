@@ -13,7 +13,8 @@ import torch
 from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
 
 from fiveply import service
-from fiveply.serve.driver import Driver, Generation, Settings
+from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.generation import Generation
 from fiveply.serve.messages import Sampling
 from fiveply.spec.errors import InputError
 

@@ -7,11 +7,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,12 @@ import numpy as np
 import openai
 import pytest
 from random_models import add_tokenizer, save_random
+from serve_process import Process, serving
 
 from fiveply import service
+from fiveply.serve import messages
 from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.generation import Generation, Piece
 from fiveply.serve.http import Limits, Model, Server
 from fiveply.serve.messages import Sampling
 
@@ -41,53 +41,6 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
-
-
-class Process:
-    """`fiveply serve`, ready."""
-
-    def __init__(self, folder: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "fiveply.cli", "serve", str(folder), "--port", "0", "--dtype", "float32"]
-        self.process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        self.lines: list[str] = []
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.search(r"is ready at (http://\S+)", line):
-                self.url = found[1]
-                return
-        raise AssertionError("".join(self.lines))
-
-    def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(self.url + path, timeout=20)
-
-    def post(self, path: str, body: Any, **more: Any) -> httpx2.Response:
-        return httpx2.post(f"{self.url}/v1/{path}", json=body, timeout=60, **more)
-
-    def metric(self, name: str) -> float:
-        found = re.search(rf"^fiveply_{name} (\S+)", self.get("/metrics").text, re.MULTILINE)
-        assert found is not None
-        return float(found[1])
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks, in order."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return sorted(map(int, children.split()))
-
-    def end(self) -> int:
-        self.process.terminate()
-        self.process.communicate(timeout=30)
-        return self.process.returncode
-
-
-@contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Process]:
-    server = Process(folder, *flags)
-    try:
-        yield server
-    finally:
-        server.process.kill()
-        server.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -423,3 +376,30 @@ def test_a_stuck_rank_is_lost_ended_and_replaced(speaking: Path) -> None:
     problem, tokens, whole = service.run(served, Settings(silence_seconds=2.5), work, restarts=True)
     assert re.fullmatch(r"rank [01] has been silent for 2.5 s", problem)
     assert tokens == whole
+
+
+def test_strangers_at_the_ranks_door_are_turned_away(speaking: Path) -> None:
+    async def work(driver: Driver) -> list[bytes]:
+        server, host, port = await driver.listen()  # another door of the same house
+        await driver.ready.wait()
+        answers = []
+        for said in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            messages.pack(messages.Hello(0, 1, "a guess")),
+            messages.pack(messages.Hello(0, 1, driver.secret)),  # that rank is here already
+            messages.pack(messages.Heartbeat(0)),
+            b"\x05\0\0\0\xc1",
+        ):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(said + messages.pack(messages.Ready(5)))
+            answers.append(await asyncio.wait_for(reader.read(), 5))
+            writer.close()
+        server.close()
+        assert driver.state == "ready"
+        await _collect(driver.submit([5], 3, Sampling()))
+        return answers
+
+    async def _collect(generation: Generation) -> list[Piece]:
+        return [piece async for piece in generation.pieces()]
+
+    assert service.run(service.Served.load(speaking, "pp=2", "float32"), Settings(), work) == [b""] * 5

@@ -51,7 +51,7 @@ class Runner:
     def run(self, batch: StepBatch) -> StepResult | None:
         """The step's result on the first tensor rank of the last stage, None elsewhere."""
         for request in batch.released:
-            self._requests.pop(request, None)
+            del self._requests[request]
         requests = [self._request(segment) for segment in batch.segments]
         spans = [
             Span(segment.start, len(segment.tokens), request.table)

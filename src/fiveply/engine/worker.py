@@ -19,7 +19,8 @@ import torch.distributed as dist
 from fiveply.engine import weights
 from fiveply.engine.paged_attention import PagedAttention
 from fiveply.engine.runner import Runner
-from fiveply.serve.messages import BLOCK, Begin, Heartbeat, Hello, Ready, Shutdown, StepBatch, Wire
+from fiveply.engine.wire import Wire
+from fiveply.serve.messages import BLOCK, Begin, Heartbeat, Hello, Ready, Shutdown, StepBatch
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import RunError
 from fiveply.spec.layout import Layout

@@ -17,23 +17,25 @@ import hmac
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
 from fiveply.serve import messages
-from fiveply.serve.messages import Outcome, Sampling, Score
+from fiveply.serve.generation import Generation
+from fiveply.serve.messages import Sampling
 from fiveply.serve.prometheus import Metrics
 from fiveply.serve.router import route
 from fiveply.serve.scheduler import Request, Scheduler
-from fiveply.serve.text import Detokeniser, StopStrings, Text
+from fiveply.serve.text import Text
 from fiveply.spec.errors import RunError
 from fiveply.spec.layout import Layout
 
 MEETINGS = 2  # engines that a request may lose before it fails
+GREETING_SECONDS, GREETING_BYTES = 10.0, 1024  # of a connection, before it is known to be a rank's
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,83 +67,6 @@ class EngineLost(RunError):  # noqa: N818
     """The ranks failed while they worked on this request."""
 
 
-class Piece(NamedTuple):
-    """A part of an answer."""
-
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    scores: tuple[Score, ...] = ()
-    """Of the tokens, where asked for."""
-    finish: Literal["", "stop", "length"] = ""
-
-
-class Generation:
-    """One answer on its way: an iterator over its pieces."""
-
-    def __init__(self, request: Request, text: Text, ends: frozenset[int], stops: Sequence[str]) -> None:
-        self.request, self._ends = request, ends
-        self.arrived = time.monotonic()
-        self.first_token_at = 0.0
-        self.prompt_scores: list[Score] = []
-        """Of the prompt's tokens from the second on, where asked for."""
-        self.embedding: list[float] = []
-        self.finish: Literal["", "stop", "length"] = ""
-        self.losses = 0
-        self._detokeniser = Detokeniser(text.tokenizer, request.tokens) if text.tokenizer else None
-        self._stops = StopStrings(stops)
-        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Raises EngineLost or RunError where the answer can't be completed."""
-        while True:
-            piece = await self._pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-            if piece.finish:
-                return
-
-    def take(self, outcome: Outcome) -> bool:
-        """What a step gave; whether this was the last. The token stands in `request.tokens` already."""
-        if outcome.problem:
-            self.fail(RunError(outcome.problem))
-            return True
-        if outcome.scores:
-            del self.prompt_scores[outcome.scored_from - 1 :]
-            self.prompt_scores += outcome.scores
-        if self.request.left and outcome.token < 0:
-            return False  # part of a prompt
-        self.embedding = outcome.embedding
-        if outcome.token < 0:
-            self._tell(Piece(finish="length"))
-            return True
-        self.first_token_at = self.first_token_at or time.monotonic()
-        text, stopped = "", outcome.token in self._ends
-        full = len(self.request.tokens) - self.request.prompt >= self.request.max_tokens
-        if self._detokeniser is not None:
-            piece = "" if stopped else self._detokeniser.add(outcome.token)
-            text, found = self._say(self._detokeniser, piece, last=stopped or full)
-            stopped = stopped or found
-        scores = () if outcome.score is None else (outcome.score,)
-        self._tell(Piece(text, (outcome.token,), scores, "stop" if stopped else "length" if full else ""))
-        return bool(self.finish)
-
-    def _say(self, detokeniser: Detokeniser, piece: str, last: bool) -> tuple[str, bool]:
-        """The text that is certain now, and whether a stop string was found."""
-        text, found = self._stops.add(piece)
-        if last and not found:
-            more, found = self._stops.add(detokeniser.rest())
-            text += more if found else more + self._stops.rest()
-        return text, found
-
-    def fail(self, error: Exception) -> None:
-        self._pieces.put_nowait(error)
-
-    def _tell(self, piece: Piece) -> None:
-        self.finish = piece.finish
-        self._pieces.put_nowait(piece)
-
-
 @dataclass
 class _Rank:
     writer: asyncio.StreamWriter
@@ -162,9 +87,8 @@ class Replica:
 class Driver:
     """All replicas of one model. `state` is what `/health` says."""
 
-    def __init__(self, layout: Layout, text: Text, settings: Settings, metrics: Metrics | None = None) -> None:
-        self.layout, self.text, self.settings = layout, text, settings
-        self.metrics = metrics or Metrics()
+    def __init__(self, layout: Layout, text: Text, settings: Settings) -> None:
+        self.layout, self.text, self.settings, self.metrics = layout, text, settings, Metrics()
         self.secret = secrets.token_hex(16)
         self.state: Literal["starting", "ready", "lost", "stopped"] = "starting"
         self.problem = ""
@@ -288,19 +212,22 @@ class Driver:
         """One rank's connection, from its greeting to its end."""
         decoder, rank = msgspec.msgpack.Decoder(messages.FromRank), -1
         try:
+            async with asyncio.timeout(GREETING_SECONDS):
+                rank = self._greet(decoder.decode(await _body(reader, GREETING_BYTES)), writer)
             while True:
-                length = int.from_bytes(await reader.readexactly(4), "little")
-                if length > messages.LARGEST:
-                    break
-                message = decoder.decode(await reader.readexactly(length))
-                if rank < 0:
-                    rank = self._greet(message, writer)
+                message = decoder.decode(await _body(reader, messages.LARGEST))
                 known = self._ranks.get(rank)
                 if known is None or known.writer is not writer:
                     break  # a stranger, or a rank of an engine that is given up
                 known.heard = time.monotonic()
                 self._told(rank, message)
-        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, asyncio.CancelledError):
+        except (
+            asyncio.IncompleteReadError,
+            ConnectionError,
+            TimeoutError,
+            msgspec.MsgspecError,
+            asyncio.CancelledError,
+        ):
             pass
         finally:
             writer.close()
@@ -369,8 +296,9 @@ class Driver:
         self._ranks = {}
         survivors, self._homeless = self.generations, []
         for replica in self.replicas:
-            for generation in replica.generations.values():
-                generation.losses += 1
+            for request_id in replica.scheduler.running if replica.scheduler else ():
+                if request_id in replica.generations:
+                    replica.generations[request_id].losses += 1
             replica.scheduler, replica.generations = None, {}
         for generation in sorted(survivors, key=lambda g: g.request.id):
             if generation.losses >= MEETINGS:
@@ -415,3 +343,11 @@ class Driver:
         pools = [replica.scheduler.pool for replica in self.replicas if replica.scheduler]
         total = sum(pool.total for pool in pools)
         return (total - sum(pool.free for pool in pools)) / total if total else 0.0
+
+
+async def _body(reader: asyncio.StreamReader, largest: int) -> bytes:
+    """The next message. Raises ConnectionError for one that is too long."""
+    length = int.from_bytes(await reader.readexactly(4), "little")
+    if length > largest:
+        raise ConnectionError(f"a message of {length} bytes")
+    return await reader.readexactly(length)

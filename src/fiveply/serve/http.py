@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -25,15 +25,14 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from fiveply.serve import protocol
-from fiveply.serve.driver import Driver, EngineLost, Generation, Overloaded, Piece
+from fiveply.serve.driver import Driver, EngineLost, Overloaded
+from fiveply.serve.event_stream import EventStream, Gone, together, unless_gone
+from fiveply.serve.generation import Generation, Piece
 from fiveply.serve.messages import Sampling, Score
 from fiveply.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, RequestError
 from fiveply.spec.errors import RunError
-
-Value = TypeVar("Value")
 
 LONG_TEXT = 32_768  # characters that take a tokenizer longer than a step
 
@@ -58,10 +57,6 @@ class Model:
     name: str
     vocabulary: int
     positions: int
-
-
-class _Gone(Exception):  # noqa: N818
-    """The client has disconnected."""
 
 
 class Server:
@@ -123,7 +118,7 @@ class Server:
             except RunError as error:
                 status = 503 if isinstance(error, EngineLost) else 500
                 return _json(RequestError(str(error), status=status, kind="server_error").body(), status)
-            except _Gone:
+            except Gone:
                 return Response(status_code=499)  # nobody reads it
 
         return guarded
@@ -239,7 +234,7 @@ class Server:
         self._check_sizes(prompts, 0, len(prompts), "input")
         generations = [self.driver.submit(prompt, 0, Sampling(), embeds=True) for prompt in prompts]
         async with self._cancelling(generations):
-            await _unless_gone(request, asyncio.gather(*map(_collect, generations)))
+            await unless_gone(request, asyncio.gather(*map(_collect, generations)))
         tokens = sum(map(len, prompts))
         data = [
             {
@@ -329,7 +324,7 @@ class Server:
 
         if not asked.stream:
             async with self._cancelling(generations):
-                pieces = await _unless_gone(request, asyncio.gather(*map(_collect, generations)))
+                pieces = await unless_gone(request, asyncio.gather(*map(_collect, generations)))
             choices = [whole(index, one) for index, one in enumerate(pieces)]
             body = protocol.head(kind, self.model.name) | {"choices": choices, "usage": used()}
             return _json(msgspec.json.encode(body))
@@ -339,7 +334,7 @@ class Server:
             counting = asked.stream_options is not None and asked.stream_options.include_usage
             async with self._cancelling(generations):
                 try:
-                    async with aclosing(_together(generations)) as pieces:
+                    async with aclosing(together(generations)) as pieces:
                         async for index, piece in pieces:
                             if piece.text or piece.finish or piece.scores or index not in seen:
                                 choice = (part or whole)(index, [piece], index not in seen)
@@ -354,7 +349,7 @@ class Server:
                         yield protocol.event(top | {"choices": [], "usage": used()})
             yield protocol.event("[DONE]")
 
-        return _EventStream(events(), self.limits.write_seconds)
+        return EventStream(events(), self.limits.write_seconds)
 
     @asynccontextmanager
     async def _cancelling(self, generations: Sequence[Generation]) -> AsyncIterator[None]:
@@ -366,87 +361,8 @@ class Server:
                 self.driver.cancel(generation)
 
 
-class _EventStream(Response):
-    """Server-sent events, until they end, or the client goes away or stops reading."""
-
-    def __init__(self, events: AsyncGenerator[bytes], write_seconds: float) -> None:
-        super().__init__(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"})
-        del self.headers["content-length"]
-        self._events, self._write_seconds = events, write_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.create_task(self._write(send))
-        leaving = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (writing, leaving):
-                task.cancel()
-            written, _ = await asyncio.gather(writing, leaving, return_exceptions=True)
-        if isinstance(written, Exception) and not isinstance(written, TimeoutError):
-            raise written
-
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for event in events:
-                async with asyncio.timeout(self._write_seconds):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless_gone(request: Request, work: asyncio.Future[Value]) -> Value:
-    """What `work` gives; raises _Gone, and cancels it, when the client disconnects before."""
-    leaving = asyncio.create_task(_disconnected(request.receive))
-    try:
-        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise _Gone
-        return work.result()
-    finally:
-        leaving.cancel()
-        work.cancel()
-
-
 async def _collect(generation: Generation) -> list[Piece]:
     return [piece async for piece in generation.pieces()]
-
-
-async def _together(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece]]:
-    """The pieces of several answers as they come."""
-    if len(generations) == 1:
-        async for piece in generations[0].pieces():
-            yield 0, piece
-        return
-    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
-
-    async def follow(index: int, generation: Generation) -> None:
-        try:
-            async for piece in generation.pieces():
-                queue.put_nowait((index, piece))
-            queue.put_nowait(None)
-        except RunError as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(follow(index, one)) for index, one in enumerate(generations)]
-    try:
-        left = len(tasks)
-        while left:
-            told = await queue.get()
-            if isinstance(told, Exception):
-                raise told
-            if told is None:
-                left -= 1
-            else:
-                yield told
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _flat(pieces: Sequence[Piece]) -> tuple[list[int], list[Score | None]]:

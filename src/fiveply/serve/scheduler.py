@@ -120,15 +120,16 @@ class Scheduler:
         self._admit()
         share = -(-len(self.running) // self.stages)
         ready = sorted((r for r in self.running.values() if not r.in_flight), key=lambda r: (r.last_step, r.id))
-        chosen = sorted(ready[:share], key=Request.by_age)
-        budget = self.step_tokens - sum(request.left == 1 for request in chosen)
-        segments: list[Segment] = []
-        for request in chosen:
-            if request.id not in self.running:
-                continue  # an older one took its blocks
-            count = 1 if request.left == 1 else min(request.left, budget)
-            if count and self._make_room(request, request.computed + count):
-                budget -= count if request.left > 1 else 0
+        decoding = {request.id for request in ready[:share] if request.left == 1}  # each has its token kept for it
+        room, segments = self.step_tokens, list[Segment]()
+        for request in ready:
+            if len(segments) == share:
+                break
+            decoding.discard(request.id)
+            count = min(request.left, room - len(decoding))
+            # Not if an older one has just taken its blocks; and one that gets no block must not keep others from going on.
+            if request.id in self.running and count > 0 and self._make_room(request, request.computed + count):
+                room -= count
                 segments.append(self._segment(request, count))
         if not segments:
             return None
@@ -197,8 +198,9 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         del self.running[request.id]
         self.pool.release(request.blocks)
+        if request.told:
+            self._released.append(request.id)
         request.forget()
-        self._released.append(request.id)
 
     def _segment(self, request: Request, count: int) -> Segment:
         start = request.computed

@@ -63,7 +63,7 @@ async def client(
             ask = whole if kind == "whole" else stream
             while (answer := await ask(http, index, kind, draw, answers)) == 429:
                 seen["refused"] += 1
-                await asyncio.sleep(0.2 * draw.random())
+                await asyncio.sleep(0.5 * draw.random())
         seen[kind] += 1
     return seen
 

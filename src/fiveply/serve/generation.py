@@ -1,0 +1,93 @@
+"""One answer on its way: what steps give to a request becomes pieces of text, until an end, a stop string or the limit.
+
+It knows nothing of replicas, ranks or HTTP: the driver feeds it, a client reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal, NamedTuple
+
+from fiveply.serve.messages import Outcome, Score
+from fiveply.serve.scheduler import Request
+from fiveply.serve.text import Detokeniser, StopStrings, Text
+from fiveply.spec.errors import RunError
+
+
+class Piece(NamedTuple):
+    """A part of an answer."""
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    scores: tuple[Score, ...] = ()
+    """Of the tokens, where asked for."""
+    finish: Literal["", "stop", "length"] = ""
+
+
+class Generation:
+    """One answer on its way: an iterator over its pieces."""
+
+    def __init__(self, request: Request, text: Text, ends: frozenset[int], stops: Sequence[str]) -> None:
+        self.request, self._ends = request, ends
+        self.arrived = time.monotonic()
+        self.first_token_at = 0.0
+        self.prompt_scores: list[Score] = []
+        """Of the prompt's tokens from the second on, where asked for."""
+        self.embedding: list[float] = []
+        self.finish: Literal["", "stop", "length"] = ""
+        self.losses = 0
+        self._detokeniser = Detokeniser(text.tokenizer, request.tokens) if text.tokenizer else None
+        self._stops = StopStrings(stops)
+        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Raises what `fail` was given where the answer can't be completed."""
+        while True:
+            piece = await self._pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.finish:
+                return
+
+    def take(self, outcome: Outcome) -> bool:
+        """What a step gave; whether this was the last. The token stands in `request.tokens` already."""
+        if outcome.problem:
+            self.fail(RunError(outcome.problem))
+            return True
+        if outcome.scores:
+            del self.prompt_scores[outcome.scored_from - 1 :]
+            self.prompt_scores += outcome.scores
+        if self.request.left and outcome.token < 0:
+            return False  # part of a prompt
+        self.embedding = outcome.embedding
+        if outcome.token < 0:
+            self._tell(Piece(finish="length"))
+            return True
+        self.first_token_at = self.first_token_at or time.monotonic()
+        text, stopped = "", outcome.token in self._ends
+        full = len(self.request.tokens) - self.request.prompt >= self.request.max_tokens
+        if self._detokeniser is not None:
+            piece = "" if stopped else self._detokeniser.add(outcome.token)
+            text, found = self._say(self._detokeniser, piece, last=stopped or full)
+            stopped = stopped or found
+        scores = () if outcome.score is None else (outcome.score,)
+        self._tell(Piece(text, (outcome.token,), scores, "stop" if stopped else "length" if full else ""))
+        return bool(self.finish)
+
+    def _say(self, detokeniser: Detokeniser, piece: str, last: bool) -> tuple[str, bool]:
+        """The text that is certain now, and whether a stop string was found."""
+        text, found = self._stops.add(piece)
+        if last and not found:
+            more, found = self._stops.add(detokeniser.rest())
+            text += more if found else more + self._stops.rest()
+        return text, found
+
+    def fail(self, error: Exception) -> None:
+        self._pieces.put_nowait(error)
+
+    def _tell(self, piece: Piece) -> None:
+        self.finish = piece.finish
+        self._pieces.put_nowait(piece)
