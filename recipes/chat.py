@@ -9,7 +9,8 @@ It prints, in float32:
     The capital of France is Paris.
 
     > Write one sentence about the sea.
-    The sea is a vast and mysterious realm, teeming with life and unending in its own way, a testament to the unending beauty of the universe.
+    The sea is a vast and mysterious realm, teeming with life and unending in its own way, a testament to the
+    unending beauty of the universe.
 
     > What is 17 + 25?
     17 + 25 = 32.
