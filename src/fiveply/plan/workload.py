@@ -300,6 +300,11 @@ def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> tuple[
     columns = {"expert gate": inner, "expert up": inner} if part.gated else {"expert up": inner}
     tally.grouped("experts", count, rows, hidden, **columns)
     _activation(tally, part, rows * inner, "expert ", "experts")
+    # The chances' gradients need what the chances scaled; a gated unit that scales as it multiplies has all of that kept.
+    if tally.software.scales == "output":
+        tally.keep("expert output", "experts", chosen * hidden * element)
+    elif not part.gated:
+        tally.keep("unscaled activation", "activation", rows * inner * element)
     tally.grouped("experts", count, rows, inner, **{"expert down": hidden})
     tally.memory("combine", "experts", (1 + experts.per_token) * tokens * hidden, 2 * chosen * hidden)
     if experts.shared_ffn:

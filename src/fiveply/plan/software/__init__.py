@@ -48,6 +48,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`recompute=selective` also computes every second product of a layer again (torchtitan's `op` mode)."""
     fused_products: bool = True
     """Queries, keys and values are one product, gate and up another."""
+    scales: Literal["output", "activation"] = "output"
+    """What a router's chances multiply: an expert's output, or what its down product reads."""
     mask_bytes: int = 1
     """Of one element of a dropout mask; 0: as wide as activations."""
     sequence_parallel: bool = True
