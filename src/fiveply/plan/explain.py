@@ -194,7 +194,7 @@ def _nothing(spec: ModelSpec, cluster: ClusterSpec, job: Job, limits: Limits, se
             fix="give a number of devices that shares factors with the batch and the model's heads, or loosen --fix and --max",
         )  # fmt: skip
     world = cluster.count
-    for _ in range(14):
+    for _ in range(8):
         world *= 2
         rows = max(job.global_batch, world)
         more = msgspec.structs.replace(job, global_batch=-(-rows // world) * world)

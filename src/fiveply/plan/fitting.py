@@ -28,7 +28,7 @@ RISK = 0.05
 """A layout fits where the probability of running out of memory is at most this."""
 CHUNKS = {"interleaved": 2, "zbv": 2}
 """Of a rank, where `vp` is left to its default."""
-GROUPS = 4
+GROUPS = 2
 """Of ranks, in the bound over arrays."""
 WORST = 3
 """Ranks that are walked exactly."""
@@ -122,9 +122,10 @@ class Fitting:
                 key = rounds.tobytes() + bytes(name == "zbv")
                 if key not in done:
                     end = (opening if name == "zbv" else closing)[here]
-                    takes = opening[here] // (held[here] + rounds[0] * kept[here]) + end // (held[here] + rounds[-1] * kept[here])
+                    takes = np.floor(opening[here] / (held[here] + rounds[0] * kept[here]))
+                    takes += np.floor(end / (held[here] + rounds[-1] * kept[here]))
                     for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
-                        takes += len(ranks) * (room[here] // (held[here] + ranks.min() * kept[here]))
+                        takes += len(ranks) * np.floor(room[here] / (held[here] + ranks.min() * kept[here]))
                     fits = takes >= layers
                     done[key] = fits.any(axis=1), int(fits.sum())
                 may[here, index] = done[key][0]
