@@ -46,6 +46,9 @@ class Chunk(msgspec.Struct, frozen=True):
         return ", ".join(parts) or "nothing"
 
 
+STATE = ("parameters", "gradients", "optimizer")
+
+
 class Rank(msgspec.Struct, frozen=True):
     rank: int
     tp: int = 0
@@ -58,6 +61,11 @@ class Rank(msgspec.Struct, frozen=True):
     parameters: int = 0
     """Of the tensors that the rank computes with, before any sharding over data-parallel ranks."""
     bytes: dict[str, int] = {}
+    """By category: what stands the whole step, `STATE`, and what comes and goes in it."""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.bytes.get(category, 0) for category in STATE)
 
 
 class ScheduleFacts(msgspec.Struct, frozen=True):
