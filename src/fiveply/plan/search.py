@@ -125,8 +125,10 @@ class _Search:
         until = time.process_time() + seconds
         legal, fit = self._open()
         spent = 0
-        while self._queue and len(self.choices) < wanted and (
-            not self.choices or (spent < budget and time.process_time() < until)
+        while (
+            self._queue
+            and len(self.choices) < wanted
+            and (not self.choices or (spent < budget and time.process_time() < until))
         ):  # until there is one at all
             _, _, least, level, payload = heapq.heappop(self._queue)
             if level != "bundle" and degrees(payload[0]) in self.choices:
@@ -215,7 +217,12 @@ class _Search:
         least, single = per_row[family[rows]].T
         again = np.select([columns["recompute"] == "full", columns["recompute"] == "selective"], [1.3, 1.05], 1.0)
         count = job.global_batch // columns["dp"] // columns["micro_batch"]
-        guess = share * (least + (single - least) / columns["micro_batch"]) * again * (1 + WAIT * (columns["pp"] - 1) / count)
+        guess = (
+            share
+            * (least + (single - least) / columns["micro_batch"])
+            * again
+            * (1 + WAIT * (columns["pp"] - 1) / count)
+        )
         order = np.argsort(bundle[rows], kind="stable")
         starts = np.flatnonzero(np.diff(bundle[rows][order], prepend=-1))
         least_of, guess_of = (share * least)[order][starts], np.minimum.reduceat(guess[order], starts)
@@ -311,9 +318,7 @@ class _Search:
             self._seconds[key] = np.array([(one.forward, one.input, one.weight) for one in priced])
         return self._seconds[key]
 
-    def _pipeline_end(
-        self, layout: Layout, order: str, more: NDArray[np.float64] | float = 0.0
-    ) -> NDArray[np.float64]:
+    def _pipeline_end(self, layout: Layout, order: str, more: NDArray[np.float64] | float = 0.0) -> NDArray[np.float64]:
         """The least end of the pipeline's part of a step. `more`: [case, kind of part] seconds by which each takes longer."""
         each, divided = self._part_seconds(layout, order), self.fitting.divided(layout)
         busy = (each.sum(axis=1) + more) @ divided.parts.T
@@ -354,7 +359,8 @@ class _Search:
             return None
         of_rank = held[held.max(axis=1).argmin()]
         layers = [
-            sum(layout.stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)) for rank in range(layout.pp)
+            sum(layout.stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks))
+            for rank in range(layout.pp)
         ]
         most = np.floor(np.maximum(layers, 1) * SURELY / of_rank).astype(int).tolist()
         least, folded = 0 if layout.chunks == 1 else layout.chunks, layout.schedule == "zbv"
