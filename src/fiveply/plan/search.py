@@ -31,7 +31,7 @@ from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
 from fiveply.plan.simulate import least_end
 from fiveply.plan.space import Limits, pipelines, splits, states
-from fiveply.plan.stages import Weights, balance, deal
+from fiveply.plan.stages import Weights, balance, deal, every
 from fiveply.spec.layout import Layout
 
 BUDGET = 40_000
@@ -40,6 +40,8 @@ SECONDS = 4.0
 """Of processor time, after which the best so far is given with its proven gap."""
 WAIT = 0.3
 """A guess: the share of a 1F1B pipeline's bubble that the best schedule leaves."""
+FEW = 20
+"""Divisions of the layers that are all tried."""
 LARGE = 4096
 """Rows of a micro-batch that bounds the efficiency of all smaller ones."""
 ROUGHLY, SURELY = 1.02, 0.95
@@ -272,7 +274,7 @@ class _Search:
         for name, vp in orders:
             chosen = msgspec.structs.replace(layout, schedule=name, vp=vp)
             chunks, folded = chosen.chunks, name == "zbv"
-            divisions: set[tuple[int, ...]] = set()
+            divisions = set(every(self.spec.layers, chosen.stage_count, FEW))
             for ahead in (0.0, 1.0) if layout.pp > 1 and chunks == 1 else (0.0,):
                 for least in (0 if chunks == 1 else 1, chunks):  # mostly each rank gets enough for its chunks unasked
                     key = ahead, least, folded
