@@ -80,6 +80,17 @@ class ScheduleFacts(msgspec.Struct, frozen=True):
         return pipeline_schedule.build(self.name, self.pp, micro_batches or self.micro_batches, vp)
 
 
+class Predicted(msgspec.Struct, frozen=True):
+    """What the planner expected of the layout: seconds of a step, and by share of a recorded one."""
+
+    seconds: dict[str, float]
+    shares: dict[str, float]
+    memory_bytes: list[int] = []
+    cluster: str = ""
+    measured: bool = False
+    """Whether on figures that `fiveply probe` measured here."""
+
+
 class Facts(msgspec.Struct, frozen=True):
     """What `facts.json` says. Its free tables are shown, not computed with, so each key of theirs may be missing."""
 
@@ -97,6 +108,7 @@ class Facts(msgspec.Struct, frozen=True):
     tokens_per_step: int = 0
     flops_per_token: float = 0.0
     ranks: list[Rank] = []
+    predicted: Predicted | None = None
     own_module: bool = False
     """A user's own module: its loss is of his making, and rows are all that is known of its data."""
 
