@@ -305,6 +305,7 @@ def report(
     /,
     *,
     out: str = "",
+    recalibrate: Flag = False,
     json: Flag = False,
 ) -> None:
     """Draw a run as one self-contained HTML file: curves, ranks, schedule, recorded steps, memory.
@@ -316,12 +317,19 @@ def report(
     Args:
         run: The run's directory.
         out: The file to write; runs/NAME/report.html by default.
+        recalibrate: Change cluster.toml, which layout=auto plans with, such that the recorded step would have been predicted.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply.report import page
 
     path = page.write_report(Path(run), Path(out) if out else None)
-    finish({"report": str(path)}, json, f"wrote {path}")
+    changed = ""
+    if recalibrate:
+        from fiveply import probe as probing
+
+        changed = probing.recalibrate(Path(run))
+        print(changed, file=sys.stderr)
+    finish({"report": str(path), "recalibrated": changed}, json, f"wrote {path}")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -21,7 +21,10 @@ from fiveply.plan import cost, footprint, workload
 from fiveply.plan.machine import Machine
 from fiveply.plan.operations import Operation
 from fiveply.plan.software import Software
+from fiveply.report import expected, timelines
+from fiveply.report.record import load
 from fiveply.spec.cluster import ClusterSpec
+from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, divisors
 from fiveply.spec.legality import resolve
 from fiveply.train import auto, measure
@@ -65,10 +68,25 @@ def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> 
     }  # fmt: skip
 
 
+def recalibrate(run: Path) -> str:
+    """Correct what `auto` plans with by the newest recorded step of a run; says what was changed. Raises InputError for a run
+    that has none, or of which nothing was predicted."""
+    record, steps = load(run), timelines.chosen(run)
+    step = next((step for step in steps if step.layout == record.facts.layout), None)
+    if step is None or record.facts.predicted is None:
+        raise InputError("no step of its layout was recorded and predicted", where=str(run), key="--recalibrate",
+                         fix="train it anew with train.record on a device that the planner knows")  # fmt: skip
+    return auto.recalibrate(expected.measured(step), record.facts.predicted.shares, record.facts.world)
+
+
 def _changed(machine: Machine) -> dict[str, Any]:
     """Keys of a hardware file, without what the cluster says itself."""
     values = msgspec.to_builtins(machine)
-    return {key: value for key, value in values.items() if key not in ("name", "count", "devices_per_node") and value is not None}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ("name", "count", "devices_per_node") and value is not None
+    }
 
 
 def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dict[str, float]]:
@@ -91,7 +109,9 @@ def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dic
     return machine, errors
 
 
-def _fit_products(machine: Machine, precision: str, samples: list[tuple[int, int, int, float]]) -> tuple[Machine, float]:
+def _fit_products(
+    machine: Machine, precision: str, samples: list[tuple[int, int, int, float]]
+) -> tuple[Machine, float]:
     peak = max(2.0 * m * n * k / seconds for m, n, k, seconds in samples)
     speed = machine.product(precision)
 
@@ -110,7 +130,9 @@ def _fit_products(machine: Machine, precision: str, samples: list[tuple[int, int
         return _square_error((cost.product_seconds(m, n, k, tried, precision), seconds) for m, n, k, seconds in samples)
 
     least = min(seconds for *_, seconds in samples)
-    best = minimise(loss, [0.95, 32.0, 0.05, 0.3 * least, 0.7], [(0.3, 1.2), (0, 2000), (0, 0.6), (1e-7, 2 * least), (0.05, 3.0)])
+    best = minimise(
+        loss, [0.95, 32.0, 0.05, 0.3 * least, 0.7], [(0.3, 1.2), (0, 2000), (0, 0.6), (1e-7, 2 * least), (0.05, 3.0)]
+    )
     fitted = of(best)
     error = _mean_error((cost.product_seconds(m, n, k, fitted, precision), seconds) for m, n, k, seconds in samples)
     return fitted, error
@@ -122,8 +144,12 @@ def _fit_attention(machine: Machine, precision: str, measured: Measured) -> tupl
     for rows, sequence, heads, size, forward, backward in measured.attention:
         pairs = rows * workload.seen(sequence, 0)
         shape = (rows, sequence, sequence, heads, heads, size, size, 0)
-        samples.append((Operation("attention", "attention", "forward", "core", shape, 4 * pairs * heads * size, 0), forward))
-        samples.append((Operation("attention", "attention", "input", "core", shape, 10 * pairs * heads * size, 0), backward))
+        samples.append(
+            (Operation("attention", "attention", "forward", "core", shape, 4 * pairs * heads * size, 0), forward)
+        )
+        samples.append(
+            (Operation("attention", "attention", "input", "core", shape, 10 * pairs * heads * size, 0), backward)
+        )
 
     def of(x: Sequence[float]) -> Machine:
         efficiency, half_sequence, half_head, start, backward = x
@@ -147,6 +173,7 @@ def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
     links = dict(machine.link)
     errors: list[float] = []
     for name, samples in measured.calls.items():
+
         def of(x: Sequence[float], name: str = name) -> Machine:
             start, bandwidth, half = x
             link = msgspec.structs.replace(
@@ -154,7 +181,9 @@ def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
             )
             return msgspec.structs.replace(machine, link=machine.link | {name: link})
 
-        def pairs_of(tried: Machine, name: str = name, samples: list[tuple[int, float]] = samples) -> list[tuple[float, float]]:
+        def pairs_of(
+            tried: Machine, name: str = name, samples: list[tuple[int, float]] = samples
+        ) -> list[tuple[float, float]]:
             ranks = 2 if name == "send" else measured.ranks
             return [(cost.call_seconds(name, size, ranks, tried, 1), seconds) for size, seconds in samples]
 
@@ -215,7 +244,10 @@ def _mean_error(pairs: Any) -> float:
 
 
 def minimise(
-    loss: Callable[[Sequence[float]], float], start: Sequence[float], bounds: Sequence[tuple[float, float]], rounds: int = 400
+    loss: Callable[[Sequence[float]], float],
+    start: Sequence[float],
+    bounds: Sequence[tuple[float, float]],
+    rounds: int = 400,
 ) -> list[float]:
     """Nelder and Mead's simplex (1965), each parameter scaled to its start and held in its bounds."""
     low, high = np.array(bounds).T

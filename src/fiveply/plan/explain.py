@@ -38,6 +38,16 @@ TERMS = {
 """What each lost term is, in words."""
 
 
+SHARES = {
+    "compute": (*USEFUL, "elementwise", "recompute", "launch"),
+    "communication": ("tp", "cp", "ep", "zero", "dp", "transfers", "offload"),
+    "bubble": ("bubble",),
+    "optimizer": ("optimizer",),
+    "rest": ("sums", "residual"),
+}
+"""Terms by the share of a recorded step (`timeline.SHARES`) that they are measured as; reading data counts as rest."""
+
+
 class Ranked(msgspec.Struct, frozen=True):
     """One layout of the table. `mfu`: of all devices' peak. `runnable`: "" or why the runtime can't run it yet."""
 
@@ -122,7 +132,9 @@ def answer(
     searched: list[Searched] = []
     job = None
     for world in worlds or _worlds(cluster, objective):
-        job = job_of(spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system)
+        job = job_of(
+            spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system
+        )
         one = search(job, world, limits, wanted=wanted)
         searched.append(one)
         found += [rank(job, choice.layout, choice.order) for choice in one.choices]
@@ -194,7 +206,7 @@ def _nothing(spec: ModelSpec, cluster: ClusterSpec, job: Job, limits: Limits, se
             fix="give a number of devices that shares factors with the batch and the model's heads, or loosen --fix and --max",
         )  # fmt: skip
     world = cluster.count
-    for _ in range(14):
+    for _ in range(8):
         world *= 2
         rows = max(job.global_batch, world)
         more = msgspec.structs.replace(job, global_batch=-(-rows // world) * world)
@@ -233,9 +245,13 @@ def why(answer: Answer, wish: str, limits: Limits | None = None) -> WhyNot:
         more = best.prediction.seconds.p50 - top.prediction.seconds.p50
         if more <= 0:
             return WhyNot(wish, "it is as fast", best)
-        return WhyNot(wish, f"{more / top.prediction.seconds.p50:+.1%} time: " + ", ".join(differences(top, best)), best)
+        return WhyNot(
+            wish, f"{more / top.prediction.seconds.p50:+.1%} time: " + ", ".join(differences(top, best)), best
+        )
     if found.legal:
-        return WhyNot(wish, f"none of its {found.legal:,} layouts fits in {job.machine.memory_bytes / 2**30:.0f} GiB a device")
+        return WhyNot(
+            wish, f"none of its {found.legal:,} layouts fits in {job.machine.memory_bytes / 2**30:.0f} GiB a device"
+        )
     return WhyNot(wish, _refusal(answer, wished))
 
 
@@ -294,7 +310,9 @@ def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
         """Seconds of a layer's, and of the head's, products per FLOP."""
         seconds = flops = 0.0
         for part in ("layers.0", "head"):
-            work = workload.work(changed, layout, part, sequence=job.sequence, software=job.software, precision=job.precision)
+            work = workload.work(
+                changed, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
+            )
             products = [one for one in work.operations if one.kind in ("product", "grouped")]
             seconds += sum(cost.operation_seconds(one, job.machine, job.software, job.precision) for one in products)
             flops += sum(one.flops * one.count for one in products)
@@ -356,10 +374,19 @@ def plan_of(answer: Answer, model: str, one: Ranked) -> Plan:
     job, prediction = answer.job, one.prediction
     machine = job.machine
     cluster = msgspec.structs.replace(
-        answer.cluster, devices_per_node=machine.devices_per_node, memory_bytes=machine.memory_bytes, measured={}, shared={}
+        answer.cluster,
+        devices_per_node=machine.devices_per_node,
+        memory_bytes=machine.memory_bytes,
+        measured={},
+        shared={},
     )
     predicted = Predicted(prediction.seconds, prediction.terms, prediction.memory_bytes)
     return Plan(str(prediction.layout), model, cluster, job.sequence, job.global_batch, job.precision, predicted)
+
+
+def shares(terms: dict[str, float]) -> dict[str, float]:
+    """Predicted seconds by share of a recorded step."""
+    return {share: sum(terms.get(name, 0.0) for name in names) for share, names in SHARES.items()}
 
 
 def interval_text(seconds: Interval) -> str:

@@ -73,10 +73,16 @@ class Measured(msgspec.Struct, frozen=True):
     steps: list[Step]
 
 
-def measure(dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, budget: float) -> Measured:
+def measure(
+    dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, budget: float
+) -> Measured:
     """Collective; `budget` seconds for each single figure. `dtypes` of the products, `computed` of attention and steps."""
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    axis = Axis("world", list(range(size)), Groups(transport).get(list(range(size)), name="probe"), rank) if size > 1 else None
+    axis = (
+        Axis("world", list(range(size)), Groups(transport).get(list(range(size)), name="probe"), rank)
+        if size > 1
+        else None
+    )
 
     def timed(work: Callable[[], Any], seconds: float = budget) -> float:
         """The median over ranks' means of repeated calls, begun together."""
@@ -109,7 +115,9 @@ def measure(dtypes: Sequence[str], computed: str, transport: Transport, device: 
     )
 
 
-def _products(dtype: torch.dtype, device: torch.device, timed: Callable[..., float]) -> list[tuple[int, int, int, float]]:
+def _products(
+    dtype: torch.dtype, device: torch.device, timed: Callable[..., float]
+) -> list[tuple[int, int, int, float]]:
     """x W^T, as layers compute it."""
     products = products_on(device, dtype)
     found: list[tuple[int, int, int, float]] = []
