@@ -70,7 +70,7 @@ class Runner:
             self._requests[segment.request] = _Request(segment.begins, tokens=list(segment.begins.cached))
         request = self._requests[segment.request]
         request.table += segment.blocks
-        if request.begins.sampling.looks_back:
+        if request.begins.sampling.looks_back:  # for these nothing is guessed
             request.tokens += segment.tokens
         return request
 
@@ -93,38 +93,29 @@ class Runner:
     def _answer(self, segments: list[Segment], requests: list[_Request], hidden_TD: Tensor) -> list[Outcome]:
         """On every tensor rank of the last stage: they share the vocabulary."""
         outcomes: dict[int, Outcome] = {}
-        asked: list[int] = []  # the last token of each segment that samples
+        asked: list[int] = []  # the tokens after which one is wanted: each segment's last, and those before its guesses
         rows: list[sampler.Row] = []
         first = 0
         for segment, request in zip(segments, requests, strict=True):
-            end, begins = first + len(segment.tokens), request.begins
-            outcome = Outcome(segment.request)
+            end, begins, outcome = first + len(segment.tokens), request.begins, Outcome(segment.request)
             if begins.scores and segment.start < begins.prompt:
-                outcome = Outcome(segment.request, scored_from=segment.start + 1,
-                                  scores=self._scores(segment, begins, hidden_TD[first:end]))  # fmt: skip
+                outcome.scored_from = segment.start + 1
+                outcome.prompt_scores = self._scores(segment, begins, hidden_TD[first:end])
             if begins.embeds:
-                outcome = Outcome(segment.request, embedding=self._pooled(segment, request, hidden_TD[first:end]))
+                outcome.embedding = self._pooled(segment, request, hidden_TD[first:end])
             if segment.last and segment.samples:
-                asked.append(end - 1)
-                rows.append(
-                    sampler.Row(begins.sampling, segment.start + len(segment.tokens), request.tokens, begins.prompt)
-                )
-            if segment.last or outcome.scores:
+                for back in range(segment.guesses, -1, -1):
+                    asked.append(end - 1 - back)
+                    position = segment.start + len(segment.tokens) - back
+                    rows.append(sampler.Row(begins.sampling, position, request.tokens, begins.prompt))
+            if segment.last or outcome.prompt_scores:
                 outcomes[segment.request] = outcome
             first = end
         if asked:
-            index_R = torch.tensor(asked, device=self._device)
-            answering = [s.request for s in segments if s.last and s.samples]
-            for request, (token, score) in zip(
-                answering, sampler.choose(self._logits(hidden_TD[index_R]), rows), strict=True
-            ):
-                known = outcomes[request]
-                problem = (
-                    ""
-                    if token >= 0
-                    else "the model's logits are not finite: its weights are broken, or too large for this precision"
-                )
-                outcomes[request] = Outcome(request, token, score, known.scored_from, known.scores, problem=problem)
+            chosen = iter(sampler.choose(self._logits(hidden_TD[torch.tensor(asked, device=self._device)]), rows))
+            for segment in segments:
+                if segment.last and segment.samples:
+                    _accept(segment, [next(chosen) for _ in range(segment.guesses + 1)], outcomes[segment.request])
         return list(outcomes.values())
 
     def _scores(self, segment: Segment, begins: Beginning, hidden_TD: Tensor) -> list[Score]:
@@ -150,3 +141,19 @@ class Runner:
         if self._mesh.tp is not None:
             logits_RV = gather_columns(logits_RV, self._mesh.tp, self._decoder.spec.vocabulary)
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+
+
+def _accept(segment: Segment, chosen: list[tuple[int, Score | None]], outcome: Outcome) -> None:
+    """Tokens up to the first that a guess has missed."""
+    guesses = segment.tokens[len(segment.tokens) - segment.guesses :]
+    for index, (token, score) in enumerate(chosen):
+        if token < 0:
+            outcome.problem = (
+                "the model's logits are not finite: its weights are broken, or too large for this precision"
+            )
+            return
+        outcome.tokens.append(token)
+        if score is not None:
+            outcome.scores.append(score)
+        if index < len(guesses) and token != guesses[index]:
+            return
