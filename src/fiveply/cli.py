@@ -56,6 +56,8 @@ def train(
     profile: str = "",
     memory_snapshot: Flag = False,
     hang_timeout: float | None = None,
+    dry_run: Flag = False,
+    ranks: str = "",
     json: Flag = False,
 ) -> None:
     """Train a language model under a layout, from a run's TOML file or from flags alone; or start a script of your own.
@@ -67,6 +69,8 @@ def train(
     fiveply train --model 15m --data my.txt --layout dp=2,tp=2 --steps 200
 
     fiveply train run.toml --resume --layout tp=2
+
+    fiveply train run.toml --layout dp=128,tp=8,pp=16 --dry-run --ranks 0,16383
 
     Keys of the file, all with defaults: name, folder, seed, layout; [model] preset, init_from, overrides; [data] corpus,
     tokenizer, sequence, held_out, respect_documents, folder; [train] steps, until, patience, global_batch, sync_every,
@@ -91,6 +95,8 @@ def train(
         memory_snapshot: Write what each rank's memory holds to runs/NAME/memory, after the recorded step.
         hang_timeout: Seconds that no rank goes on until the run ends with a report of who waits for whom; 300 by default,
             0 for never.
+        dry_run: Train nothing: go through one step of some ranks without values; print bytes, collectives and operations.
+        ranks: Those of a dry run, as 0,17,16383; the first and the last by default.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply.spec.run import RunSpec
@@ -113,6 +119,15 @@ def train(
     settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value not in (None, ""))]
     defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
+    if dry_run:
+        from fiveply.train import dry_run as dry
+
+        found = dry.of_run(spec, layout, ranks)
+        if json:
+            _print_json(msgspec.to_builtins(found))
+        else:
+            dry.show(found)
+        return
     ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
     _finish(trainer.train(ready), json)
 
@@ -326,6 +341,96 @@ def report(
     _finish({"report": str(path)}, json, f"wrote {path}")
 
 
+@command
+def plan(
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = "",
+    /,
+    *,
+    cluster: str,
+    seq: int = 0,
+    batch_tokens: str = "",
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4"] = "bf16",
+    objective: Literal["time", "cost", "devices"] = "time",
+    fix: UseAppendAction[tuple[str, ...]] = (),
+    max: UseAppendAction[tuple[str, ...]] = (),
+    why: UseAppendAction[tuple[str, ...]] = (),
+    emit: str = "",
+    explain_megatron: str = "",
+    out: str = "run.plan",
+    html: str = "",
+    json: Flag = False,
+) -> None:
+    """Find the best layout of a model on a cluster: ranked, with its step time, memory, and the reasons.
+
+    fiveply plan llama-3.1-8b --cluster h100:8 --seq 8192 --batch-tokens 4M
+
+    fiveply plan path/to/config.json --cluster cluster.toml --seq 4096 --batch-tokens 1M --fix tp=8 --max pp=4 --why tp=2
+
+    fiveply plan llama-3.1-70b --cluster h100:64 --seq 8192 --batch-tokens 4M --emit megatron
+
+    Args:
+        model: A preset, a config.json, or a Hugging Face directory.
+        cluster: Devices as NAME:COUNT (h100:64, cpu:4), or a file that fiveply probe wrote.
+        seq: Tokens of a row.
+        batch_tokens: Tokens of a global batch; 4M is 4 x 2^20.
+        precision: Of the computation.
+        objective: time of a step, cost (device-seconds) of a token, or the fewest devices that do.
+        fix: Hold a key of the layout at a value, as tp=8; may be given several times.
+        max: Hold a key of the layout at or below a value, as pp=4.
+        why: Say why the plan is not so, as tp=2 or tp=2,pp=4.
+        emit: Print the plan as another system's flags or configuration (megatron, torchtitan, deepspeed, accelerate, vllm).
+        explain_megatron: Megatron-LM arguments, or a file of them: say their predicted time and memory, and what to change
+            within --fix and --max.
+        out: The plan file to write, which every verb takes where it takes a layout.
+        html: A self-contained page to write.
+        json: Print the result as one JSON object on standard output.
+    """
+    from fiveply import planning
+
+    if explain_megatron:
+        found = planning.megatron(explain_megatron, cluster, fix=fix, most=max)
+        _finish(found, json, found["text"])
+        return
+    for flag, given in (("MODEL", model), ("--seq", seq), ("--batch-tokens", batch_tokens)):
+        if not given:
+            raise InputError(f"{flag} is missing", where="fiveply plan", fix="see fiveply plan --help")
+    values = planning.plan(
+        model, cluster, sequence=seq, batch_tokens=batch_tokens, precision=precision, objective=objective, fix=fix,
+        most=max, wishes=why, emit=emit, out=out, html=html, json=json,
+    )  # fmt: skip
+    if json:
+        _print_json(values)
+
+
+@command
+def bench(
+    what: Annotated[Positional[Literal["plan"]], arg(metavar="plan")],
+    /,
+    *,
+    table: str = "",
+    json: Flag = False,
+) -> None:
+    """Score the planner on a table of published measurements: step time, memory, ranking of layouts.
+
+    fiveply bench plan --table measurements.csv
+
+    Args:
+        what: What is scored.
+        table: A CSV with the columns of the shipped table (src/fiveply/plan/published.csv), which is the default.
+        json: Print the score, with one prediction a row, as one JSON object on standard output.
+    """
+    from rich.console import Console
+
+    from fiveply import bench as benches
+    from fiveply.plan import score
+
+    found = score.score(table)
+    if json:
+        _print_json(msgspec.to_builtins(found))
+    else:
+        benches.show(found, Console())
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `fiveply` command."""
     keep_freed_memory()
@@ -369,7 +474,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "verify", "generate", "serve", "convert", "report"]
+    return ["train", "plan", "verify", "generate", "serve", "convert", "report", "bench"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:

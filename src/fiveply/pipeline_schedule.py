@@ -110,12 +110,14 @@ _FINISH = Action(Kind.FINISH, -1, -1)
 
 
 def build(
-    name: str, pp: int, micro_batches: int, vp: int = 1, *, gather: bool = False, reduce_each: bool = False
-) -> Schedule:
+    name: str, pp: int, micro_batches: int, vp: int = 1, *, gather: bool = False, reduce_each: bool = False,
+    transfers: bool = True,
+) -> Schedule:  # fmt: skip
     """The schedule `name` for `pp` ranks of `vp` chunks; any number of micro-batches from 1.
 
     `gather` adds a GATHER for every chunk (zero 3); `reduce_each` puts a REDUCE after every micro-batch's gradient instead
-    of after the chunk's last one (zero 2 and 3). Raises ScheduleError where the numbers don't fit the name.
+    of after the chunk's last one (zero 2 and 3). Without `transfers` it is no schedule to execute, but enough where who needs
+    what is known. Raises ScheduleError where the numbers don't fit the name.
     """
     if name not in _ORDERS:
         raise ScheduleError(f"unknown schedule '{name}'; choose one of {', '.join(_ORDERS)}")
@@ -129,7 +131,7 @@ def build(
         orders = [_number(steps * micro_batches, micro_batches)]
     else:
         orders = [_ORDERS[name](rank, pp, micro_batches, vp) for rank in range(pp)]
-    return _lower(Schedule(name, pp, vp, micro_batches, (), gather, reduce_each), orders)
+    return _lower(Schedule(name, pp, vp, micro_batches, (), gather, reduce_each), orders, transfers)
 
 
 _F, _B, _I, _W = ((kind, 0) for kind in COMPUTE)
@@ -232,7 +234,7 @@ def _needed_by(shape: Schedule, rank: int, compute: Action) -> Action | None:
     return Action(receive, compute.chunk, compute.micro_batch, source[0]) if source else None
 
 
-def _lower(shape: Schedule, orders: list[list[Action]]) -> Schedule:
+def _lower(shape: Schedule, orders: list[list[Action]], transfers: bool) -> Schedule:
     """Add to the compute orders all that surrounds them.
 
     SEND stands directly after the compute action that produces, RECEIVE directly before the one that needs. One exception
@@ -240,7 +242,7 @@ def _lower(shape: Schedule, orders: list[list[Action]]) -> Schedule:
     sends ahead of the thing needed now is received ahead of it too. That costs no wait, since it was sent earlier.
     """
     incoming: dict[tuple[int, int], list[Action]] = defaultdict(list)  # (source, destination) -> receives, as sent
-    for rank, order in enumerate(orders):
+    for rank, order in enumerate(orders if transfers else ()):
         for compute in order:
             if send := _send_after(shape, rank, compute):
                 incoming[rank, send.peer].append(_receive_of(shape, rank, send))
@@ -256,12 +258,12 @@ def _lower(shape: Schedule, orders: list[list[Action]]) -> Schedule:
                 if (gather := Action(Kind.GATHER, soon.chunk, -1)) not in placed:
                     actions.append(gather)
                     placed.add(gather)
-            needed = _needed_by(shape, rank, compute)
+            needed = _needed_by(shape, rank, compute) if transfers else None
             while needed and needed.peer >= 0 and needed not in placed:
                 actions.append(next(queues[needed.peer]))
                 placed.add(actions[-1])
             actions.append(compute)
-            if send := _send_after(shape, rank, compute):
+            if transfers and (send := _send_after(shape, rank, compute)):
                 actions.append(send)
             if compute.kind in _COMPLETES_GRADIENT:
                 gradients_left[compute.chunk] -= 1

@@ -13,11 +13,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiveply.spec.architecture import FAMILIES, ModelSpec, Rope, presets
+from fiveply.spec.architecture import ModelSpec, Rope, presets
 from fiveply.spec.errors import InputError
+from fiveply.spec.families import FAMILIES
 from fiveply.spec.placement import declare
 
-CONFIGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "configs").glob("*.json")}
+CONFIGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "configs").rglob("*.json")}
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -57,12 +58,43 @@ def test_the_test_configs_are_odd(name: str) -> None:
         and spec.tied
         and spec.out_bias
         and (spec.dropout, spec.attention_dropout) == (0.1, 0),
+        "mixtral": spec.experts and spec.experts.layers == (0, 1, 2, 3, 4) and len(spec.window_layers) == spec.layers,
+        "qwen2-moe": spec.experts
+        and spec.experts.layers == (1, 3)
+        and spec.experts.shared_gate
+        and spec.window_layers == (0, 2),
+        "qwen3-moe": spec.experts and spec.experts.layers == (0, 2, 3, 4) and spec.qk_norm,
+        "deepseek-v2": spec.latent and not spec.latent.q_rank and spec.experts and spec.experts.shared_ffn == 3 * 37,
+        "deepseek-v3": spec.latent
+        and spec.latent.q_rank == 24
+        and spec.experts
+        and spec.experts.layers == (1, 2, 3, 4),
+        "gpt-oss": spec.sinks
+        and spec.out_bias
+        and spec.experts
+        and spec.experts.bias
+        and spec.window_layers == (0, 2, 4),
         "llama3-rope": spec.rope is not None and spec.rope.kind == "llama3" and spec.rope.original_positions == 128,
     }
     assert traits[name]
 
 
-@pytest.mark.parametrize("name", presets())
+OWN_PRESETS = ["tiny", "2m", "15m", "60m", "150m", "1b"]
+PUBLISHED = {  # in billions, as each model's own card or paper gives it
+    "llama-3.1-8b": 8.03,
+    "qwen3-8b": 8.19,
+    "mixtral-8x7b": 46.7,
+    "llama-3.1-70b": 70.55,
+    "gpt-oss-120b": 116.83,
+    "gpt3-175b": 174.6,
+    "qwen3-235b-a22b": 235.09,
+    "llama-3.1-405b": 405.85,
+    "deepseek-v3": 671.03 + 11.61,  # the main model; the layer of multi-token prediction without its shared matrices
+}
+ACTIVE = {"mixtral-8x7b": 12.9, "qwen3-235b-a22b": 22, "gpt-oss-120b": 5.1, "deepseek-v3": 37}
+
+
+@pytest.mark.parametrize("name", OWN_PRESETS)
 def test_presets_have_about_the_parameters_of_their_names(name: str) -> None:
     spec = ModelSpec.load(name)
     count = parameters(spec)
@@ -73,8 +105,28 @@ def test_presets_have_about_the_parameters_of_their_names(name: str) -> None:
     assert spec.attention_dropout == 0  # so that every layout may run it
 
 
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_public_models_have_their_published_parameters(name: str, billions: float) -> None:
+    assert parameters(ModelSpec.load(name)) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "billions"), ACTIVE.items())
+def test_a_token_passes_the_published_part_of_a_model_with_experts(name: str, billions: float) -> None:
+    """Without the second copy of the vocabulary and the layer of multi-token prediction where the publisher leaves them out."""
+    spec = ModelSpec.load(name)
+    experts = spec.experts
+    assert experts is not None
+    ours = sum(
+        math.prod(p.shape) * (experts.per_token / experts.count if ".experts." in p.name else 1)
+        for p in declare(spec)
+        if p.unit != f"layers.{spec.layers}"
+    )
+    embedding = spec.vocabulary * spec.hidden if name in ("gpt-oss-120b", "deepseek-v3") else 0
+    assert ours - embedding == pytest.approx(billions * 1e9, rel=0.02)
+
+
 def test_presets_come_smallest_first() -> None:
-    assert presets() == ["tiny", "2m", "15m", "60m", "150m", "1b"]
+    assert presets() == [*OWN_PRESETS, *PUBLISHED]
     assert sorted(presets(), key=lambda name: parameters(ModelSpec.load(name))) == presets()
     tiny = ModelSpec.load("tiny")
     assert (tiny.layers, tiny.heads) == (8, 8)
@@ -87,7 +139,8 @@ def test_transformers_has_as_many_parameters(name: str) -> None:
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**spec.config))
-    assert model.num_parameters() == parameters(spec)
+    predicting = sum(math.prod(p.shape) for p in declare(spec) if p.unit == f"layers.{spec.layers}")
+    assert model.num_parameters() == parameters(spec) - predicting  # `transformers` leaves this layer on disk
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -111,7 +164,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
 @pytest.mark.parametrize("more", [{}, {"use_sliding_window": True}, {"attention_bias": True}], ids=str)
 def test_keys_left_out_mean_what_transformers_takes(family: str, more: dict[str, Any]) -> None:
     config = {"model_type": family} | SIZES | more
@@ -119,7 +172,7 @@ def test_keys_left_out_mean_what_transformers_takes(family: str, more: dict[str,
     ours = ModelSpec.from_config(config)
     assert ours.config == config
     assert ours.kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == theirs.head_dim if family != "qwen2" else 2
+    assert ours.head_dim == theirs.head_dim if family not in ("qwen2", "mixtral") else 2
     assert ours.positions == theirs.max_position_embeddings
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.init_std == theirs.initializer_range
@@ -129,9 +182,11 @@ def test_keys_left_out_mean_what_transformers_takes(family: str, more: dict[str,
     kinds = (
         getattr(theirs, "layer_types", None) or ["sliding_attention" if family == "mistral" else "full_attention"] * 30
     )
-    assert ours.window_layers == tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    if family != "mixtral":  # no window unless given
+        assert ours.window_layers == tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     assert ours.window == (4096 if ours.window_layers else 0)
-    assert (ours.qkv_bias, ours.out_bias) == (family == "qwen2" or (bool(more.get("attention_bias")) and family != "mistral"),
+    dense = bool(more.get("attention_bias")) and family not in ("mistral", "mixtral")
+    assert (ours.qkv_bias, ours.out_bias) == (family == "qwen2" or dense,
                                               bool(more.get("attention_bias")) and family in ("llama", "qwen3"))  # fmt: skip
 
 
@@ -145,7 +200,7 @@ def test_gpt2_keys_left_out() -> None:
     assert parameters(ours) == 124_439_808  # GPT-2's published "124M"
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gemma3", "", None, 3, ["llama"]])
+@pytest.mark.parametrize("kind", ["mamba", "gemma3", "", None, 3, ["llama"]])
 def test_unsupported_model_types(kind: Any) -> None:
     error = refused(CONFIGS["llama"] | {"model_type": kind})
     assert error.key == "model_type"
@@ -209,6 +264,17 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [  # config, keys changed, t
     ("qwen2", {"layer_types": ["full_attention"] * 4}, "layer_types", "for each of 5 layers"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 5}, "layer_types", "full_attention, sliding_attention"),
     ("qwen2", {"layer_types": "sliding_attention"}, "layer_types", "for each of 5 layers"),
+    ("mixtral", {"num_local_experts": 0}, "num_experts_per_tok", "3 of 0 experts cannot be chosen"),
+    ("mixtral", {"num_experts_per_tok": 7}, "num_experts_per_tok", "7 of 6 experts cannot be chosen; give from 1"),
+    ("qwen3-moe", {"moe_intermediate_size": 0}, "moe_intermediate_size", "0 and 0 are not sizes of experts"),
+    ("qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step", "does not say which layers have experts"),
+    ("qwen3-moe", {"mlp_only_layers": 3}, "mlp_only_layers", "does not say which layers have experts"),
+    ("qwen2-moe", {"num_experts": "six"}, "num_experts", "'six' is not a whole number"),
+    ("deepseek-v3", {"kv_lora_rank": 0}, "kv_lora_rank", "ranks 24 and 0 with heads of 6 + 4 and 7"),
+    ("deepseek-v3", {"qk_rope_head_dim": 3}, "head_dim", "even head size, not 9"),
+    ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq", "only 1 is supported"),
+    ("deepseek-v3", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers", "-1 is not a number of layers"),
+    ("gpt-oss", {"layer_types": ["full_attention"]}, "layer_types", "for each of 5 layers"),
     ("gpt2", {"n_head": 5}, "n_head", "5 heads do not divide hidden size 72"),
     ("gpt2", {"n_head": 0}, "n_head", "0 heads"),
     ("gpt2", {"n_inner": "big"}, "n_inner", "'big' is not a whole number"),
@@ -238,7 +304,16 @@ junk = st.none() | st.booleans() | numbers | st.text(max_size=3) | st.lists(st.i
 @given(st.data())
 def test_any_value_under_any_key_is_read_or_refused(data: st.DataObject) -> None:
     config = dict(CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))])
-    more = ["layer_types", "head_dim", "attention_dropout", "mlp_bias", "rope_parameters", "n_layer", "attn_pdrop"]
+    more = [
+        "mlp_only_layers",
+        "layer_types",
+        "head_dim",
+        "attention_dropout",
+        "mlp_bias",
+        "rope_parameters",
+        "n_layer",
+        "attn_pdrop",
+    ]
     for key in data.draw(st.lists(st.sampled_from([*config, *more]), min_size=1, max_size=3)):
         config[key] = data.draw(junk)
     with contextlib.suppress(InputError):

@@ -6,14 +6,15 @@ import itertools
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.architecture import Experts, Latent, ModelSpec
 from fiveply.spec.errors import InputError
-from fiveply.spec.layout import CHOICES, Layout, divisors
-from fiveply.spec.legality import balanced_stages, head_cost, resolve
+from fiveply.spec.layout import CHOICES, Layout, Layouts, divisors
+from fiveply.spec.legality import balanced_stages, check_runnable, head_cost, legal, resolve
 
 SIZES: dict[str, Any] = {
     "family": "llama", "vocabulary": 1003, "hidden": 72, "layers": 7, "heads": 9, "kv_heads": 3, "head_dim": 8, "ffn": 131,
@@ -46,8 +47,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [  # layout, model and bat
     ("pp=8", {}, "pp", "pp=8 x 1 chunks = 8 stages, the model has 7 layers; at most 7 stages"),
     ("pp=4,schedule=zbv", {}, "pp", "pp=4 x 2 chunks = 8 stages, the model has 7 layers; at most 7 stages"),
     ("cp=2", {}, "cp", "cp=2 cannot be run yet; leave cp out"),
-    ("ep=2", {}, "ep", "ep=2 cannot be run yet; leave ep out"),
-    ("etp=2", {}, "etp", "etp=2 cannot be run yet; leave etp out"),
+    ("ep=2,dp=2", {}, "ep", "ep=2 needs a model with experts; leave ep out"),
+    ("etp=2", {}, "etp", "etp=2 needs a model with experts; leave etp out"),
     ("offload=optimizer", {}, "offload", "offload=optimizer cannot be run yet; leave offload out"),
     ("offload=activations", {}, "offload", "offload=activations cannot be run yet; leave offload out"),
     ("dp=2", {"attention_dropout": 0.1}, "attention_dropout",
@@ -69,6 +70,95 @@ def test_refused_with_the_arithmetic(text: str, changed: dict[str, Any], key: st
         resolved(text, **changed)
     assert str(caught.value) == f"layout: {key}: {message}" if key else f"layout: {message}"
     assert caught.value.key == key
+
+
+MIXTURE = Experts(count=6, per_token=2, ffn=37, layers=(0, 1, 2))
+UNPLANNED: list[tuple[str, dict[str, Any], str, str]] = [  # what not even the planner takes
+    ("ep=4,dp=4", {}, "ep", "ep=4 does not divide 6 experts; one of [1, 2, 3, 6] does"),
+    ("ep=2,etp=2,tp=3", {}, "etp", "etp=2 does not divide tp=3; one of [1, 3] does"),
+    ("ep=2,tp=3", {}, "ep",
+     "ep=2 does not divide dp x cp x tp / etp = 1 x 1 x 3 / 3 = 1; make dp or cp a multiple of it, or set etp=1"),
+    ("ep=6,dp=2,tp=9,etp=9", {}, "ep",
+     "ep=6 does not divide dp x cp x tp / etp = 2 x 1 x 9 / 9 = 2; make dp or cp a multiple of it, or set etp=1"),
+    ("tp=9", {"experts": msgspec.structs.replace(MIXTURE, ffn=8)}, "etp",
+     "etp=9 exceeds an expert's 8 columns; lower etp"),
+    ("cp=2,cp_kind=ulysses", {}, "cp_kind",
+     "tp x cp = 1 x 2 = 2 does not divide 9 heads; set cp_kind=gather, or lower cp"),
+    ("cp=33", {}, "cp", "cp=33 cuts a sequence of 64 into 66 pieces; cp at most 32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "changed", "key", "message"), UNPLANNED)
+def test_the_planner_refuses_with_the_arithmetic(text: str, changed: dict[str, Any], key: str, message: str) -> None:
+    spec = model(**{"experts": MIXTURE} | changed)
+    with pytest.raises(InputError) as caught:
+        resolve(Layout.parse(text), spec, sequence=64, global_batch=24, runtime=False)
+    assert str(caught.value) == f"layout: {key}: {message}"
+
+
+@pytest.mark.parametrize(
+    "text", ["cp=32", "tp=3,cp=3,cp_kind=ulysses", "ep=6,dp=2,tp=3,etp=1", "ep=3,dp=3,tp=9", "offload=optimizer"]
+)
+def test_the_planner_takes_what_cannot_be_run_yet(text: str) -> None:
+    spec = model(experts=MIXTURE)
+    full = resolve(Layout.parse(text), spec, sequence=64, global_batch=24, runtime=False)
+    assert resolve(full, spec, sequence=64, global_batch=24, runtime=False) == full
+    assert full.world == full.ep * full.expert_tensor * full.expert_data * full.pp
+    with pytest.raises(InputError, match="routed experts cannot be run yet; it can be planned"):
+        resolve(full, spec, sequence=64, global_batch=24)
+
+
+def test_models_that_cannot_be_run_yet_say_why() -> None:
+    latent = Latent(q_rank=24, kv_rank=20, nope_dim=6, rope_dim=2, value_dim=7)
+    with pytest.raises(InputError) as caught:
+        check_runnable(model(latent=latent, sinks=True, predicted=2), "x.json")
+    assert str(caught.value) == (
+        "x.json: llama: latent attention and attention sinks and multi-token prediction cannot be run yet; it can be "
+        "planned; give it to `fiveply plan`, or take a dense model"
+    )
+    check_runnable(model())
+
+
+def _taken(layout: Layout, spec: ModelSpec, batch: int) -> bool:
+    try:
+        resolve(layout, spec, sequence=16, global_batch=batch, runtime=False)
+    except InputError:
+        return False
+    return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_arrays_are_judged_as_layouts_are_one_by_one(data: st.DataObject) -> None:
+    """One statement of each rule serves both."""
+    spec = model(experts=data.draw(st.sampled_from([None, MIXTURE])), layers=data.draw(st.integers(1, 8)))
+    batch, draw = data.draw(st.sampled_from([6, 8, 24])), data.draw
+    drawn: dict[str, st.SearchStrategy[Any]] = {key: st.integers(0, 4) for key in ("dp", "pp", "cp", "ep")} | {
+        "tp": st.sampled_from([0, 1, 2, 3, 9]), "zero": st.integers(-1, 4), "dp_shard": st.integers(-1, 4), "sp": st.integers(-2, 2),
+        "vp": st.integers(-1, 3), "micro_batch": st.integers(-1, 5), "etp": st.integers(-1, 3),
+        "schedule": st.sampled_from(CHOICES["schedule"]), "cp_kind": st.sampled_from(CHOICES["cp_kind"]),
+        "offload": st.sampled_from(CHOICES["offload"]),
+    }  # fmt: skip
+    usual = {"dp": 2, "pp": 1, "cp": 1, "ep": 1, "tp": 3, "zero": 1, "schedule": "1f1b"}
+    odd = draw(st.sets(st.sampled_from(sorted(drawn)), max_size=4))
+    rows = [{**usual, **{key: draw(drawn[key]) for key in odd}} for _ in range(20)]
+    degrees = ("dp", "tp", "pp", "cp", "ep")
+    rows = [row for row in rows if min(row[key] for key in degrees) >= 1]  # arrays hold degrees
+    if not rows:
+        return
+    mask = legal(
+        Layouts(**{key: np.array([row[key] for row in rows]) for key in rows[0]}), spec, sequence=16, global_batch=batch
+    )
+    assert mask.tolist() == [_taken(Layout(**row), spec, batch) for row in rows]
+
+
+def test_arrays_broadcast() -> None:
+    mask = legal(Layouts(dp=np.array([1, 2, 5]), tp=np.array([[1], [3], [4]])), model(), sequence=64, global_batch=24)
+    assert mask.tolist() == [[True, True, False], [True, True, False], [False, False, False]]
+    with pytest.raises(TypeError, match="not keys of a layout: depth"):
+        Layouts(depth=3)
+    with pytest.raises(InputError, match="sequence 513"):
+        legal(Layouts(), model(), sequence=513, global_batch=24)
 
 
 def test_a_layout_that_was_never_text_is_checked_too() -> None:

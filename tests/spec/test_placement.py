@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,8 @@ from fiveply.spec.legality import resolve
 from fiveply.spec.placement import Placed, declare, part, place, stage_units
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
+PLANNED = sorted((Path(__file__).parents[1] / "configs/planned").glob("*.json"))
+"""Models that the decoder does not compute yet."""
 
 
 @st.composite
@@ -175,7 +178,9 @@ def test_rank_zero_holds_the_most_of_every_parameter(drawn: tuple[ModelSpec, Lay
             assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("source", [*CONFIGS, *presets()], ids=lambda source: Path(source).stem)
+@pytest.mark.parametrize(
+    "source", [*CONFIGS, *presets()[:6]], ids=lambda source: Path(source).stem
+)
 def test_the_table_is_the_decoders_parameters(source: Path | str) -> None:
     spec = ModelSpec.load(source)
     with torch.device("meta"):
@@ -239,3 +244,80 @@ def test_odd_sizes_by_hand() -> None:
     assert {row.parameter.unit for row in place(spec, layout, 0, 1)} == {
         *(f"layers.{i}" for i in range(layout.stages[0], 7)), "norm", "head"
     }  # fmt: skip
+
+
+@st.composite
+def expert_placements(draw: st.DrawFn) -> tuple[ModelSpec, Layout]:
+    """A model with experts, some also with latent attention, biases or further predictions, and every axis in use."""
+    spec = ModelSpec.load(draw(st.sampled_from(PLANNED)))
+    spec = msgspec.structs.replace(spec, predicted=draw(st.integers(1, 2)))
+    assert spec.experts is not None
+    tp = draw(st.sampled_from([d for d in divisors(spec.heads) if spec.kv_heads % d == 0 or d % spec.kv_heads == 0]))
+    cp, dp, etp = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(divisors(tp)))
+    ep = draw(st.sampled_from([d for d in divisors(spec.experts.count) if (dp * cp * tp // etp) % d == 0]))
+    layout = Layout(
+        tp=tp,
+        pp=draw(st.integers(1, 3)),
+        cp=cp,
+        dp=dp,
+        ep=ep,
+        etp=draw(st.sampled_from([etp, 0])) if etp == tp else etp,
+    )
+    return spec, resolve(layout, spec, sequence=32, global_batch=12, runtime=False)
+
+
+@settings(deadline=None)
+@given(expert_placements())
+def test_the_ranks_of_a_stage_hold_its_experts_equally_often(drawn: tuple[ModelSpec, Layout]) -> None:
+    spec, layout = drawn
+    shapes = {parameter.name: parameter.shape for parameter in declare(spec)}
+    held = {name: np.zeros(shape, dtype=int) for name, shape in shapes.items()}
+    counted = {name: np.zeros(shape, dtype=int) for name, shape in shapes.items()}
+    for rank in range(layout.world):
+        at = layout.coordinates(rank)
+        first = rank % (layout.tp * layout.cp * layout.dp) < layout.ep * layout.expert_tensor
+        for row in place(spec, layout, at.tp, at.pp, at.ep):
+            held[row.name][window(row)] += 1
+            expert = ".experts." in row.name
+            if row.counted and (first if expert else at.cp == at.dp == 0):
+                counted[row.name][window(row)] += 1
+    for name, times in held.items():
+        assert (counted[name] == 1).all(), name
+        if ".experts." in name:
+            copies = layout.expert_tensor if name.endswith("down_proj.bias") else 1
+            assert (times == layout.expert_data * copies).all(), name
+
+
+@pytest.mark.parametrize("source", PLANNED, ids=lambda source: source.stem)
+def test_experts_bear_the_names_they_have_on_disk(source: Path) -> None:
+    """The names and shapes of `transformers`, but that ours stack a layer's experts by projection."""
+    spec = ModelSpec.load(source)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**spec.config))
+    names = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+    renamed = {"shared_expert.": "shared_experts.", "mlp.router.": "mlp.gate."}
+    for old, new in renamed.items():
+        names = {name.replace(old, new): shape for name, shape in names.items()}
+    for name, shape in {p.name: p.shape for p in declare(spec)}.items():
+        if ".experts." not in name:
+            assert names.pop(name) == shape
+    experts = [name for name in names if ".experts." in name]
+    assert sorted(experts) == sorted(names)
+    ours = sum(np.prod(p.shape) for p in declare(spec) if ".experts." in p.name)
+    assert sum(np.prod(names[name]) for name in experts) == ours
+
+
+def test_a_further_prediction_stands_on_the_last_stage_with_a_copy_of_the_embedding() -> None:
+    spec = ModelSpec.load("deepseek-v3")
+    layout = resolve(Layout.parse("tp=8,pp=16,dp=8,ep=64,etp=1"), spec, sequence=4096, global_batch=64, runtime=False)
+    first, last = (place(spec, layout, 0, stage) for stage in (0, 15))
+    assert {row.parameter.unit for row in last} == {
+        *(f"layers.{i}" for i in range(61 - layout.stages[-1], 62)), "norm", "embed", "head"
+    }  # fmt: skip
+    copies = [row for row in (*first, *last) if row.tied_copy]
+    assert [(row.name, row.counted) for row in copies] == [
+        ("model.embed_tokens.weight", True),
+        ("model.embed_tokens.weight", False),
+    ]
+    gate = next(row for row in last if row.name == "model.layers.61.mlp.experts.gate_proj.weight")
+    assert gate.size == (4, 2048, 7168)

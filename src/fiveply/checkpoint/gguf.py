@@ -22,8 +22,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from fiveply.checkpoint import huggingface
-from fiveply.spec.architecture import FAMILIES, ModelSpec
+from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
+from fiveply.spec.families import FAMILIES
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {

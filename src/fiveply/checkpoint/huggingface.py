@@ -21,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fiveply.spec.architecture import FAMILIES, ModelSpec
+from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError, RunError
+from fiveply.spec.families import FAMILIES
+from fiveply.spec.legality import check_runnable
 from fiveply.spec.placement import Parameter, declare
 
 if TYPE_CHECKING:
@@ -145,6 +147,7 @@ class HuggingFaceSource:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.spec = ModelSpec.load(self.path)
+        check_runnable(self.spec, str(self.path / "config.json"))
         if self.spec.config.get("quantization_config"):
             raise InputError("quantised weights can't be read", where=str(self.path / "config.json"),
                              key="quantization_config", fix="give the unquantised model")  # fmt: skip

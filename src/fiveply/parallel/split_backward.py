@@ -58,5 +58,6 @@ class _DeferredLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (x_TI,) = ctx.saved_tensors
-        ctx.queue.put(ctx.weights, x_TI, grads)
+        # Detached, since a saved tensor comes back with the graph that made it, whose leaves would wait with it.
+        ctx.queue.put(ctx.weights, x_TI.detach(), grads)
         return None, ctx.queue.products.grad_input(grads, ctx.weights), *[None] * len(ctx.weights)

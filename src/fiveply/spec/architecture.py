@@ -1,50 +1,21 @@
 """ModelSpec: a decoder's architecture as data, read from a Hugging Face `config.json`, a directory, or a named preset.
 
-One definition covers the dense families Llama (and SmolLM), Mistral, Qwen2, Qwen3 and GPT-2 by fields; `model/decoder.py`
-reads the fields and asks for no family. Sizes are counts, not bytes.
+One definition covers all families by fields; `families.py` fills them from each family's configuration, and
+`model/decoder.py` reads them and asks for no family. Experts, latent attention, sinks and multi-token prediction are
+counted by the planner and not computed yet (`legality.check_runnable`). Sizes are counts, not bytes.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 
 from fiveply.spec.errors import InputError
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (),
-}
-"""The numbers that each needs; yarn's factor follows from the positions."""
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
-              "head_dim": 128},
-}  # fmt: skip
-"""What `transformers` takes for keys that a configuration leaves out, where it is not what follows from the others."""
 
 
 class Rope(msgspec.Struct, frozen=True):
@@ -62,6 +33,50 @@ class Rope(msgspec.Struct, frozen=True):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+
+class Latent(msgspec.Struct, frozen=True):
+    """Latent attention (DeepSeek-V2): queries and keys-values through low ranks; sizes of one head in `*_dim`."""
+
+    q_rank: int
+    """0: queries are projected directly."""
+    kv_rank: int
+    nope_dim: int
+    """The part of a query's and key's head that is not rotated."""
+    rope_dim: int
+    """The rotated part; the key's is shared by all heads."""
+    value_dim: int
+
+    def check(self, where: str) -> None:
+        if min(self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim) < 1 or self.q_rank < 0 or self.rope_dim % 2:
+            raise InputError(
+                f"ranks {self.q_rank} and {self.kv_rank} with heads of {self.nope_dim} + {self.rope_dim} and {self.value_dim}",
+                where=where, key="kv_lora_rank", fix="give sizes from 1, the rotated part of a head even",
+            )  # fmt: skip
+
+
+class Experts(msgspec.Struct, frozen=True):
+    """Routed experts of the layers that have them (`layers`); the others have a plain MLP of `ModelSpec.ffn`."""
+
+    count: int
+    per_token: int
+    ffn: int
+    """One expert's inner size."""
+    layers: tuple[int, ...]
+    shared_ffn: int = 0
+    """Inner size of the MLP that every token passes beside its experts; 0 for none."""
+    shared_gate: bool = False
+    """A learnt gate scales the shared MLP's output (Qwen2-MoE)."""
+    bias: bool = False
+    """Biases in the experts and the router."""
+
+    def check(self, where: str) -> None:
+        if self.ffn < 1 or self.shared_ffn < 0:
+            raise InputError(f"{self.ffn} and {self.shared_ffn} are not sizes of experts", where=where,
+                             key="moe_intermediate_size", fix="give a whole number from 1")  # fmt: skip
+        if not 1 <= self.per_token <= self.count:
+            raise InputError(f"{self.per_token} of {self.count} experts cannot be chosen", where=where,
+                             key="num_experts_per_tok", fix="give from 1 to the number of experts")  # fmt: skip
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
@@ -91,6 +106,12 @@ class ModelSpec(msgspec.Struct, frozen=True):
     window: int = 0
     """Sliding window in tokens, 0 for none; `window_layers` says which layers have it."""
     window_layers: tuple[int, ...] = ()
+    experts: Experts | None = None
+    latent: Latent | None = None
+    sinks: bool = False
+    """A learnt logit per head that attention's softmax counts besides the keys."""
+    predicted: int = 1
+    """Tokens predicted at each position; beyond the first each has one more layer (multi-token prediction)."""
     tied: bool = False
     """The head shares the embedding's matrix."""
     dropout: float = 0.0
@@ -100,6 +121,10 @@ class ModelSpec(msgspec.Struct, frozen=True):
     config: dict[str, Any] = {}
     """The `config.json` as it was read, written back beside checkpoints."""
 
+    def __hash__(self) -> int:
+        """Of the sizes: `config` has no hash, and equality looks at all fields."""
+        return hash((self.family, self.vocabulary, self.hidden, self.layers, self.heads, self.ffn, self.positions))
+
     @property
     def q_size(self) -> int:
         return self.heads * self.head_dim
@@ -108,13 +133,18 @@ class ModelSpec(msgspec.Struct, frozen=True):
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
 
+    @property
+    def embeds_at_end(self) -> bool:
+        """Whether the last stage needs the embedding: as the head's matrix, or to predict further tokens."""
+        return self.tied or self.predicted > 1
+
     @classmethod
     def load(cls, source: str | Path) -> ModelSpec:
         """From a preset's name, a `config.json`, or a directory that holds one; raises InputError."""
         name = str(source)
-        if name in presets():
-            text = resources.files("fiveply.spec").joinpath(f"presets/{name}.json").read_text()
-            return cls.from_config(_decode(text.encode(), name), where=f"preset {name}")
+        preset = resources.files("fiveply.spec").joinpath(f"presets/{name}.json")
+        if re.fullmatch(r"[\w.-]+", name) and preset.is_file():
+            return cls.from_config(_decode(preset.read_bytes(), name), where=f"preset {name}")
         path = Path(source)
         if path.is_dir():
             path = path / "config.json"
@@ -129,15 +159,9 @@ class ModelSpec(msgspec.Struct, frozen=True):
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> ModelSpec:
         """Translate a Hugging Face configuration; raises InputError for what this decoder does not compute."""
-        family = str(config.get("model_type", ""))
-        if family not in FAMILIES:
-            raise InputError(
-                f"model_type '{family}' is not supported",
-                where=where,
-                key="model_type",
-                fix=f"supported: {', '.join(FAMILIES)}",
-            )
-        spec = _gpt2(config, where) if family == "gpt2" else _llama_like(config, where)
+        from fiveply.spec import families  # it builds ModelSpecs, and so stands above this file
+
+        spec = families.read(config, where)
         spec.check(where)
         return spec
 
@@ -166,6 +190,13 @@ class ModelSpec(msgspec.Struct, frozen=True):
                 key="rope_parameters",
                 fix="give a theta above 1 and a factor above 0",
             )
+        if self.experts is not None:
+            self.experts.check(where)
+        if self.latent is not None:
+            self.latent.check(where)
+        if self.predicted < 1:
+            raise InputError(f"{self.predicted - 1} is not a number of layers", where=where, key="num_nextn_predict_layers",
+                             fix="give a whole number from 0")  # fmt: skip
         for key in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise InputError(
@@ -176,15 +207,21 @@ class ModelSpec(msgspec.Struct, frozen=True):
 def presets() -> list[str]:
     """Names of the shipped presets, smallest first."""
     folder = resources.files("fiveply.spec").joinpath("presets")
-    sized = [
-        (_decode(f.read_bytes(), f.name), f.name.removesuffix(".json"))
+    specs = {
+        f.name.removesuffix(".json"): ModelSpec.from_config(_decode(f.read_bytes(), f.name), f.name)
         for f in folder.iterdir()
         if f.name.endswith(".json")
-    ]
-    return [
-        name
-        for _, name in sorted(sized, key=lambda item: (item[0]["hidden_size"] * item[0]["num_hidden_layers"], item[1]))
-    ]
+    }
+    return sorted(specs, key=lambda name: (_block_size(specs[name]), name))
+
+
+def _block_size(spec: ModelSpec) -> int:
+    """About the parameters of the blocks, to sort by."""
+    experts = spec.experts
+    columns = spec.layers * spec.ffn + (
+        len(experts.layers) * (experts.count * experts.ffn - spec.ffn) if experts else 0
+    )
+    return spec.hidden * (columns + spec.layers * spec.q_size)
 
 
 def _decode(text: bytes, where: str) -> dict[str, Any]:
@@ -192,203 +229,3 @@ def _decode(text: bytes, where: str) -> dict[str, Any]:
         return msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"not a JSON object ({error})", where=where, fix="give a Hugging Face config.json") from None
-
-
-def _take(config: dict[str, Any], key: str, where: str, default: Any = None) -> Any:
-    """A whole number of the configuration, or `default`; a missing or mistyped one is the user's error."""
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise InputError("is missing", where=where, key=key, fix="add it; every size must be given")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{value!r} is not a whole number", where=where, key=key, fix="give a whole number")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, where: str, default: float) -> float:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise InputError(f"{value!r} is not a number from 0", where=where, key=key, fix=f"give one, such as {default}")
-    return float(value)
-
-
-def _flag(config: dict[str, Any], key: str, where: str, default: bool = False) -> bool:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise InputError(f"{value!r} is neither true nor false", where=where, key=key, fix="give true or false")
-    return value
-
-
-def _activation(config: dict[str, Any], key: str, where: str, default: str) -> Any:
-    name = str(config.get(key) or default)
-    if name not in ACTIVATIONS:
-        raise InputError(
-            f"activation '{name}' is not supported", where=where, key=key, fix=f"supported: {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
-
-
-def _rope(config: dict[str, Any], where: str) -> Rope:
-    # transformers 5 writes `rope_parameters`; before it, `rope_theta` stood alone beside `rope_scaling`.
-    raw: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value: Any = config.get(key) or {}
-        if not isinstance(value, dict):
-            raise InputError(f"{value!r} is not an object", where=where, key=key, fix="give rope_type and its numbers")
-        raw |= cast(dict[str, Any], value)
-    kind = raw.get("rope_type") or raw.get("type") or "default"
-    if kind not in ROPE_SCALINGS:
-        raise InputError(
-            f"rotary scaling '{kind}' is not supported",
-            where=where,
-            key="rope_parameters",
-            fix=f"supported: {', '.join(ROPE_SCALINGS)}",
-        )
-    if raw.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise InputError(
-            "partial rotary positions are not supported",
-            where=where,
-            key="partial_rotary_factor",
-            fix="use a model that rotates whole heads",
-        )
-    fields = {key: raw[key] for key in Rope.__struct_fields__ if raw.get(key) is not None} | {
-        "theta": raw.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        "kind": kind,
-        "original_positions": config.get("original_max_position_embeddings")
-        or raw.get("original_max_position_embeddings")
-        or config["max_position_embeddings"],
-    }
-    for key in ROPE_SCALINGS[kind]:
-        if key not in fields:
-            raise InputError(f"{kind} scaling needs {key}", where=where, key="rope_parameters", fix="add it")
-    try:
-        rope = msgspec.convert(fields, Rope)
-        if kind == "yarn" and "factor" not in fields:
-            rope = msgspec.structs.replace(rope, factor=config["max_position_embeddings"] / rope.original_positions)
-        return rope
-    except msgspec.ValidationError as error:
-        raise InputError(str(error), where=where, key="rope_parameters", fix="give numbers") from None
-
-
-def _llama_like(given: dict[str, Any], where: str) -> ModelSpec:
-    family = given["model_type"]
-    config = LEFT_OUT[family] | given
-    hidden, heads, layers = (
-        _take(config, k, where) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
-    if heads < 1 or (config.get("head_dim") is None and hidden % heads):
-        raise InputError(
-            f"{heads} heads do not divide hidden size {hidden}",
-            where=where,
-            key="num_attention_heads",
-            fix="give head_dim, or sizes that divide",
-        )
-    positions = _take(config, "max_position_embeddings", where)
-    biased = _flag(config, "attention_bias", where) and family in ("llama", "qwen3")
-    window, windowed = _window(config, layers, where)
-    return ModelSpec(
-        family=family,
-        vocabulary=_take(config, "vocab_size", where),
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=_take(config, "num_key_value_heads", where, heads),
-        head_dim=_take(config, "head_dim", where, hidden // heads),
-        ffn=_take(config, "intermediate_size", where),
-        positions=positions,
-        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
-        qk_norm=family == "qwen3",
-        qkv_bias=biased or family == "qwen2",
-        out_bias=biased,
-        mlp_bias=_flag(config, "mlp_bias", where) and family == "llama",
-        activation=_activation(config, "hidden_act", where, "silu"),
-        rope=_rope(config, where),
-        window=window,
-        window_layers=windowed,
-        tied=_flag(config, "tie_word_embeddings", where),
-        attention_dropout=_number(config, "attention_dropout", where, 0.0),
-        init_std=_number(config, "initializer_range", where, 0.02),
-        config=given,
-    )
-
-
-def _window(config: dict[str, Any], layers: int, where: str) -> tuple[int, tuple[int, ...]]:
-    """The sliding window and the layers that have it."""
-    family = config["model_type"]
-    window = _take(config, "sliding_window", where, 0)
-    if family == "mistral":
-        windowed = tuple(range(layers))
-    elif family in ("qwen2", "qwen3") and _flag(config, "use_sliding_window", where):
-        kinds: Any = config.get("layer_types")
-        first = _take(config, "max_window_layers", where)
-        if kinds is None:
-            kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-        if (
-            not isinstance(kinds, list)
-            or len(kinds := cast(list[Any], kinds)) != layers
-            or not set(map(str, kinds)) <= LAYER_TYPES
-        ):
-            raise InputError(
-                f"does not say for each of {layers} layers which attention it has",
-                where=where,
-                key="layer_types",
-                fix=f"list {layers} of {', '.join(sorted(LAYER_TYPES))}",
-            )
-        windowed = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    else:
-        windowed = ()
-    if window < 0:
-        raise InputError(f"{window} is not a window", where=where, key="sliding_window", fix="give a number of tokens")
-    return (window, windowed) if window and windowed else (0, ())
-
-
-def _gpt2(config: dict[str, Any], where: str) -> ModelSpec:
-    hidden, heads = _take(config, "n_embd", where, 768), _take(config, "n_head", where, 12)
-    if heads < 1 or hidden % heads:
-        raise InputError(
-            f"{heads} heads do not divide hidden size {hidden}", where=where, key="n_head", fix="give sizes that divide"
-        )
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if _flag(config, key, where):
-            raise InputError("is not supported", where=where, key=key, fix="set it to false")
-    if config.get("scale_attn_weights") is False:
-        raise InputError(
-            "unscaled attention is not supported", where=where, key="scale_attn_weights", fix="set it to true"
-        )
-    rates = {_number(config, key, where, 0.1) for key in ("embd_pdrop", "resid_pdrop")}
-    if len(rates) > 1:
-        raise InputError(
-            f"embd_pdrop and resid_pdrop differ ({sorted(rates)})",
-            where=where,
-            key="resid_pdrop",
-            fix="give both the same rate",
-        )
-    return ModelSpec(
-        family="gpt2",
-        vocabulary=_take(config, "vocab_size", where, 50257),
-        hidden=hidden,
-        layers=_take(config, "n_layer", where, 12),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        ffn=_take(config, "n_inner", where, 4 * hidden),
-        positions=_take(config, "n_positions", where, 1024),
-        norm="layer",
-        norm_eps=_number(config, "layer_norm_epsilon", where, 1e-5),
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        gated_mlp=False,
-        activation=_activation(config, "activation_function", where, "gelu_new"),
-        rope=None,
-        tied=_flag(config, "tie_word_embeddings", where, True),
-        dropout=rates.pop(),
-        attention_dropout=_number(config, "attn_pdrop", where, 0.1),
-        init_std=_number(config, "initializer_range", where, 0.02),
-        config=config,
-    )

@@ -8,9 +8,12 @@ a rank stands on each axis; whether it fits a given model is `spec/legality.py`'
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from fiveply.spec.errors import InputError
 
@@ -29,7 +32,10 @@ DEGREES = ("dp", "tp", "pp", "cp", "ep")
 
 
 class Coordinates(msgspec.Struct, frozen=True):
-    """A rank's index on each axis; `replica` and `shard` split `dp` (hybrid sharding): dp = replica * dp_shard + shard."""
+    """A rank's index on each axis; `replica` and `shard` split `dp` (hybrid sharding): dp = replica * dp_shard + shard.
+
+    Experts lie across tp, cp and dp: of their index, fastest first, etp is `tp % etp`, then comes `ep`.
+    """
 
     tp: int
     cp: int
@@ -37,6 +43,7 @@ class Coordinates(msgspec.Struct, frozen=True):
     pp: int
     shard: int
     replica: int
+    ep: int
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -84,42 +91,15 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 
     def check(self, where: str = "layout") -> None:
         """Raise InputError for what is wrong whatever the model: degrees below one, contradicting keys."""
-
-        def refuse(key: str, problem: str, fix: str) -> None:
-            raise InputError(problem, where=where, key=key, fix=fix)
-
-        for key in DEGREES:
-            if getattr(self, key) < 1:
-                refuse(key, f"{getattr(self, key)} is not a degree", "give a whole number from 1")
-        if self.zero not in (0, 1, 2, 3):
-            refuse("zero", f"{self.zero} is not a ZeRO stage", "give 0, 1, 2 or 3")
-        if self.sp not in (-1, 0, 1):
-            refuse("sp", f"{self.sp} is not a choice", "give 0 or 1")
-        for key in ("dp_shard", "vp", "micro_batch", "etp"):
-            if getattr(self, key) < 0:
-                refuse(key, f"{getattr(self, key)} is negative", "give a whole number from 1")
-        if self.dp_shard and self.dp % self.dp_shard:
-            refuse(
-                "dp_shard", f"dp_shard={self.dp_shard} does not divide dp={self.dp}", f"give one of {divisors(self.dp)}"
-            )
-        if self.dp_shard and self.zero == 0 and self.dp_shard != 1:
-            refuse("dp_shard", "nothing is sharded at zero=0", "set zero=1, 2 or 3, or leave dp_shard out")
-        if self.sp == 1 and self.tp == 1:
-            refuse("sp", "sequence parallel needs tp above 1", "set tp, or leave sp out")
-        if self.schedule == "zbv" and self.vp not in (0, 2):
-            refuse("vp", f"zbv holds 2 chunks a rank, not {self.vp}", "leave vp out")
-        if self.schedule == "interleaved" and self.vp == 1:
-            refuse("vp", "interleaved needs 2 or more chunks a rank", "set vp=2 or more, or schedule=1f1b")
-        if self.vp > 1 and self.schedule not in ("interleaved", "zbv"):
-            refuse("vp", f"{self.schedule} runs one chunk a rank", "set schedule=interleaved, or leave vp out")
+        enforce(LAYOUT_RULES, self, None, where)
         if self.stages and len(self.stages) != self.pp * self.chunks:
-            refuse(
-                "stages",
+            raise InputError(
                 f"{len(self.stages)} stages listed, {self.pp} ranks x {self.chunks} chunks = {self.pp * self.chunks} needed",
-                "give one number of layers per stage, joined by +",
-            )
+                where=where, key="stages", fix="give one number of layers per stage, joined by +",
+            )  # fmt: skip
         if any(layers < 0 for layers in self.stages):
-            refuse("stages", "a stage cannot hold a negative number of layers", "give whole numbers joined by +")
+            raise InputError("a stage cannot hold a negative number of layers", where=where, key="stages",
+                             fix="give whole numbers joined by +")  # fmt: skip
 
     def __str__(self) -> str:
         """The shortest text that `parse` reads back to an equal Layout; `dp=1` when all is default."""
@@ -153,12 +133,23 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     def sequence_parallel(self) -> bool:
         return self.tp > 1 and self.sp != 0
 
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that share one expert: etp, or all of tp."""
+        return self.etp or self.tp
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks of one stage that hold the same slice of the same experts, and sum its gradients."""
+        return self.dp * self.cp * self.tp // (self.ep * self.expert_tensor)
+
     def coordinates(self, rank: int) -> Coordinates:
         """Order of ranks, fastest first: tp, cp, dp, pp."""
         tp, rest = rank % self.tp, rank // self.tp
         cp, rest = rest % self.cp, rest // self.cp
         dp, pp = rest % self.dp, rest // self.dp
-        return Coordinates(tp, cp, dp, pp, shard=dp % self.shard_ranks, replica=dp // self.shard_ranks)
+        expert = rank % (self.dp * self.cp * self.tp) // self.expert_tensor % self.ep
+        return Coordinates(tp, cp, dp, pp, shard=dp % self.shard_ranks, replica=dp // self.shard_ranks, ep=expert)
 
     def stage_of(self, pp_rank: int, chunk: int) -> int:
         """Global stage of a rank's chunk: round-robin, or folded in a V for zbv."""
@@ -171,6 +162,107 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
         """Pipeline ranks of the first and of the last stage: one and the same in a V."""
         last = self.stage_count - 1
         return {r for r in range(self.pp) for c in range(self.chunks) if self.stage_of(r, c) in (0, last)}
+
+
+class Layouts:
+    """Many layouts at once: Layout's keys, each one value or an array of values (strings too) that broadcast together.
+
+    For the planner's search, which masks by the rules that one layout is refused by. `stages` stays empty.
+    """
+
+    def __init__(self, **columns: Any) -> None:
+        for key, default in zip(Layout.__struct_fields__, Layout.__struct_defaults__, strict=True):
+            setattr(self, key, columns.pop(key, default))
+        if columns:
+            raise TypeError(f"not keys of a layout: {', '.join(columns)}")
+
+    def __getattr__(self, key: str) -> Any:  # only what __init__ did not set; for the type checker
+        raise AttributeError(key)
+
+    @property
+    def world(self) -> Any:
+        return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def chunks(self) -> Any:
+        looped = (np.asarray(self.schedule) == "interleaved") | (np.asarray(self.schedule) == "zbv")
+        return np.where(np.asarray(self.vp) > 0, self.vp, np.where(looped, 2, 1))
+
+    @property
+    def stage_count(self) -> Any:
+        return self.pp * self.chunks
+
+    @property
+    def shard_ranks(self) -> Any:
+        shared = np.where(np.asarray(self.dp_shard) > 0, self.dp_shard, self.dp)
+        return np.where(np.asarray(self.zero) == 0, 1, shared)
+
+    @property
+    def sequence_parallel(self) -> Any:
+        return (np.asarray(self.tp) > 1) & (np.asarray(self.sp) != 0)
+
+    @property
+    def expert_tensor(self) -> Any:
+        return np.where(np.asarray(self.etp) > 0, self.etp, self.tp)
+
+    @property
+    def expert_data(self) -> Any:
+        return self.dp * self.cp * self.tp // (self.ep * self.expert_tensor)
+
+
+class Rule(NamedTuple):
+    """Something no legal layout does. `broken` says whether: of a Layout, or of Layouts element by element (hence `&` and
+    `|`); `said` gives the problem, with its arithmetic, and the fix. The second argument is the job, if the rule needs one."""
+
+    key: str
+    broken: Callable[[Any, Any], Any]
+    said: Callable[[Any, Any], tuple[str, str]]
+
+
+def enforce(rules: Iterable[Rule], layout: Layout, job: object, where: str) -> None:
+    """Raise InputError for the first rule that `layout` breaks."""
+    for rule in rules:
+        if rule.broken(layout, job):
+            problem, fix = rule.said(layout, job)
+            raise InputError(problem, where=where, key=rule.key, fix=fix)
+
+
+def kept(rules: Iterable[Rule], layouts: Layouts, job: object) -> NDArray[np.bool_]:
+    """Which of `layouts` break none of `rules`."""
+    legal: Any = np.True_
+    with np.errstate(divide="ignore"):  # a degree that another rule refuses may divide to zero
+        for rule in rules:
+            legal = legal & (np.asarray(rule.broken(layouts, job)) == 0)
+    return np.asarray(legal, dtype=np.bool_)
+
+
+def _at_least(key: str, least: int, kind: str) -> Rule:
+    return Rule(
+        key,
+        lambda x, _: getattr(x, key) < least,
+        lambda x, _: (f"{getattr(x, key)} is {kind}", "give a whole number from 1"),
+    )
+
+
+LAYOUT_RULES: tuple[Rule, ...] = (
+    *(_at_least(key, 1, "not a degree") for key in DEGREES),
+    Rule("zero", lambda x, _: (x.zero < 0) | (x.zero > 3), lambda x, _: (f"{x.zero} is not a ZeRO stage", "give 0, 1, 2 or 3")),
+    Rule("sp", lambda x, _: (x.sp < -1) | (x.sp > 1), lambda x, _: (f"{x.sp} is not a choice", "give 0 or 1")),
+    *(_at_least(key, 0, "negative") for key in ("dp_shard", "vp", "micro_batch", "etp")),
+    Rule("dp_shard", lambda x, _: x.dp % np.maximum(x.dp_shard, 1) != 0,
+         lambda x, _: (f"dp_shard={x.dp_shard} does not divide dp={x.dp}", f"give one of {divisors(x.dp)}")),
+    Rule("dp_shard", lambda x, _: (x.dp_shard > 1) & (x.zero == 0),
+         lambda x, _: ("nothing is sharded at zero=0", "set zero=1, 2 or 3, or leave dp_shard out")),
+    Rule("sp", lambda x, _: (x.sp == 1) & (x.tp == 1),
+         lambda x, _: ("sequence parallel needs tp above 1", "set tp, or leave sp out")),
+    Rule("vp", lambda x, _: (x.schedule == "zbv") & (x.vp != 0) & (x.vp != 2),
+         lambda x, _: (f"zbv holds 2 chunks a rank, not {x.vp}", "leave vp out")),
+    Rule("vp", lambda x, _: (x.schedule == "interleaved") & (x.vp == 1),
+         lambda x, _: ("interleaved needs 2 or more chunks a rank", "set vp=2 or more, or schedule=1f1b")),
+    Rule("vp", lambda x, _: (x.vp > 1) & (x.schedule != "interleaved") & (x.schedule != "zbv"),
+         lambda x, _: (f"{x.schedule} runs one chunk a rank", "set schedule=interleaved, or leave vp out")),
+)  # fmt: skip
+"""What is wrong whatever the model."""
 
 
 def divisors(number: int) -> list[int]:

@@ -1,44 +1,52 @@
-"""Which layouts are legal for a model and a batch: each rule stands here once and refuses with its arithmetic.
+"""Which layouts are legal for a model and a batch: each rule stands here once. Of one layout it refuses with its
+arithmetic (`resolve`); of arrays of layouts it prunes the planner's search (`legal`).
 
 `resolve` fills the defaults that depend on model and batch (`stages`, `micro_batch`); Layout's own properties answer for
-the others. Everything below the command line works with resolved layouts only.
+the others. Everything below the command line works with resolved layouts only. What the runtime cannot run yet is told
+apart from what no layout can: the planner takes the former (`runtime=False`).
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
-from fiveply.spec.layout import Layout, divisors
+from fiveply.spec.layout import LAYOUT_RULES, Layout, Layouts, Rule, divisors, enforce, kept
+from fiveply.spec.placement import declare_layer
 
 
-def resolve(layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, where: str = "layout") -> Layout:
-    """Check `layout` against model and batch, and fill its defaults. Raises InputError with the arithmetic and the fix."""
+class _Job(NamedTuple):
+    spec: ModelSpec
+    sequence: int
+    global_batch: int
+
+
+def resolve(
+    layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, where: str = "layout", runtime: bool = True
+) -> Layout:
+    """Check `layout` against model and batch, and fill its defaults. Raises InputError with the arithmetic and the fix.
+
+    `runtime=False` admits what can be planned only.
+    """
+    job = _Job(spec, sequence, global_batch)
     layout.check(where)
-    _check_model(layout, spec, where)
-    _check_runtime(layout, spec, where)
-    if sequence > spec.positions:
-        raise InputError(
-            f"sequence {sequence} is longer than the model's {spec.positions} positions", where=where, key="data.sequence",
-            fix=f"give at most {spec.positions}",
-        )  # fmt: skip
-    if sequence < 1 or global_batch < 1:
-        raise InputError(
-            f"sequence {sequence} and global_batch {global_batch} must be 1 or more",
-            where=where,
-            fix="give whole numbers from 1",
-        )
-    if global_batch % layout.dp:
-        raise InputError(
-            f"dp={layout.dp} does not divide a global batch of {global_batch} rows", where=where, key="dp",
-            fix=f"dp in {divisors(global_batch)} does",
-        )  # fmt: skip
+    enforce(_MODEL_RULES, layout, job, where)
+    if runtime:
+        check_runnable(spec)
+        enforce(_RUNTIME_RULES, layout, job, where)
+    _check_batch(job, where)
+    enforce(_BATCH_RULES, layout, job, where)
     stages = layout.stages or balanced_stages(spec, layout.stage_count)
     return msgspec.structs.replace(
         layout,
         stages=tuple(stages),
-        micro_batch=_micro_batch(layout, global_batch // layout.dp, where),
+        micro_batch=layout.micro_batch or _micro_batch(layout.pp, global_batch // layout.dp),
     )
 
 
@@ -49,9 +57,35 @@ def resolve_for_inference(layout: Layout, spec: ModelSpec, where: str = "layout"
         raise InputError(f"schedule={layout.schedule} puts {layout.chunks} chunks on a rank; serving runs one", where=where,
                          key="schedule", fix="leave schedule and vp out")  # fmt: skip
     plain = Layout(dp=layout.dp, tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, stages=layout.stages)
-    _check_model(plain, spec, where)
-    _check_runtime(plain, msgspec.structs.replace(spec, attention_dropout=0.0), where)
+    check_runnable(spec)
+    job = _Job(msgspec.structs.replace(spec, attention_dropout=0.0), 1, layout.dp)
+    enforce((*_MODEL_RULES, *_RUNTIME_RULES), plain, job, where)
     return msgspec.structs.replace(plain, stages=plain.stages or tuple(balanced_stages(spec, plain.stage_count)))
+
+
+def legal(layouts: Layouts, spec: ModelSpec, *, sequence: int, global_batch: int) -> NDArray[np.bool_]:
+    """Which of many layouts `resolve(..., runtime=False)` takes, in the shape that their columns broadcast to.
+
+    Raises InputError for a batch that no layout can have.
+    """
+    job = _Job(spec, sequence, global_batch)
+    _check_batch(job, "data")
+    return kept((*LAYOUT_RULES, *_MODEL_RULES, *_BATCH_RULES), layouts, job)
+
+
+def check_runnable(spec: ModelSpec, where: str = "model") -> None:
+    """Raise InputError for a model that the planner counts and the runtime does not compute yet."""
+    parts = {
+        "routed experts": spec.experts is not None,
+        "latent attention": spec.latent is not None,
+        "attention sinks": spec.sinks,
+        "multi-token prediction": spec.predicted > 1,
+    }
+    if missing := [name for name, has in parts.items() if has]:
+        raise InputError(
+            f"{' and '.join(missing)} cannot be run yet; it can be planned", where=where, key=spec.family,
+            fix="give it to `fiveply plan`, or take a dense model",
+        )  # fmt: skip
 
 
 def check_module(layout: Layout, stages: int, where: str = "layout") -> Layout:
@@ -87,84 +121,123 @@ def check_module(layout: Layout, stages: int, where: str = "layout") -> Layout:
     return msgspec.structs.replace(layout, sp=0) if layout.tp > 1 else layout
 
 
-def _check_model(layout: Layout, spec: ModelSpec, where: str) -> None:
-    tp, stages = layout.tp, layout.stage_count
-    if spec.heads % tp:
+def _check_batch(job: _Job, where: str) -> None:
+    if job.sequence > job.spec.positions:
         raise InputError(
-            f"tp={tp} does not divide {spec.heads} heads", where=where, key="tp",
-            fix=f"tp in {{{', '.join(str(d) for d in divisors(spec.heads) if _kv_fits(spec, d))}}} does",
+            f"sequence {job.sequence} is longer than the model's {job.spec.positions} positions", where=where,
+            key="data.sequence", fix=f"give at most {job.spec.positions}",
         )  # fmt: skip
-    if not _kv_fits(spec, tp):
+    if job.sequence < 1 or job.global_batch < 1:
         raise InputError(
-            f"tp={tp} neither divides {spec.kv_heads} key-value heads nor is a multiple of them", where=where, key="tp",
-            fix=f"tp in {{{', '.join(str(d) for d in divisors(spec.heads) if _kv_fits(spec, d))}}} is legal",
-        )  # fmt: skip
-    if tp > min(spec.ffn, spec.vocabulary):
-        raise InputError(
-            f"tp={tp} exceeds the MLP's {spec.ffn} columns or {spec.vocabulary} tokens",
+            f"sequence {job.sequence} and global_batch {job.global_batch} must be 1 or more",
             where=where,
-            key="tp",
-            fix="lower tp",
+            fix="give whole numbers from 1",
         )
-    if layout.stages and sum(layout.stages) != spec.layers:
-        raise InputError(
-            f"stages {'+'.join(map(str, layout.stages))} = {sum(layout.stages)} layers, the model has {spec.layers}",
-            where=where, key="stages", fix="make them add up, or leave stages out",
-        )  # fmt: skip
-    if layout.stages and 0 in layout.stages[1:-1]:
-        raise InputError(
-            "a stage in the middle holds no layer", where=where, key="stages", fix="give it one, or lower pp"
-        )
-    if not layout.stages and stages > spec.layers:
-        raise InputError(
-            f"pp={layout.pp} x {layout.chunks} chunks = {stages} stages, the model has {spec.layers} layers", where=where, key="pp",
-            fix=f"at most {spec.layers} stages",
-        )  # fmt: skip
 
 
-def _check_runtime(layout: Layout, spec: ModelSpec, where: str) -> None:
-    """What the runtime does not run (yet), said before anything starts."""
-    for key in ("cp", "ep", "etp"):
-        if getattr(layout, key) > 1:
-            raise InputError(
-                f"{key}={getattr(layout, key)} cannot be run yet", where=where, key=key, fix=f"leave {key} out"
-            )
-    if layout.offload != "none":
-        raise InputError(
-            f"offload={layout.offload} cannot be run yet", where=where, key="offload", fix="leave offload out"
-        )
-    if spec.attention_dropout and layout.world > 1:
-        raise InputError(
-            f"dropout inside attention ({spec.attention_dropout}) is not keyed by token, so it would differ by layout",
-            where=where, key="attention_dropout", fix="set it to 0 in config.json, or run on one rank",
-        )  # fmt: skip
-    if spec.attention_dropout and layout.recompute != "none":
-        raise InputError(
-            "dropout inside attention would draw another mask when recomputed", where=where, key="recompute",
-            fix="leave recompute out, or set the model's attention dropout to 0",
-        )  # fmt: skip
+def _kv_splits(spec: ModelSpec, parts: int) -> bool:
+    """Whether `parts` ranks can share the heads: key-value heads are split evenly, or copied evenly."""
+    return spec.heads % parts == 0 and (spec.kv_heads % parts == 0 or parts % spec.kv_heads == 0)
 
 
-def _kv_fits(spec: ModelSpec, tp: int) -> bool:
-    return spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0
+def _tensor_degrees(spec: ModelSpec) -> str:
+    return f"{{{', '.join(str(d) for d in divisors(spec.heads) if _kv_splits(spec, d))}}}"
 
 
-def _micro_batch(layout: Layout, replica_batch: int, where: str) -> int:
-    """The given micro-batch if it divides the replica's rows; by default all of them at pp=1, else that over 2 x pp."""
-    if layout.micro_batch:
-        if replica_batch % layout.micro_batch:
-            raise InputError(
-                f"micro_batch={layout.micro_batch} does not divide the {replica_batch} rows of a replica", where=where,
-                key="micro_batch", fix=f"one of {divisors(replica_batch)} does",
-            )  # fmt: skip
-        return layout.micro_batch
-    wanted = replica_batch if layout.pp == 1 else max(1, replica_batch // (2 * layout.pp))
+def _most_columns(spec: ModelSpec) -> int:
+    """The least size, other than heads, that tensor ranks share."""
+    experts = spec.experts
+    dense = () if experts and len(experts.layers) == spec.layers else (spec.ffn,)
+    shared = (experts.shared_ffn,) if experts and experts.shared_ffn else ()
+    return min(*dense, *shared, spec.vocabulary, math.inf)
+
+
+_MODEL_RULES: tuple[Rule, ...] = (
+    Rule("tp", lambda x, j: j.spec.heads % x.tp != 0,
+         lambda x, j: (f"tp={x.tp} does not divide {j.spec.heads} heads", f"tp in {_tensor_degrees(j.spec)} does")),
+    Rule("tp", lambda x, j: (j.spec.kv_heads % x.tp != 0) & (x.tp % j.spec.kv_heads != 0),
+         lambda x, j: (f"tp={x.tp} neither divides {j.spec.kv_heads} key-value heads nor is a multiple of them",
+                       f"tp in {_tensor_degrees(j.spec)} is legal")),
+    Rule("tp", lambda x, j: x.tp > _most_columns(j.spec),
+         lambda x, j: (f"tp={x.tp} exceeds the MLP's {j.spec.ffn} columns or {j.spec.vocabulary} tokens", "lower tp")),
+    Rule("stages", lambda x, j: bool(x.stages) and sum(x.stages) != j.spec.layers,
+         lambda x, j: (f"stages {'+'.join(map(str, x.stages))} = {sum(x.stages)} layers, the model has {j.spec.layers}",
+                       "make them add up, or leave stages out")),
+    Rule("stages", lambda x, _: 0 in x.stages[1:-1],
+         lambda x, _: ("a stage in the middle holds no layer", "give it one, or lower pp")),
+    Rule("pp", lambda x, j: (not x.stages) & (x.stage_count > j.spec.layers),
+         lambda x, j: (f"pp={x.pp} x {x.chunks} chunks = {x.stage_count} stages, the model has {j.spec.layers} layers",
+                       f"at most {j.spec.layers} stages")),
+    Rule("ep", lambda x, j: (j.spec.experts is None) & (x.ep > 1),
+         lambda x, j: (f"ep={x.ep} needs a model with experts", "leave ep out")),
+    Rule("etp", lambda x, j: (j.spec.experts is None) & (x.etp > 1),
+         lambda x, j: (f"etp={x.etp} needs a model with experts", "leave etp out")),
+    Rule("ep", lambda x, j: j.spec.experts is not None and j.spec.experts.count % x.ep != 0,
+         lambda x, j: (f"ep={x.ep} does not divide {j.spec.experts.count} experts",
+                       f"one of {divisors(j.spec.experts.count)} does")),
+    Rule("etp", lambda x, j: j.spec.experts is not None and x.tp % x.expert_tensor != 0,
+         lambda x, j: (f"etp={x.etp} does not divide tp={x.tp}", f"one of {divisors(x.tp)} does")),
+    Rule("etp", lambda x, j: j.spec.experts is not None and x.expert_tensor > j.spec.experts.ffn,
+         lambda x, j: (f"etp={x.expert_tensor} exceeds an expert's {j.spec.experts.ffn} columns", "lower etp")),
+    Rule("ep", lambda x, _: (x.dp * x.cp * x.tp) % (x.ep * x.expert_tensor) * (x.ep > 1) != 0,
+         lambda x, _: (f"ep={x.ep} does not divide dp x cp x tp / etp = {x.dp} x {x.cp} x {x.tp} / {x.expert_tensor} = "
+                       f"{x.dp * x.cp * x.tp // x.expert_tensor}", "make dp or cp a multiple of it, or set etp=1")),
+    Rule("cp_kind", lambda x, j: (x.cp_kind == "ulysses") & (x.cp > 1) & (j.spec.heads % (x.tp * x.cp) != 0),
+         lambda x, j: (f"tp x cp = {x.tp} x {x.cp} = {x.tp * x.cp} does not divide {j.spec.heads} heads",
+                       "set cp_kind=gather, or lower cp")),
+)  # fmt: skip
+
+_BATCH_RULES: tuple[Rule, ...] = (
+    Rule("dp", lambda x, j: j.global_batch % x.dp != 0,
+         lambda x, j: (f"dp={x.dp} does not divide a global batch of {j.global_batch} rows",
+                       f"dp in {divisors(j.global_batch)} does")),
+    Rule("micro_batch", lambda x, j: (j.global_batch // x.dp) % np.maximum(x.micro_batch, 1) != 0,
+         lambda x, j: (f"micro_batch={x.micro_batch} does not divide the {j.global_batch // x.dp} rows of a replica",
+                       f"one of {divisors(j.global_batch // x.dp)} does")),
+    # Causal work is even when each rank takes one piece from either end of the sequence.
+    Rule("cp", lambda x, j: (x.cp > 1) & (2 * x.cp > j.sequence),
+         lambda x, j: (f"cp={x.cp} cuts a sequence of {j.sequence} into {2 * x.cp} pieces", f"cp at most {j.sequence // 2}")),
+)  # fmt: skip
+
+
+def _not_yet(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda x, _: getattr(x, key) > 1,
+        lambda x, _: (f"{key}={getattr(x, key)} cannot be run yet", f"leave {key} out"),
+    )
+
+
+_RUNTIME_RULES: tuple[Rule, ...] = (
+    _not_yet("cp"),
+    _not_yet("ep"),
+    _not_yet("etp"),
+    Rule("offload", lambda x, _: x.offload != "none",
+         lambda x, _: (f"offload={x.offload} cannot be run yet", "leave offload out")),
+    Rule("attention_dropout", lambda x, j: j.spec.attention_dropout > 0 and x.world > 1,
+         lambda _, j: (f"dropout inside attention ({j.spec.attention_dropout}) is not keyed by token, so it would differ by layout",
+                       "set it to 0 in config.json, or run on one rank")),
+    Rule("recompute", lambda x, j: j.spec.attention_dropout > 0 and x.recompute != "none",
+         lambda _x, _j: ("dropout inside attention would draw another mask when recomputed",
+                     "leave recompute out, or set the model's attention dropout to 0")),
+)  # fmt: skip
+
+
+def _micro_batch(pp: int, replica_batch: int) -> int:
+    """The default micro-batch: all of a replica's rows at pp=1, else that over 2 x pp."""
+    wanted = replica_batch if pp == 1 else max(1, replica_batch // (2 * pp))
     return max(d for d in divisors(replica_batch) if d <= wanted)
 
 
 def head_cost(spec: ModelSpec) -> float:
-    """Cost of the head in layers: its matrix over a layer's matrices."""
-    layer = spec.hidden * (2 * spec.q_size + 2 * spec.kv_size + (3 if spec.gated_mlp else 2) * spec.ffn)
+    """Cost of the head in layers: its matrix over the products that a token passes in the last layer."""
+    experts = spec.experts
+    chosen = experts.per_token / experts.count if experts else 1.0
+    layer = sum(
+        math.prod(p.shape) * (chosen if len(p.shape) == 3 else 1.0)
+        for p in declare_layer(spec, spec.layers - 1)
+        if len(p.shape) > 1
+    )
     return spec.vocabulary * spec.hidden / layer
 
 

@@ -16,6 +16,22 @@ from fiveply.spec.layout import Layout
 SUFFIX = ".plan"
 
 
+class Interval(msgspec.Struct, frozen=True):
+    """Seconds within which the truth lies with 80% probability, and the middle."""
+
+    p10: float
+    p50: float
+    p90: float
+
+
+class Predicted(msgspec.Struct, frozen=True):
+    """What the planner expects of the layout. `terms` add up to `seconds.p50`; `memory_bytes` by pipeline rank."""
+
+    seconds: Interval
+    terms: dict[str, float]
+    memory_bytes: tuple[int, ...]
+
+
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was planned, and for what; `model` is a preset's name or a path."""
 
@@ -24,6 +40,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cluster: ClusterSpec
     sequence: int
     global_batch: int
+    precision: str = "bf16"
+    predicted: Predicted | None = None
 
     def save(self, path: str | Path) -> None:
         Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))

@@ -128,7 +128,8 @@ class RunSpec(Table, frozen=True):
     """Names the run's directory, `runs/NAME`; default: the file's name."""
     folder: str = "runs"
     seed: int = 0
-    layout: str = "dp=1"
+    layout: str = "auto"
+    """`auto`: the planner's pick for the devices found; a resumed run keeps its own."""
     model: Model = Model()
     data: Data = Data()
     train: Train = Train()

@@ -107,14 +107,18 @@ class Job:
         if self.mesh.world is not None:
             self.mesh.world.all_reduce(totals)
         count = batches.target_tokens(first, batches.global_batch)
-        loss, square_norm, flags = totals.tolist()
-        self._refuse_non_finite(loss, square_norm, float(here[0]), step, mine)
+        loss, square_norm, flags = self.numbers(totals)
+        self._refuse_non_finite(loss, square_norm, here[0], step, mine)
         if self.alone:
             count = batches.target_tokens(mine, self.replica_rows)
             if self.mesh.model is not None:
                 self.mesh.model.all_reduce(here)
-            loss, square_norm = here.tolist()
+            loss, square_norm = self.numbers(here)
         return Sums(loss, square_norm, count, flags > 0)
+
+    def numbers(self, x: Tensor) -> list[float]:
+        """Values on the host: a step waits for them nowhere else."""
+        return x.tolist()
 
     def update(self, sums: Sums, step: int) -> None:
         """Divide, clip, and step the optimiser; average parameters where replicas step alone."""
@@ -162,10 +166,10 @@ class Job:
         size = self.layout.micro_batch
         return [micro_batch(batches.rows(start, size), self.device) for start in range(first, first + rows, size)]
 
-    def _refuse_non_finite(self, loss: float, square_norm: float, here: float, step: int, first_row: int) -> None:
+    def _refuse_non_finite(self, loss: float, square_norm: float, here: Tensor, step: int, first_row: int) -> None:
         if math.isfinite(loss) and math.isfinite(square_norm):
             return
-        found = self.mesh.gather_objects((self.mesh.rank, here, first_row))
+        found = self.mesh.gather_objects((self.mesh.rank, float(here), first_row))
         bad = [(rank, value, row) for rank, value, row in found if not math.isfinite(value)]
         if bad:
             rank, value, row = bad[0]

@@ -1,7 +1,7 @@
 """What a run records: a JSON line a step, floating-point operations and MFU, memory by rank, bytes by category.
 
-Formulas: operations per token are Kaplan et al.'s 6 per matrix weight plus attention's, causal attention counted half;
-recomputation is not counted (model FLOPs utilisation, Chowdhery et al. 2022).
+Operations and bytes are the planner's (`plan/workload.py`, `plan/footprint.py`): what is predicted, refused, logged and
+reported is counted once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any, TextIO
 import msgspec
 import torch
 
+from fiveply.parallel.data_parallel import Dtypes
 from fiveply.parallel.parallelize import products_on
 from fiveply.parallel.pipeline_parallel import Model
+from fiveply.plan.footprint import footprint, runtime
+from fiveply.plan.workload import model_flops
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import declare
@@ -27,18 +30,26 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def flops_per_token(spec: ModelSpec, sequence: int) -> float:
-    """Forward and backward of one token in a sequence of that length: 6 per weight of a matrix product, and attention."""
-    embedding_names = {"embed", "positions"}
-    weights = sum(
-        torch.Size(p.shape).numel() for p in declare(spec) if len(p.shape) == 2 and p.unit not in embedding_names
-    )
-    weights += spec.vocabulary * spec.hidden if spec.tied else 0
-    # Scores and values: 2 products of 2 x heads x head size x keys each, 3 times with backward; a token sees half the row.
-    attention = 0.0
-    for layer in range(spec.layers):
-        seen = min(sequence, spec.window) if layer in spec.window_layers else sequence / 2
-        attention += 12 * spec.q_size * seen
-    return 6 * weights + attention
+    """Forward and backward of one token in a row of that length: 6 per weight of a matrix product, and attention over the keys
+    that a token may see; recomputation is not counted (model FLOPs utilisation, Chowdhery et al. 2022)."""
+    return model_flops(spec, sequence) / sequence
+
+
+def counted_bytes(
+    spec: ModelSpec, layout: Layout, rank: int, *, sequence: int, global_batch: int, dtypes: Dtypes
+) -> dict[str, int]:
+    """Bytes by category of a rank of `layout` (resolved) at the worst moment of a step, as the planner counts them."""
+    at, compute = layout.coordinates(rank), dtypes.compute.itemsize
+    return footprint(
+        spec,
+        layout,
+        sequence=sequence,
+        global_batch=global_batch,
+        pp_rank=at.pp,
+        tp_rank=at.tp,
+        software=runtime(compute, dtypes.reduce.itemsize, dtypes.optimizer.itemsize),
+        precision={8: "fp64", 4: "fp32", 2: "bf16"}[compute],
+    ).categories
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.15) -> float:

@@ -28,9 +28,11 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Precision, RunSpec
+from fiveply.train import auto
 from fiveply.world import device
 from fiveply.world.launch import by_first
 from fiveply.world.mesh import Transport
+from fiveply.world.process import place as own_place
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def _ready(run: RunSpec, resume: bool, layout: str | None, progress: bool, trans
         open_source(run.model.init_from).check(spec)
     text = layout_text(layout or (checkpoint.state["layout"] if checkpoint else run.layout))
     where = "--layout" if layout else "layout"
+    if text == auto.AUTO:
+        text = planned(run, spec, notes)
     resolved = resolve(
         Layout.parse(text, where), spec, sequence=run.data.sequence, global_batch=run.train.global_batch, where=where
     )
@@ -98,6 +102,18 @@ def _ready(run: RunSpec, resume: bool, layout: str | None, progress: bool, trans
 def call_seconds(run: RunSpec) -> float:
     """Time-out of a collective: longer than it takes to notice and explain a hang."""
     return max(600.0, 2 * run.train.hang_timeout)
+
+
+def planned(run: RunSpec, spec: ModelSpec, notes: list[str]) -> str:
+    """The planner's pick for the devices found, or for the ranks that were started."""
+    place = own_place()
+    answer = auto.plan(
+        spec, auto.cluster(ranks=place.ranks if place else 0), dtypes(run.precision), sequence=run.data.sequence,
+        global_batch=run.train.global_batch, ranks=place.ranks if place else 0, compiled=run.train.compile,
+        alone=run.train.sync_every > 0,
+    )  # fmt: skip
+    notes.append(auto.reason(answer))
+    return str(answer.ranked[0].prediction.layout)
 
 
 def _checkpoint_to_resume(run: RunSpec, resume: bool, notes: list[str]) -> store.Checkpoint | None:

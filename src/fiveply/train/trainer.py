@@ -327,7 +327,14 @@ class _Trainer:
             **msgspec.structs.asdict(at),
             "chunks": chunks,
             "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
-            "bytes": metrics.bytes_by_category(model),
+            "bytes": metrics.counted_bytes(
+                self.ready.spec,
+                self.layout,
+                self.mesh.rank,
+                sequence=self.batches.sequence,
+                global_batch=self.batches.global_batch,
+                dtypes=self.dtypes,
+            ),
         }
 
     def _farewell(self, ended: str) -> str:

@@ -96,6 +96,9 @@ class Mesh:
     recorder: told of all that these axes do.
     """
 
+    kind: type[Axis] = Axis
+    """What its axes are."""
+
     def __init__(
         self, layout: Layout, spec: ModelSpec | None, groups: Groups | None = None, recorder: Recorder | None = None
     ) -> None:
@@ -111,7 +114,7 @@ class Mesh:
             if len(ranks) == 1 and lane == 0:
                 return None
             group = self.groups.get(ranks, lane, name)
-            return Axis(name, ranks, group, self.rank, self.recorder) if len(ranks) > 1 else None
+            return self.kind(name, ranks, group, self.rank, self.recorder) if len(ranks) > 1 else None
 
         self.world = axis("world", lambda _: True)
         self.tp = axis("tp", lambda p: (p.dp, p.pp) == (at.dp, at.pp))

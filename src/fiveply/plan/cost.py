@@ -1,0 +1,305 @@
+"""Seconds of an operation and of a collective on a machine: a roofline by shape, calibrated. Nothing here counts work.
+
+Matrix products by tiles and waves, attention by sequence and head size, memory-bound operations by bytes, collectives by
+latency, bandwidth and where their ranks stand; then what of a collective hides behind the computation beside it. Every
+constant is a field of `Machine` (hardware/*.toml) or of `Software` (software/*.toml).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import msgspec
+
+from fiveply.plan import machine as machines
+from fiveply.plan.machine import Link, Machine
+from fiveply.plan.software import Software
+from fiveply.plan.traffic import Collective
+from fiveply.plan.workload import Operation, Work
+from fiveply.spec.cluster import ClusterSpec
+from fiveply.spec.errors import InputError
+from fiveply.spec.layout import Layout
+
+TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
+"""Rows and columns of the output that one processor computes at a time."""
+_REUSE = 256 * 128 / (256 + 128)
+BYTES = {"fp64": 8.0, "fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5}
+_FACTORS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+NETWORK = 0.8
+"""Share of its network cards' bandwidth that a collective across hosts reaches."""
+GROUPED = 0.85
+"""Speed of grouped products relative to one product of a group's shape: uneven groups, permuted rows."""
+
+
+class PartSeconds(msgspec.Struct, frozen=True):
+    """One micro-batch of one part on one rank, with what collectives leave exposed; `terms` add up to the three."""
+
+    forward: float
+    input: float
+    weight: float
+    terms: dict[str, float]
+
+
+def machine(cluster: ClusterSpec) -> Machine:
+    """The devices of `cluster`: a kind that ships, changed by what was measured. Raises InputError for an unknown kind."""
+    known = cluster.device in machines.names()
+    if not known and not cluster.measured:
+        return machines.load(cluster.device)
+    base = msgspec.to_builtins(machines.load(cluster.device)) if known else {"name": cluster.device}
+    try:
+        found = msgspec.convert(base | cluster.measured, Machine)
+    except msgspec.ValidationError as error:
+        raise InputError(str(error), where="cluster", key="measured", fix="write it with fiveply probe") from None
+    return msgspec.structs.replace(
+        found,
+        count=cluster.count,
+        memory_bytes=cluster.memory_bytes or found.memory_bytes,
+        devices_per_node=cluster.devices_per_node or found.devices_per_node,
+    )
+
+
+def used_by(software: Software, machine: Machine) -> Machine:
+    """The machine as a system drives it: what its collectives reach of the network."""
+    if software.network == 1.0:
+        return machine
+    network = msgspec.structs.replace(machine.network, bandwidth=machine.network.bandwidth * software.network)
+    return msgspec.structs.replace(machine, network=network)
+
+
+# --- operations ---
+
+
+def product_seconds(m: int, n: int, k: int, machine: Machine, precision: str, groups: int = 1) -> float:
+    """One matrix product (m, k) x (k, n), or `groups` equal ones in one kernel, on an otherwise idle device."""
+    speed = machine.product(precision)
+    area = _waves(m, n, groups, machine.processors, speed.quantisation, speed.small_tile)
+    computing = area * 2 * (k + speed.prologue) / (machine.flops(precision) * speed.efficiency)
+    if n % 64 or k % 64:  # rows that don't start at 128 bytes: loads and stores are split
+        computing *= 1.0 + MISALIGNED * (2 if n % 8 or k % 8 else 1)
+    moving = groups * (BYTES[precision] * (m + n) * k + 2 * m * n) / (machine.bandwidth * speed.memory)
+    return speed.launch + (computing**4 + moving**4) ** 0.25
+
+
+@lru_cache(maxsize=1 << 16)
+def _waves(m: int, n: int, groups: int, processors: int, quantisation: float, small_tile: float) -> float:
+    """Output elements that the device's waves of tiles cover, idle processors counted, with the best tile; a tile of less
+    operand reuse counts for more."""
+    best = math.inf
+    for rows, columns in TILES:
+        waves = groups * math.ceil(m / rows) * math.ceil(n / columns) / processors
+        waves = max(1.0, waves + quantisation * (math.ceil(waves) - waves))
+        reuse = (rows * columns / (rows + columns) / _REUSE) ** small_tile
+        best = min(best, waves * rows * columns / reuse)
+    return best * processors
+
+
+MISALIGNED = 0.15
+"""Slowdown of products whose n or k is no multiple of 64 elements, twice that where it is none of 8: our estimate from the
+published rows of GPT shapes (vocabulary 50,257, head size 96)."""
+
+
+def attention_seconds(operation: Operation, machine: Machine, software: Software, precision: str) -> float:
+    """Fused attention, or scores, softmax and two products where the system has no fused one; context-parallel parts of a
+    row take the time of their share of its pairs."""
+    rows, queries, keys, heads, _, size, value, window = operation.shape
+    backward = operation.phase == "input" and not operation.again
+    if not software.flash:
+        return _plain_attention(rows * heads, queries, keys, size, machine, software, precision, backward)
+    seen = min(window, keys) if window else keys
+    head = (size + value) / 2
+    speed = machine.attention
+    reached = speed.efficiency * seen / (seen + speed.half_sequence) * head / (head + speed.half_head)
+    reached *= software.attention * (speed.backward if backward else 1.0)
+    return speed.launch + operation.flops / (machine.flops("bf16" if BYTES[precision] <= 2 else precision) * reached)
+
+
+def _plain_attention(
+    squares: int,
+    queries: int,
+    keys: int,
+    size: int,
+    machine: Machine,
+    software: Software,
+    precision: str,
+    backward: bool,
+) -> float:
+    """Scores and context as batched products of whole squares, softmax and dropout as kernels between them."""
+    products = product_seconds(queries, keys, size, machine, precision, squares)
+    products += product_seconds(queries, size, keys, machine, precision, squares)
+    width = BYTES[precision]
+    passes = (3 if backward else 2) * width  # softmax: read and write, in backward its output too
+    if software.dropout:
+        passes += 2 * width + software.mask_bytes
+    moved = squares * queries * keys * passes
+    kernels = 2 if software.dropout else 1
+    return products * (2 if backward else 1) + moved / (machine.bandwidth * machine.stream) + kernels * machine.launch
+
+
+def operation_seconds(operation: Operation, machine: Machine, software: Software, precision: str) -> float:
+    """All `operation.count` calls, each as long as the device takes."""
+    shape = operation.shape
+    if operation.kind == "product":
+        m, n, k = shape
+        one = product_seconds(m, n, k, machine, precision) / (software.products * machine.clock)
+        if operation.phase == "weight":  # added to the gradient so far: read and written
+            one += m * n * 2 * software.gradient_bytes / (machine.bandwidth * machine.stream)
+    elif operation.kind == "grouped":
+        groups, m, n, k = shape
+        one = product_seconds(max(1, m), n, k, machine, precision, max(1, groups))
+        one /= software.products * machine.clock * GROUPED
+    elif operation.kind == "attention":
+        one = attention_seconds(operation, machine, software, precision) / machine.clock
+    else:
+        one = machine.launch + operation.bytes * software.memory_passes / (machine.bandwidth * machine.stream)
+    return one * operation.count
+
+
+def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> float:
+    """One optimiser step of the `parameters` that a rank holds: gradient, master copy and moments read, all but the gradient
+    written, and the parameter written; the gradients' norm reads them once more."""
+    moved = 2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes
+    return parameters * moved / (machine.bandwidth * machine.stream)
+
+
+# --- collectives ---
+
+
+def collective_seconds(collective: Collective, machine: Machine, stride: int) -> float:
+    """ONE call, nothing hidden; `stride` ranks stand between neighbours of its group."""
+    return call_seconds(collective.operation, collective.bytes, collective.size, machine, stride)
+
+
+def call_seconds(operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int) -> float:
+    """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host."""
+    if ranks < 2 and operation not in ("send", "receive"):
+        return 0.0
+    if operation in ("send", "receive"):
+        link = machine.link["send"] if stride < machine.joined else machine.network
+        return link.start + size_bytes / link.bandwidth
+    together = max(1, min(ranks, machine.joined // stride)) if stride < machine.joined else 1
+    if together >= ranks:
+        return _over(machine.link[operation], operation, size_bytes, ranks)
+    network, inner = machine.network, machine.link[operation]
+    reached = network.bandwidth * NETWORK
+    if operation == "all-to-all":  # each rank sends to every other; what leaves the domain leaves through its own card
+        outside = size_bytes * (ranks - together) / ranks / reached
+        inside = size_bytes * together / ranks / inner.bandwidth
+        return network.start + network.hop * ranks / together + max(outside, inside) + math.sqrt(network.half * outside)
+    hosts = math.ceil(ranks / together)
+    bandwidth = min(reached * together, inner.bandwidth)
+    moving = _FACTORS[operation] * (ranks - 1) / ranks * size_bytes / bandwidth
+    start = network.start + inner.hop * together + network.hop * hosts * (2 if operation == "all-reduce" else 1)
+    if operation == "all-reduce":  # trees: latency grows with the logarithm
+        start = min(start, network.start * (1 + math.log2(hosts)) + inner.hop * together)
+    return start + moving + math.sqrt(network.half * moving)
+
+
+def _over(link: Link, operation: str, size_bytes: int, ranks: int) -> float:
+    moving = _FACTORS[operation] * (ranks - 1) / ranks * size_bytes / (link.bandwidth * (1 - link.loss / ranks))
+    return link.start + link.hop * ranks + moving + math.sqrt(link.half * moving)
+
+
+# --- parts ---
+
+
+def part_seconds(
+    work: Work,
+    collectives: Sequence[Collective],
+    machine: Machine,
+    software: Software,
+    precision: str,
+    strides: Mapping[str, int],
+) -> PartSeconds:
+    """One micro-batch of a part. `strides`: ranks between neighbours on each axis.
+
+    What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
+    share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
+    """
+    phases: dict[str, float] = {"forward": 0.0, "input": 0.0, "weight": 0.0}
+    terms: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = defaultdict(float)
+    for operation in work.operations:
+        if operation.phase == "step":
+            continue
+        seconds = operation_seconds(operation, machine, software, precision)
+        phases[operation.phase] += seconds
+        terms[_term(operation)] += seconds
+        kernels[operation.phase] += operation.count * software.kernels
+    computing = dict(phases)
+    for collective in collectives:
+        if collective.phase not in phases:
+            continue
+        seconds = collective.count * collective_seconds(collective, machine, strides[collective.axis])
+        share = _overlap(collective, software)
+        beside = computing["weight" if collective.hides == "weight" else collective.phase]
+        hidden = min(seconds * share, beside / software.contention)
+        exposed = seconds - hidden + hidden * (software.contention - 1)
+        phases[collective.phase] += exposed
+        terms[AXES.get(collective.axis, collective.axis)] += exposed
+    if software.experts_stall and any(operation.module == "router" for operation in work.operations):
+        for phase in ("forward", "input"):
+            phases[phase] += software.experts_stall / 2
+            terms["experts"] += software.experts_stall / 2
+    if not software.graphs:  # the device waits where the host launches more slowly than it computes and exchanges
+        for phase, count in kernels.items():
+            late = max(0.0, count * machine.host - phases[phase])
+            phases[phase] += late
+            terms["launch"] += late
+    return PartSeconds(phases["forward"], phases["input"], phases["weight"], dict(terms))
+
+
+AXES = {"kv": "tp", "shard": "zero", "replica": "dp", "etp": "ep"}
+"""Under which term an axis's exposed seconds stand, where not under its own name."""
+
+
+def _overlap(collective: Collective, software: Software) -> float:
+    axis = AXES.get(collective.axis, collective.axis)
+    if axis == "tp":
+        return software.overlap_tensor
+    if axis == "ep":
+        return software.overlap_experts
+    if axis in ("zero", "dp"):
+        return software.overlap_parameters if collective.operation == "all-gather" else software.overlap_gradients
+    return 0.5 if axis == "cp" else 0.0
+
+
+def _term(operation: Operation) -> str:
+    if operation.again:
+        return "recompute"
+    if operation.module in ("experts", "router"):
+        return "experts"
+    return {"product": "products", "grouped": "experts", "attention": "attention", "memory": "elementwise"}[
+        operation.kind
+    ]
+
+
+# --- what is left, and how sure one may be ---
+
+
+def residual(seconds: float, machine: Machine, software: Software, layout: Layout) -> float:
+    """Seconds of a step of `seconds` that no term explains: a share for each doubling of the hosts, since all wait for the
+    slowest; and what is left once a step."""
+    hosts = max(1.0, layout.world / machine.devices_per_node)
+    return software.step_seconds + seconds * software.straggle * math.log2(hosts)
+
+
+def interval(
+    seconds: float, machine: Machine, software: Software, precision: str = "bf16", experts: bool = False
+) -> tuple[float, float, float]:
+    """10, 50 and 90% of the step time: log-normal, of the errors seen on rows of systems and devices that the fit had left
+    out, wider where there were few such rows or none."""
+    unsure = {"fp8": 0.08, "fp4": 0.12}.get(precision, 0.0)
+    spread = math.hypot(software.spread, machine.spread, unsure, 0.14 * experts)
+    return seconds * math.exp(-NINETIETH * spread), seconds, seconds * math.exp(NINETIETH * spread)
+
+
+NINETIETH = 1.2816
+"""Standard deviations from the middle of a normal distribution to its 90% point."""
+
+
+def memory_error(machine: Machine, software: Software) -> tuple[float, float]:
+    """(mean, standard deviation) of log(measured / predicted) allocated bytes."""
+    return 0.0, software.memory_spread

@@ -1,0 +1,364 @@
+"""A plan and its reasons: the ranked layouts, where their seconds go, why not another, what would help.
+
+Values only; `report/plan_text.py` and `report/plan_page.py` draw them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import msgspec
+
+from fiveply.plan import cost, footprint, workload
+from fiveply.plan.machine import Machine
+from fiveply.plan.predict import ORDERS, Job, Prediction, Predictor
+from fiveply.plan.search import Searched, search
+from fiveply.plan.software import Software
+from fiveply.plan.space import Limits
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.cluster import ClusterSpec
+from fiveply.spec.errors import InputError
+from fiveply.spec.layout import Layout, divisors
+from fiveply.spec.legality import resolve
+from fiveply.spec.plan import Interval, Plan, Predicted
+
+Objective = Literal["time", "cost", "devices"]
+BYTES = {"fp64": (8, 8, 8), "fp32": (4, 4, 4), "tf32": (4, 4, 4)}
+"""Of parameters, reduced gradients and what the optimiser updates, where a precision is not mixed."""
+USEFUL = ("products", "attention", "experts")
+"""Terms that compute what the model needs; all others are lost."""
+TERMS = {
+    "elementwise": "norms, activations, copies", "recompute": "recomputation", "launch": "kernel launches",
+    "tp": "tensor collectives", "cp": "context collectives", "ep": "expert collectives",
+    "zero": "gathering and reducing shards", "bubble": "pipeline bubble", "transfers": "pipeline transfers",
+    "dp": "gradient reduction", "optimizer": "optimiser", "sums": "sums of the step", "offload": "traffic with the host",
+    "residual": "what no term explains",
+}  # fmt: skip
+"""What each lost term is, in words."""
+
+
+class Ranked(msgspec.Struct, frozen=True):
+    """One layout of the table. `mfu`: of all devices' peak. `runnable`: "" or why the runtime can't run it yet."""
+
+    prediction: Prediction
+    order: str
+    world: int
+    tokens_per_second_per_device: float
+    mfu: float
+    bound_by: str
+    runnable: str
+    ideal: float
+    """Seconds of the model's own operations at the devices' peak."""
+
+    @property
+    def worst(self) -> int:
+        return max(self.prediction.memory_bytes)
+
+    @property
+    def waterfall(self) -> list[tuple[str, float]]:
+        """From the ideal to the prediction: (name, seconds), adding up to `seconds.p50`."""
+        terms = self.prediction.terms
+        useful = sum(terms.get(name, 0.0) for name in USEFUL)
+        lost = sorted(((name, terms[name]) for name in TERMS if terms.get(name)), key=lambda item: -item[1])
+        return [("ideal", self.ideal), ("below peak", useful - self.ideal), *lost]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What `fiveply plan` says. `seconds`: of the search."""
+
+    job: Job
+    cluster: ClusterSpec
+    objective: Objective
+    ranked: tuple[Ranked, ...]
+    searched: Searched
+    seconds: float
+
+
+def software(precision: str) -> Software:
+    """fiveply's own runtime at `precision`, as `train` sets its types."""
+    return footprint.runtime(*BYTES.get(precision, (2, 4, 4)))
+
+
+def job_of(
+    spec: ModelSpec, cluster: ClusterSpec, world: int, *, sequence: int, global_batch: int, precision: str,
+    system: Software | None = None,
+) -> Job:  # fmt: skip
+    """The job on `world` of the cluster's devices."""
+    return Job(spec, machine_of(cluster, world), system or software(precision), sequence, global_batch, precision)
+
+
+def machine_of(cluster: ClusterSpec, world: int) -> Machine:
+    """The devices as `world` ranks find them. Where devices are cores, ranks share them out: more cores each where there are
+    fewer ranks, a part of one where there are more; as measured for that many ranks, if that was measured."""
+    if not is_cpu(cluster):
+        return cost.machine(cluster)
+    if str(world) in cluster.shared:
+        return cost.machine(
+            msgspec.structs.replace(cluster, measured=cluster.measured | cluster.shared[str(world)], memory_bytes=0)
+        )
+    one = cost.machine(cluster)
+    threads = max(1.0, cluster.count // world) if world <= cluster.count else cluster.count / world
+    return msgspec.structs.replace(one.with_threads(threads), memory_bytes=int(one.memory_bytes * threads))
+
+
+def is_cpu(cluster: ClusterSpec) -> bool:
+    return cluster.device.startswith("cpu")
+
+
+def answer(
+    spec: ModelSpec, cluster: ClusterSpec, *, sequence: int, global_batch: int, precision: str = "bf16",
+    objective: Objective = "time", limits: Limits | None = None, system: Software | None = None, wanted: int = 10,
+    worlds: list[int] | None = None,
+) -> Answer:  # fmt: skip
+    """Plan, for numbers of devices `worlds` (by default those that the objective considers). Raises InputError where nothing
+    is legal, or nothing fits (with how many devices would do)."""
+    began = time.perf_counter()
+    limits = limits or Limits()
+    found: list[Ranked] = []
+    searched: list[Searched] = []
+    job = None
+    for world in worlds or _worlds(cluster, objective):
+        job = job_of(spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system)
+        one = search(job, world, limits, wanted=wanted)
+        searched.append(one)
+        found += [rank(job, choice.layout, choice.order) for choice in one.choices]
+        if objective == "devices" and found:
+            break
+    assert job is not None
+    if not found:
+        raise _nothing(spec, cluster, job, limits, searched)
+    found.sort(key=_KEYS[objective])
+    total = Searched(
+        (), sum(one.legal for one in searched), sum(one.fit for one in searched), sum(one.priced for one in searched),
+        max(one.gap for one in searched),
+    )  # fmt: skip
+    best = job_of(
+        spec, cluster, found[0].world, sequence=sequence, global_batch=global_batch, precision=precision, system=system
+    )
+    return Answer(best, cluster, objective, tuple(found[:wanted]), total, time.perf_counter() - began)
+
+
+_KEYS: dict[Objective, Any] = {
+    "time": lambda one: one.prediction.seconds.p50,
+    "cost": lambda one: one.prediction.seconds.p50 * one.world,
+    "devices": lambda one: (one.world, one.prediction.seconds.p50),
+}
+
+
+def _worlds(cluster: ClusterSpec, objective: Objective) -> list[int]:
+    """Numbers of devices to plan for: all of them, but where fewer may be cheaper, or leave each rank more cores."""
+    whole = cluster.count
+    if objective == "time" and not is_cpu(cluster):
+        return [whole]
+    return divisors(whole) if objective == "devices" else divisors(whole)[::-1]
+
+
+def rank(job: Job, layout: Layout, order: str) -> Ranked:
+    """Predict a resolved layout in full."""
+    prediction = Predictor(msgspec.structs.replace(job, order=order)).predict(layout)
+    seconds, world = prediction.seconds.p50, layout.world
+    ideal = workload.model_flops(job.spec, job.sequence) * job.global_batch / (world * job.machine.flops(job.precision))
+    return Ranked(
+        prediction, order, world, job.global_batch * job.sequence / seconds / world, ideal / seconds,
+        bound_by(prediction.terms), runnable(job, layout, order), ideal,
+    )  # fmt: skip
+
+
+def bound_by(terms: dict[str, float]) -> str:
+    """The largest lost term, if it is a tenth of the step; else the products."""
+    name, seconds = max(((name, terms.get(name, 0.0)) for name in TERMS), key=lambda item: item[1])
+    return name if seconds >= 0.1 * sum(terms.values()) else "products"
+
+
+def runnable(job: Job, layout: Layout, order: str) -> str:
+    """Why fiveply's runtime cannot run it yet; "" where it can."""
+    if order != ORDERS[0]:
+        return f"ranks are ordered {ORDERS[0]} by the runtime"
+    try:
+        resolve(layout, job.spec, sequence=job.sequence, global_batch=job.global_batch)
+    except InputError as error:
+        return error.problem
+    return ""
+
+
+def _nothing(spec: ModelSpec, cluster: ClusterSpec, job: Job, limits: Limits, searched: list[Searched]) -> InputError:
+    """Why there is no plan: nothing legal, or nothing that fits."""
+    if not any(one.legal for one in searched):
+        return InputError(
+            f"no layout of {cluster.count} devices is legal for {job.global_batch} rows of {job.sequence} tokens"
+            + (" under these constraints" if limits.fixed or limits.most else ""), where="--cluster",
+            fix="give a number of devices that shares factors with the batch and the model's heads, or loosen --fix and --max",
+        )  # fmt: skip
+    world = cluster.count
+    for _ in range(14):
+        world *= 2
+        rows = max(job.global_batch, world)
+        more = msgspec.structs.replace(job, global_batch=-(-rows // world) * world)
+        if search(more, world, limits, wanted=1, budget=20).choices:
+            return InputError(
+                f"the model does not fit on {cluster.count} of {cluster.device} in any layout", where="--cluster",
+                fix=f"{world} would do",
+            )  # fmt: skip
+    return InputError(f"the model fits on no number of {cluster.device} up to {world}", where="--cluster",
+                      fix="shorten --seq, or loosen the constraints")  # fmt: skip
+
+
+# --- reasons ---
+
+
+class WhyNot(msgspec.Struct, frozen=True):
+    """What a wish would cost: `reason` in words; `best` the fastest layout that grants it, if any fits."""
+
+    wish: str
+    reason: str
+    best: Ranked | None = None
+
+
+def why(answer: Answer, wish: str, limits: Limits | None = None) -> WhyNot:
+    """Why the plan is not `wish`, which is a layout's keys as `tp=2` or `tp=2,pp=4`. Raises InputError for what is none."""
+    wished = Limits.parse([piece for piece in wish.split(",") if piece])
+    base = limits or Limits()
+    both = msgspec.structs.replace(base, fixed=base.fixed | wished.fixed)
+    job, top = answer.job, answer.ranked[0]
+    chosen = {key: getattr(top.prediction.layout, key) for key in wished.fixed}
+    if chosen == wished.fixed:
+        return WhyNot(wish, "the plan has it", top)
+    found = search(job, top.world, both, wanted=1)
+    if found.choices:
+        best = rank(job, found.choices[0].layout, found.choices[0].order)
+        more = best.prediction.seconds.p50 - top.prediction.seconds.p50
+        if more <= 0:
+            return WhyNot(wish, "it is as fast", best)
+        return WhyNot(wish, f"{more / top.prediction.seconds.p50:+.1%} time: " + ", ".join(differences(top, best)), best)
+    if found.legal:
+        return WhyNot(wish, f"none of its {found.legal:,} layouts fits in {job.machine.memory_bytes / 2**30:.0f} GiB a device")
+    return WhyNot(wish, _refusal(answer, wished))
+
+
+def _refusal(answer: Answer, wished: Limits) -> str:
+    """The rule that forbids a wish, asked of the plan's own layout changed as little as possible."""
+    top, job = answer.ranked[0].prediction.layout, answer.job
+    layout = msgspec.structs.replace(top, stages=(), vp=0, micro_batch=0, dp_shard=0, **wished.fixed)
+    rest = layout.tp * layout.pp * layout.cp
+    if "dp" not in wished.fixed:
+        layout = msgspec.structs.replace(layout, dp=max(1, answer.ranked[0].world // rest))
+    try:
+        resolve(layout, job.spec, sequence=job.sequence, global_batch=job.global_batch, runtime=False)
+    except InputError as error:
+        return f"not legal: {error.problem}"
+    return f"no layout of {answer.ranked[0].world} devices has it: {layout.world} ranks with {layout}"
+
+
+def differences(one: Ranked, other: Ranked, least: float = 0.005) -> list[str]:
+    """By which terms `other` differs from `one`, the largest first, from `least` of a step on."""
+    ours, theirs = dict(one.waterfall), dict(other.waterfall)
+    changed = {name: theirs.get(name, 0.0) - ours.get(name, 0.0) for name in {*ours, *theirs}}
+    large = sorted(changed.items(), key=lambda item: -abs(item[1]))
+    whole = one.prediction.seconds.p50
+    return [f"{TERMS.get(name, name)} {delta:+.2f} s" for name, delta in large if abs(delta) >= least * whole][:4]
+
+
+def sensitivities(answer: Answer) -> dict[str, float]:
+    """By how much of its time the best layout gets faster if a part of the machine gets twice as good."""
+    top, job = answer.ranked[0], answer.job
+    machine = job.machine
+
+    def twice(link: Any) -> Any:
+        return msgspec.structs.replace(link, bandwidth=2 * link.bandwidth)
+
+    changes = {
+        "twice the network": {"network": twice(machine.network)},
+        "twice the links within a node": {"link": {name: twice(link) for name, link in machine.link.items()}},
+        "twice the memory bandwidth": {"bandwidth": 2 * machine.bandwidth},
+        "twice the peak": {"peak": {name: 2 * flops for name, flops in machine.peak.items()}},
+        "half the kernel launches' time": {"launch": machine.launch / 2, "host": machine.host / 2},
+    }
+    before = top.prediction.seconds.p50
+    gains: dict[str, float] = {}
+    for name, change in changes.items():
+        changed = msgspec.structs.replace(job, order=top.order, machine=msgspec.structs.replace(machine, **change))
+        gains[name] = 1 - Predictor(changed).seconds(top.prediction.layout) / before
+    return gains
+
+
+def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
+    """Sizes of the model at which its products fall off a cliff: those where a little more would cost less."""
+    job, layout = answer.job, answer.ranked[0].prediction.layout
+    spec, found = job.spec, list[str]()
+
+    def per_weight(changed: ModelSpec) -> float:
+        """Seconds of a layer's, and of the head's, products per FLOP."""
+        seconds = flops = 0.0
+        for part in ("layers.0", "head"):
+            work = workload.work(changed, layout, part, sequence=job.sequence, software=job.software, precision=job.precision)
+            products = [one for one in work.operations if one.kind in ("product", "grouped")]
+            seconds += sum(cost.operation_seconds(one, job.machine, job.software, job.precision) for one in products)
+            flops += sum(one.flops * one.count for one in products)
+        return seconds / flops
+
+    now = per_weight(spec)
+    for key, step in (("hidden", 1024), ("ffn", 256 * layout.tp), ("vocabulary", 128 * layout.tp)):
+        size = getattr(spec, key)
+        if size % step == 0:
+            continue
+        best = min((size // step * step or step, -(-size // step) * step),
+                   key=lambda value: per_weight(msgspec.structs.replace(spec, **{key: value})))  # fmt: skip
+        loss = now / per_weight(msgspec.structs.replace(spec, **{key: best})) - 1
+        if loss >= least:
+            found.append(f"{key} {size:,} costs {loss:.0%} of the products' time against {best:,}")
+    return found
+
+
+# --- values for others ---
+
+
+def values(answer: Answer) -> dict[str, Any]:
+    """What `fiveply plan --json` prints; `memory_bytes.by_rank` by pipeline rank, whose members hold alike."""
+    return {
+        "seconds": answer.seconds,
+        "legal": answer.searched.legal,
+        "fit": answer.searched.fit,
+        "priced": answer.searched.priced,
+        "gap": answer.searched.gap,
+        "plans": [_plan_values(answer, one) for one in answer.ranked],
+    }
+
+
+def _plan_values(answer: Answer, one: Ranked) -> dict[str, Any]:
+    prediction = one.prediction
+    return {
+        "layout": str(prediction.layout),
+        "devices": one.world,
+        "order": one.order,
+        "runnable": not one.runnable,
+        "reason": one.runnable,
+        "step_seconds": msgspec.structs.asdict(prediction.seconds),
+        "tokens_per_second_per_device": one.tokens_per_second_per_device,
+        "mfu": one.mfu,
+        "memory_bytes": {
+            "worst": one.worst,
+            "by_rank": list(prediction.memory_bytes),
+            "capacity": answer.job.machine.memory_bytes,
+        },
+        "p_oom": prediction.p_oom,
+        "bound_by": one.bound_by,
+        "terms": prediction.terms,
+        "waterfall": dict(one.waterfall),
+    }
+
+
+def plan_of(answer: Answer, model: str, one: Ranked) -> Plan:
+    """The file that other verbs read."""
+    job, prediction = answer.job, one.prediction
+    machine = job.machine
+    cluster = msgspec.structs.replace(
+        answer.cluster, devices_per_node=machine.devices_per_node, memory_bytes=machine.memory_bytes, measured={}, shared={}
+    )
+    predicted = Predicted(prediction.seconds, prediction.terms, prediction.memory_bytes)
+    return Plan(str(prediction.layout), model, cluster, job.sequence, job.global_batch, job.precision, predicted)
+
+
+def interval_text(seconds: Interval) -> str:
+    """`5.5 s (5.0-6.1)`."""
+    return f"{seconds.p50:.3g} s ({seconds.p10:.3g}\N{EN DASH}{seconds.p90:.3g})"

@@ -1,0 +1,263 @@
+"""Whether layouts fit: bounds of memory over arrays of them, and the exact answer for one.
+
+The bounds are of the worst rank's bytes from below, so what they exclude can't fit. They take the state of every unit from
+`footprint.state_of` and what a micro-batch keeps from `workload`, and leave out what only the exact walk over the schedule
+knows (working memory, buffers).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from functools import lru_cache
+from statistics import NormalDist
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fiveply.pipeline_schedule import Kind, build
+from fiveply.plan import cost, footprint, traffic, units, workload
+from fiveply.plan.predict import Predictor
+from fiveply.plan.space import Splits
+from fiveply.spec.layout import Layout
+from fiveply.spec.placement import stage_units
+
+RISK = 0.05
+"""A layout fits where the probability of running out of memory is at most this."""
+CHUNKS = {"interleaved": 2, "zbv": 2}
+"""Of a rank, where `vp` is left to its default."""
+GROUPS = 4
+"""Of ranks, in the bound over arrays."""
+WORST = 3
+"""Ranks that are walked exactly."""
+
+
+class Divided(NamedTuple):
+    """How many of each kind: `parts` [pipeline rank, kind of part] in all its chunks, `passing` in its first one; `units`
+    [rank, kind of unit] held; `first` by kind of unit, of the first stage."""
+
+    parts: NDArray[np.int64]
+    passing: NDArray[np.int64]
+    units: NDArray[np.int64]
+    first: NDArray[np.int64]
+
+
+class Fitting:
+    """Of one job. `capacity`: the most predicted bytes that fit at RISK."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor, self.job, self.spec = predictor, predictor.job, predictor.job.spec
+        job = self.job
+        bias, deviation = cost.memory_error(job.machine, job.software)
+        room = max(0.0, job.machine.memory_bytes - job.software.context_bytes)
+        self.capacity = room * math.exp(-bias - deviation * NormalDist().inv_cdf(1 - RISK))
+        self._unit_of = units.alike(self.spec)
+        self.units = list(dict.fromkeys(self._unit_of.values()))
+        """The first unit of each kind."""
+        self._place = {name: self.units.index(first) for name, first in self._unit_of.items()}
+        self._layer = np.array([unit.startswith("layers") for unit in self.units])
+        self._times = self._count(self._unit_of)
+        self._head = "embed" if self.spec.tied else "head"
+        kinds = workload.kinds(self.spec)
+        first = {kind: part for part, kind in reversed(kinds.items())}
+        self.kinds = list(dict.fromkeys(first[kind] for kind in kinds.values()))
+        """The first part of each kind."""
+        self.kind_of = {part: self.kinds.index(first[kind]) for part, kind in kinds.items()}
+        self._kind_layer = np.array([part.startswith("layers") for part in self.kinds])
+        self._kind_times = np.bincount(list(self.kind_of.values()), minlength=len(self.kinds))
+        self.parts = list(zip(self.kinds, self._kind_times.tolist(), strict=True))
+        """With how many there are in the model."""
+        self._bytes: dict[Hashable, NDArray[np.float64]] = {}
+        self._states: dict[Hashable, NDArray[np.float64]] = {}
+        self._divided: dict[Hashable, Divided] = {}
+        self._of_splits: NDArray[np.float64] | None = None
+        self._degrees: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether the ranks that seem to hold most do, exactly."""
+        held = self.estimate(layout, [(layout.zero, layout.dp_shard)])[0]
+        worst = np.argsort(-held)[:WORST].tolist()
+        return all(self._predictor.footprint(layout, rank).peak <= self.capacity for rank in worst)
+
+    # many at once
+
+    def may_fit(
+        self, splits: Splits, rows: NDArray[np.int64], orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
+    ) -> tuple[NDArray[np.bool_], int]:
+        """[split, pipeline]: whether in some state the layers of these splits, all of one pp, dp and cp, could be dealt to ranks
+        such that all fit; and for how many splits, pipelines and states.
+
+        A rank r with n(r) layers holds n(r) (s + a(r) k) and what one layer needs to work: s is a layer's state, k what it
+        keeps of a micro-batch, a(r) the micro-batches alive. So it can take as many layers as its memory, less the embedding's
+        or the head's state at the ends, is a multiple of s + a(r) k. Ranks between the ends are taken in a few groups, each at
+        its least a(r).
+        """
+        pp, dp = splits.columns["pp"][rows[0]].item(), splits.columns["dp"][rows[0]].item()
+        inside, outside, working = self._kept_of(splits)[rows].T[:, :, None] * splits.columns["micro_batch"][rows][:, None]
+        if self._degrees is None:
+            self._degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
+        first, place = self._degrees
+        states = {number: self.state(splits.layout(first[number]), kinds) for number in np.unique(place[rows]).tolist()}
+        numbers, where = np.unique(place[rows], return_inverse=True)
+        bytes_of = np.array([states[number] for number in numbers.tolist()])  # [degrees, state, unit]
+        state = (bytes_of[:, :, self._layer] @ self._times[self._layer])[where]
+        if pp == 1:
+            beside = (bytes_of[:, :, ~self._layer] @ self._times[~self._layer])[where]
+            fits = inside + outside + working + state + beside <= self.capacity
+            return np.repeat(fits.any(axis=1)[:, None], len(orders), axis=1), int(fits.sum()) * len(orders)
+        layers = int(self._times[self._layer].sum())
+        kept, held = inside / layers, state / layers
+        room = np.maximum(0.0, self.capacity - working)
+        opening = np.maximum(0.0, room - bytes_of[:, :, self._place["embed"]][where])
+        closing = np.maximum(0.0, room - bytes_of[:, :, self._place[self._head]][where])
+        micro_batches = self.job.global_batch // dp // splits.columns["micro_batch"][rows]
+        may, count = np.zeros((len(rows), len(orders)), bool), 0
+        for each in np.unique(micro_batches).tolist():
+            here = micro_batches == each
+            done: dict[bytes, tuple[NDArray[np.bool_], int]] = {}
+            for index, (name, vp) in enumerate(orders):
+                rounds = alive(name, pp, vp or CHUNKS.get(name, 1), each)
+                key = rounds.tobytes() + bytes(name == "zbv")
+                if key not in done:
+                    end = (opening if name == "zbv" else closing)[here]
+                    takes = opening[here] // (held[here] + rounds[0] * kept[here]) + end // (held[here] + rounds[-1] * kept[here])
+                    for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
+                        takes += len(ranks) * (room[here] // (held[here] + ranks.min() * kept[here]))
+                    fits = takes >= layers
+                    done[key] = fits.any(axis=1), int(fits.sum())
+                may[here, index] = done[key][0]
+                count += done[key][1]
+        return may, count
+
+    def _kept_of(self, splits: Splits) -> NDArray[np.float64]:
+        """[split, (kept by all layers, by all other parts, least that a layer needs beside)] of one row."""
+        if self._of_splits is None:
+            # Not by ep: experts elsewhere leave as many rows here.
+            first, place = splits.alike("tp", "sp", "cp", "cp_kind", "etp", "recompute", "offload")
+            each = [self._part_bytes(splits.layout(row)) for row in first.tolist()]
+            layers = self._kind_times * self._kind_layer
+            others = self._kind_times - layers
+            table = [(layers @ one[:, 0], others @ one[:, 0], one[self._kind_layer, 1].min()) for one in each]
+            self._of_splits = np.array(table, float)[place]
+        return self._of_splits
+
+    def estimate(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+        """[state, rank]: about the bytes that each rank of a divided layout holds at its worst moment: all that can be alive,
+        and the most that one of its parts needs for itself."""
+        divided = self.divided(layout)
+        each = self._part_bytes(layout) * layout.micro_batch
+        micro_batches = self.job.global_batch // layout.dp // layout.micro_batch
+        kept = divided.parts @ each[:, 0]
+        if layout.pp > 1 and layout.schedule in ("zb", "zbv"):
+            held = np.stack((kept, divided.parts @ each[:, 2]), axis=1) / layout.chunks
+            moments = _moments(layout.schedule, layout.pp, layout.chunks, min(micro_batches, 3 * layout.pp))
+            activations = (moments @ held[:, :, None])[:, :, 0].max(axis=1)
+        else:
+            activations = alive(layout.schedule, layout.pp, layout.chunks, micro_batches) * kept
+        working = ((divided.parts > 0) * each[:, 1]).max(axis=1)
+        return self.state(layout, kinds) @ divided.units.T + activations + working
+
+    def divided(self, layout: Layout) -> Divided:
+        """What each pipeline rank, and the first stage, of a divided layout hold."""
+        key = layout.stages, layout.schedule == "zbv", layout.pp
+        if key not in self._divided:
+            parts = np.zeros((layout.pp, len(self.kinds)), np.int64)
+            passing = np.zeros((layout.pp, len(self.kinds)), np.int64)
+            for rank in range(layout.pp):
+                for chunk in range(layout.chunks):
+                    for part in workload.parts(self.spec, layout.stages, layout.stage_of(rank, chunk)):
+                        parts[rank, self.kind_of[part]] += 1
+                for part in workload.parts(self.spec, layout.stages, rank):
+                    passing[rank, self.kind_of[part]] += 1
+            held = np.array([self._count(traffic.held_units(self.spec, layout, rank)) for rank in range(layout.pp)])
+            first = self._count(stage_units(self.spec, layout.stages, 0))
+            self._divided[key] = Divided(parts, passing, held, first)
+        return self._divided[key]
+
+    def _count(self, names: Iterable[str]) -> NDArray[np.int64]:
+        """By kind of unit."""
+        return np.bincount([self._place[name] for name in names], minlength=len(self.units))
+
+    def state(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+        """[state, unit]: bytes of parameters, gradients and optimiser state of one unit of each kind."""
+        key = (layout.tp, layout.cp, layout.dp, layout.ep, layout.etp, layout.offload)
+        if key not in self._states:
+            parameters, gradients, optimizer = self._state_of(layout, kinds)
+            self._states[key] = parameters + gradients + (0 if layout.offload == "optimizer" else optimizer)
+        return self._states[key]
+
+    def owned(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+        """[state, unit]: elements that one rank's optimiser updates."""
+        return self._state_of(layout, kinds)[2] / self.job.software.optimizer_bytes
+
+    def _state_of(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+        each = [msgspec.structs.replace(layout, zero=zero, dp_shard=shard) for zero, shard in kinds]
+        zero = np.array([one.zero for one in each])[:, None]
+        held = [units.held(self.spec, layout, unit) for unit in self.units]
+        total = np.zeros((3, len(kinds), len(held)))
+        for elements, ranks in (
+            ([one.longest for one in held], units.shard_ranks),
+            ([one.experts for one in held], units.expert_shard_ranks),
+        ):
+            shards = np.array([ranks(one) for one in each])[:, None]
+            total += np.array(footprint.state_of(np.array(elements), shards, zero, software=self.job.software))
+        return total
+
+    def _part_bytes(self, layout: Layout) -> NDArray[np.float64]:
+        """[kind of part, (kept, needed beyond that, kept for a weight gradient put off)] of one row of a micro-batch, which grow in
+        proportion to its rows."""
+        key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.recompute, layout.offload)
+        if key not in self._bytes:
+            job, one = self.job, msgspec.structs.replace(layout, micro_batch=1)
+            simple = msgspec.structs.replace(one, ep=1, etp=0, recompute="none", cp_kind="gather")  # for all but layers
+            works = [
+                workload.work(
+                    self.spec, one if part.startswith("layers") else simple, part, sequence=job.sequence,
+                    software=job.software, precision=job.precision,
+                )
+                for part in self.kinds
+            ]  # fmt: skip
+            away = layout.offload == "activations"
+            self._bytes[key] = np.array(
+                [(0 if away else work.kept_bytes, work.backward_working, work.deferred) for work in works], float
+            )
+        return self._bytes[key]
+
+
+@lru_cache(maxsize=64)
+def _moments(schedule: str, pp: int, vp: int, micro_batches: int) -> NDArray[np.float64]:
+    """[rank, moment, (alive until their input gradient, then until their weight gradient)]: chunks of micro-batches, at the
+    moments that others don't exceed in both."""
+    rows: list[list[tuple[int, int]]] = []
+    for actions in build(schedule, pp, micro_batches, vp, transfers=False).ranks:
+        now, most = (0, 0), dict[int, int]()
+        for action in actions:
+            kind = action.kind
+            begun, passed, ended = kind is Kind.FORWARD, kind is Kind.INPUT, kind is Kind.WEIGHT
+            now = now[0] + begun - passed, now[1] + passed - ended
+            most[now[0]] = max(now[1], most.get(now[0], 0))
+        best, kept = -1, list[tuple[int, int]]()
+        for first in sorted(most, reverse=True):
+            if most[first] > best:
+                best = most[first]
+                kept.append((first, best))
+        rows.append(kept)
+    longest = max(len(row) for row in rows)
+    return np.array([row + row[-1:] * (longest - len(row)) for row in rows], float)
+
+
+@lru_cache(maxsize=4096)
+def alive(schedule: str, pp: int, vp: int, micro_batches: int) -> NDArray[np.float64]:
+    """By rank, the most micro-batches of all its layers that are alive at once, until their input gradient: closed forms of
+    the orders in `pipeline_schedule.py`."""
+    ranks = np.arange(pp)
+    if schedule == "gpipe":
+        return np.full(pp, float(micro_batches))
+    if schedule == "zbv" and pp > 1:
+        return (np.minimum(micro_batches, 2 * pp - 1 - ranks) + np.minimum(micro_batches, ranks + 1)) / 2
+    if schedule == "interleaved" and pp > 1:
+        longest = -(-micro_batches // max(1, micro_batches // pp))
+        return np.minimum(micro_batches * vp, 2 * (pp - 1 - ranks) + (vp - 1) * longest + 1) / vp
+    return np.minimum(micro_batches, pp - ranks).astype(float)

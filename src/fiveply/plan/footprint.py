@@ -1,0 +1,459 @@
+"""Bytes of a rank, by category, over a schedule's life: the one accounting that predicts, refuses, logs and reports.
+
+State (parameters, gradients, optimiser) follows from the placement table; activations from the kept tensors of each part
+and from how many micro-batches of each chunk are alive while the schedule's actions go by. What is counted are tensors, as
+an allocator that loses nothing would hold them: not its fragmentation, not contexts of the device or of its collectives
+(`Software.context_bytes`), not workspaces of kernels (`workspace_bytes`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fiveply import pipeline_schedule
+from fiveply.pipeline_schedule import Action, Kind, Schedule
+from fiveply.plan import units
+from fiveply.plan.software import Software
+from fiveply.plan.traffic import handed_on, held_units
+from fiveply.plan.workload import FIVEPLY, INDEX_BYTES, Split, Work, describe, parts, split_of, work
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.layout import Layout
+
+
+class State(msgspec.Struct, frozen=True):
+    """Bytes that stand the whole step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """Bytes of one rank at the worst moment of a step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept by forwards whose backward is to come, and handed from stage to stage."""
+    working: int
+    """What the action at the peak needs for itself: logits, gradients on their way, tensors formed again, gathered parameters."""
+    buffers: int
+    """The step's batch, and receives that are posted ahead."""
+    when: str = ""
+    """The action at the peak."""
+
+    @property
+    def peak(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.working + self.buffers
+
+    @property
+    def categories(self) -> dict[str, int]:
+        names = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
+        return {name: getattr(self, name) for name in names}
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One chunk's bytes of one micro-batch."""
+
+    kept: int
+    """From forward to backward, its input and its output included."""
+    deferred: int
+    """From a split backward's input gradient to its weight gradient."""
+    forward: int
+    """At forward's worst moment, what is kept included."""
+    backward: int
+    """At the worst moment of backward, or of its first half, what is kept by then included."""
+    begin: int
+    """The same of its first two parts, during which the last micro-batch's reductions still stand, those included (zero 2 and 3)."""
+    last_backward: int
+    """The same as `backward` of the step's last, which starts reductions on its way (zero 1)."""
+    weight: int
+    """Beyond what is kept, in the second half of a split backward."""
+    handed: int
+    """What it hands on, or gets."""
+    gathered: int
+    """At zero 3: its first unit's parameters, which are gathered ahead of it."""
+    reducing: int
+    """Buffers of reductions that its last backward leaves under way."""
+    gradients: tuple[int, int]
+    """At zero 2 and 3: gradients that each half of a split backward leaves until they are reduced."""
+    waiting: int
+    """At zero 2 and 3: the head's gradient of an embedding that it shares with another chunk, until that chunk's are reduced."""
+
+
+def runtime(compute: int, reduce: int, optimizer: int, *, same: bool = False) -> Software:
+    """fiveply's own runtime with types of these bytes: of parameters that compute, of gradients as they are accumulated and
+    reduced, of what the optimiser updates. AdamW keeps two moments, and a master copy where the types differ."""
+    master = optimizer if compute != optimizer and not same else 0
+    return msgspec.structs.replace(
+        FIVEPLY,
+        parameter_bytes=compute,
+        gather_bytes=compute,
+        gradient_bytes=reduce,
+        reduce_bytes=reduce,
+        optimizer_bytes=2 * optimizer + master,
+    )
+
+
+def state_of(elements: Any, shards: Any, zero: Any, *, software: Software = FIVEPLY) -> tuple[Any, Any, Any]:
+    """Bytes of (parameters, gradients, optimiser state) of one flat buffer of `elements` whose sharded state `shards` ranks
+    share. Whole numbers or arrays that broadcast together."""
+    zero = np.asarray(zero)
+    part = -(-elements // shards)
+    whole = part * shards
+    parameters = np.where(zero == 3, part, whole) * software.parameter_bytes
+    gradients = np.where(zero >= 2, part, whole) * software.gradient_bytes
+    if software.separate_part:
+        gradients = gradients + np.where((zero == 1) & (np.asarray(shards) > 1), part, 0) * software.gradient_bytes
+    return parameters, gradients, part * software.optimizer_bytes
+
+
+def state(
+    spec: ModelSpec, layout: Layout, names: Iterable[str], *, software: Software = FIVEPLY, tp_rank: int = 0
+) -> State:
+    """Of the units `names` (`traffic.held_units`): flat buffers, cut into equal parts by the largest tensor rank."""
+    total = np.zeros(3)
+    for name, count in Counter(units.alike(spec)[name] for name in names).items():
+        one = units.held(spec, layout, name, tp_rank)
+        for elements, shards in (
+            (one.longest, units.shard_ranks(layout)),
+            (one.experts, units.expert_shard_ranks(layout)),
+        ):
+            total += np.array(state_of(elements, shards, layout.zero, software=software)) * count
+    parameters, gradients, optimizer = total.round().astype(int).tolist()
+    return State(parameters, gradients, 0 if layout.offload == "optimizer" else optimizer)
+
+
+def stage(
+    spec: ModelSpec,
+    layout: Layout,
+    number: int,
+    *,
+    sequence: int,
+    software: Software = FIVEPLY,
+    precision: str = "bf16",
+    tp_rank: int = 0,
+) -> Stage:
+    """Of stage `number` of a resolved layout."""
+    names = parts(spec, layout.stages, number)
+    works = [
+        work(spec, layout, name, sequence=sequence, software=software, precision=precision, tp_rank=tp_rank)
+        for name in names
+    ]
+    split = split_of(layout, sequence=sequence, precision=precision, tp_rank=tp_rank)
+    handed = handed_on(spec, layout, sequence=sequence, precision=precision)
+    shared = _shared(spec, layout, names, split)
+    kept = [one.kept_bytes for one in works]
+    held = list(accumulate(kept, initial=shared))[1:]
+    if layout.offload == "activations":  # one part's tensors are on their way while the next computes
+        held = [shared + this + before for this, before in zip(kept, [0, *kept], strict=False)]
+    output = 0 if number == layout.stage_count - 1 else handed
+    splits = layout.schedule in ("zb", "zbv") and layout.pp > 1
+    buffers = _Buffers(spec, layout, names, software, tp_rank)
+    forward = backward = begin = last_backward = shared
+    for index, one in enumerate(works):
+        forward = max(forward, held[index] + one.forward_working + buffers.gathered(index, 1))
+        gathered = buffers.gathered(index, -1) + (buffers.tied if "embed" in names and index < len(works) - 1 else 0)
+        computing = held[index] + one.backward_working + gathered
+        if index == len(works) - 1:
+            computing -= (
+                output  # the gradient that another stage sent is the stream's here, and held beside it further on
+            )
+        if splits:  # weight gradients and reductions come later, but the head's gradient is there from its forward
+            behind = range(index + 1, len(works))
+            heads = sum(buffers.formed(later) for later in behind if names[later] == "head")
+            backward = max(backward, computing + sum(works[later].deferred for later in behind) + heads)
+            continue
+        last_backward = max(last_backward, computing + buffers.started(index))
+        # Its gradients are formed when its kept tensors are gone but its input, and then copied to be reduced: one other
+        # reduction is under way then, and two before.
+        formed = (held[index - 1] if index else shared) + handed + gathered + buffers.formed(index)
+        copied = formed + buffers.copied(index)
+        formed = max(computing, formed)
+        backward = max(backward, formed + buffers.reducing(index + 1, 2), copied + buffers.reducing(index + 1, 1))
+        # The first two parts meet what the micro-batch before left, the reductions of its first two units.
+        if index == len(works) - 1:
+            begin = max(begin, formed + buffers.reducing(0, 2), copied + buffers.reducing(0, 1))
+        elif index == len(works) - 2:
+            begin = max(begin, formed + buffers.reducing(index + 1, 1) + buffers.reducing(0, 1))
+    whole = shared if layout.offload == "activations" else held[-1]
+    return Stage(
+        kept=whole + output,
+        deferred=sum(one.deferred for one in works),
+        forward=max(forward, held[-1] + output),
+        backward=backward + output,
+        begin=begin + output,
+        last_backward=last_backward + output,
+        weight=max(one.weight_working for one in works),
+        handed=handed,
+        gathered=buffers.first,
+        reducing=buffers.left,
+        gradients=buffers.gradients(works),
+        waiting=0 if "embed" in names else buffers.tied,
+    )
+
+
+def _shared(spec: ModelSpec, layout: Layout, names: Sequence[str], split: Split) -> int:
+    """Bytes that all layers of a chunk keep together: cosine and sine, half a head each; and what recomputation calls with,
+    the tokens' numbers for dropout and a window's mask."""
+    layers = [name for name in names if name.startswith("layers")]
+    if not layers:
+        return 0
+    total = 0
+    if spec.rope is not None:
+        total += split.tokens * (spec.latent.rope_dim if spec.latent else spec.head_dim) * split.element
+    if layout.recompute == "full" and spec.dropout:
+        padded = (split.tp_rank + 1) * split.local > split.tokens and split.sequence_parallel
+        total += (split.local if padded else split.tokens) * INDEX_BYTES
+    if layout.recompute != "none" and any(describe(spec, name).window in range(1, split.sequence) for name in layers):
+        total += split.sequence**2
+    return total
+
+
+class _Buffers:
+    """Parameters and gradients of a chunk's units that stand only for a while: bytes by the index of the part."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, names: Sequence[str], software: Software, tp_rank: int) -> None:
+        self.zero, self.software = layout.zero, software
+        self.sizes: list[tuple[int, int, int]] = []
+        """Elements of each unit: of its whole buffers, of the parts that a rank owns where it shares them, and of its tensors."""
+        for name in names if layout.zero else ():
+            one = units.held(spec, layout, "embed" if name == "head" and spec.tied else name, tp_rank)
+            whole = own = 0
+            for elements, shards in (
+                (one.longest, units.shard_ranks(layout)),
+                (one.experts, units.expert_shard_ranks(layout)),
+            ):
+                part = -(-elements // shards)
+                whole, own = whole + part * shards, own + (part if shards > 1 else 0)
+            self.sizes.append((whole, own, one.elements))
+        self.reduced = self.sizes
+        """Those whose reductions this chunk starts: not an embedding's that another place of the same rank starts."""
+        self.tied = 0
+        """Bytes of its gradient that wait for that."""
+        if layout.zero >= 1 and names[-1] == "head" and spec.tied and len(layout.end_ranks) == 1:
+            self.tied = round(self.sizes[-1][2] * software.parameter_bytes) if layout.zero >= 2 else 0
+            self.reduced = [*self.sizes[:-1], (0, 0, 0)]
+        self.first = self.gathered(0, 0)
+        owned = sum(own for _, own, _ in self.reduced)
+        self.left = round(owned * software.reduce_bytes) if self.zero == 1 else self.reducing(0, 2)
+
+    def gathered(self, index: int, step: int) -> int:
+        """At zero 3 a part's parameters, and those of the part that comes next."""
+        if self.zero != 3:
+            return 0
+        low, high = sorted((index, index + step))
+        return round(sum(whole for whole, _, _ in self.sizes[max(0, low) : high + 1]) * self.software.gather_bytes)
+
+    def formed(self, index: int) -> int:
+        """At zero 2 and 3 a part's gradients as they were formed."""
+        return round(self.reduced[index][2] * self.software.parameter_bytes) if self.zero >= 2 else 0
+
+    def copied(self, index: int) -> int:
+        """The same in one buffer, of the type that is reduced."""
+        return round(self.reduced[index][0] * self.software.reduce_bytes) if self.zero >= 2 else 0
+
+    def reducing(self, index: int, count: int) -> int:
+        """At zero 2 and 3 the buffers of `count` parts' reductions: all gradients of each, and the part that comes of them."""
+        if self.zero < 2:
+            return 0
+        sizes = self.reduced[index : index + count]
+        return round(sum(whole + own for whole, own, _ in sizes if own) * self.software.reduce_bytes)
+
+    def started(self, index: int) -> int:
+        """At zero 1, what the last backward's reductions hold when it comes to part `index`."""
+        return (
+            round(sum(own for _, own, _ in self.reduced[index + 1 :]) * self.software.reduce_bytes)
+            if self.zero == 1
+            else 0
+        )
+
+    def gradients(self, works: Sequence[Work]) -> tuple[int, int]:
+        if self.zero < 2:
+            return 0, 0
+        put_off = sum(one.weights for one in works)
+        rest = sum(elements for _, _, elements in self.reduced) - put_off
+        return round(rest * self.software.parameter_bytes), round(put_off * self.software.parameter_bytes)
+
+
+def footprint(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    sequence: int,
+    global_batch: int,
+    pp_rank: int,
+    tp_rank: int = 0,
+    software: Software = FIVEPLY,
+    precision: str = "bf16",
+) -> Footprint:
+    """The worst moment of a step on a rank of `layout` (resolved), walked action by action."""
+    micro_batches = global_batch // layout.dp // layout.micro_batch
+    stages = [
+        stage(spec, layout, layout.stage_of(pp_rank, chunk), sequence=sequence, software=software, precision=precision,
+              tp_rank=tp_rank)
+        for chunk in range(layout.chunks)
+    ]  # fmt: skip
+    standing = state(spec, layout, held_units(spec, layout, pp_rank), software=software, tp_rank=tp_rank)
+    schedule = _schedule(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.zero)
+    worst = max(walk(schedule, pp_rank, stages), key=lambda moment: moment.during)
+    buffers = software.workspace_bytes
+    if software.whole_batch:
+        split = split_of(layout, sequence=sequence, precision=precision)
+        buffers += micro_batches * split.tokens * 3 * INDEX_BYTES  # tokens, positions, targets
+    return Footprint(
+        standing.parameters,
+        standing.gradients,
+        standing.optimizer,
+        worst.kept,
+        worst.during - worst.kept - worst.posted,
+        buffers + worst.posted,
+        str(worst.action),
+    )
+
+
+def by_rank(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    sequence: int,
+    global_batch: int,
+    software: Software = FIVEPLY,
+    precision: str = "bf16",
+) -> tuple[Footprint, ...]:
+    """Of tensor rank 0, which holds the larger part of every uneven cut, on each pipeline rank."""
+    return tuple(
+        footprint(spec, layout, sequence=sequence, global_batch=global_batch, pp_rank=pp_rank, software=software,
+                  precision=precision)
+        for pp_rank in range(layout.pp)
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _schedule(name: str, pp: int, micro_batches: int, vp: int, zero: int = 0) -> Schedule:
+    return pipeline_schedule.build(name, pp, micro_batches, vp, gather=zero == 3, reduce_each=zero >= 2)
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """Bytes beside the state around one action of a rank."""
+
+    action: Action
+    during: int
+    """At its worst moment."""
+    after: int
+    kept: int
+    """Of `during`: kept by forwards and handed between stages."""
+    posted: int
+    """Of `during`: receives posted ahead."""
+
+
+def walk(schedule: Schedule, rank: int, stages: Sequence[Stage]) -> list[Moment]:
+    """The life of one step on pipeline rank `rank`, whose chunks are `stages`. One receive is posted ahead for each peer."""
+    actions = schedule.ranks[rank]
+    to_post = Counter(action.peer for action in actions if action.kind in _RECEIVES)
+    handed = stages[0].handed
+    posted, alive, reducing = len(to_post) * handed, 0, 0
+    halves = [[0, 0] for _ in stages]  # gradients that wait for their reduction
+    waiting = 0
+    moments: list[Moment] = []
+    for index, action in enumerate(actions):
+        worst, after, kind, number = alive, reducing, action.kind, max(0, action.chunk)
+        before = reducing + sum(map(sum, halves)) + waiting
+        chunk = stages[number]
+        match kind:
+            case Kind.RECEIVE_FORWARD | Kind.RECEIVE_BACKWARD:
+                to_post[action.peer] -= 1
+                posted -= 0 if to_post[action.peer] else handed
+                alive += handed
+            case Kind.SEND_BACKWARD:
+                alive -= handed
+            case Kind.GATHER:
+                alive += chunk.gathered
+            case Kind.FORWARD:
+                # Its input stands already: received, or the output of another chunk of this rank.
+                alive -= 0 if schedule.adjacent(rank, number, -1) is None else handed
+                alive -= chunk.gathered if action.micro_batch == 0 else 0
+                worst = alive + chunk.forward
+                alive += chunk.kept
+            case Kind.BACKWARD | Kind.INPUT:
+                alive -= chunk.kept
+                worst = alive + chunk.backward
+                if kind is Kind.BACKWARD and schedule.reduce_each:
+                    # Reductions start as gradients arrive, in place of the last micro-batch's, which `begin` counts.
+                    worst = alive + max(chunk.backward, chunk.begin if reducing else 0) - reducing
+                    after = chunk.reducing
+                alive += _left_between(schedule, rank, number, handed)
+                waiting = chunk.waiting or (waiting if number else 0)
+                if kind is Kind.INPUT:
+                    alive += chunk.deferred
+                    halves[number][0] = chunk.gradients[0]
+                elif not schedule.reduce_each and any(
+                    later.kind is Kind.REDUCE for later in actions[index + 1 : index + 3]
+                ):
+                    worst += chunk.last_backward - chunk.backward
+                    after += chunk.reducing
+            case Kind.WEIGHT:
+                worst = alive + max(chunk.weight, chunk.gradients[1])
+                alive -= chunk.deferred
+                halves[number][1] = chunk.gradients[1]
+            case Kind.REDUCE:
+                split = actions[index - 1].kind is Kind.WEIGHT
+                halves[number], waiting = [0, 0], 0 if number == 0 else waiting
+                if split:
+                    after = chunk.reducing if schedule.reduce_each else reducing + chunk.reducing
+            case Kind.FINISH:
+                after = 0
+            case _:
+                pass
+        reducing = after
+        left = alive + reducing + sum(map(sum, halves)) + waiting
+        moments.append(Moment(action, max(worst + before, left) + posted, left + posted, alive, posted))
+    return moments
+
+
+def _left_between(schedule: Schedule, rank: int, chunk: int, handed: int) -> int:
+    """What a backward leaves of the gradients between stages: it takes one from the stage behind, and leaves one for the stage
+    before, whose output its input is where both are of this rank."""
+    taken = 0 if schedule.adjacent(rank, chunk, 1) is None else handed
+    before = schedule.adjacent(rank, chunk, -1)
+    left = 0 if before is None else 2 * handed if before[0] == rank else handed
+    return left - taken
+
+
+_RECEIVES = (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
+
+
+@functools.lru_cache(maxsize=4096)
+def in_flight(schedule: str, pp: int, vp: int, micro_batches: int) -> NDArray[np.int64]:
+    """(pp, vp): micro-batches of each chunk that are alive at the moment when a rank holds most of them.
+
+    A split backward's micro-batch counts as alive until its weight gradient. Beyond a few rounds the number of micro-batches
+    changes nothing, so it is cut there (interleaved: where all rounds are equal).
+    """
+    bounded = schedule != "gpipe" and (schedule != "interleaved" or micro_batches % pp == 0)
+    enough = min(micro_batches, 4 * pp) if bounded else micro_batches
+    built = _schedule(schedule, pp, enough, vp)
+    found = np.zeros((pp, vp), np.int64)
+    for rank, actions in enumerate(built.ranks):
+        alive = np.zeros(vp, np.int64)
+        for action in actions:
+            if action.kind is Kind.FORWARD:
+                alive[action.chunk] += 1
+                if alive.sum() > found[rank].sum():
+                    found[rank] = alive
+            elif action.kind in (Kind.BACKWARD, Kind.WEIGHT):
+                alive[action.chunk] -= 1
+    return found

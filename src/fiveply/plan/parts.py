@@ -1,0 +1,149 @@
+"""What a part of the model is, and all that its work depends on: of the model a `Part`, of layout and batch a `Split`.
+
+A *part* is a unit of the parameter table (`embed`, `positions`, `layers.3`, `norm`, `head`), and `head` also where it shares
+the embedding's matrix. Parts of equal `Part` under an equal `Split` are counted once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import msgspec
+
+from fiveply.spec.architecture import Experts, Latent, ModelSpec
+from fiveply.spec.layout import Layout
+from fiveply.spec.placement import part as cut
+from fiveply.spec.placement import stage_units
+
+ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
+"""Of an activation: products in 8 and 4 bits read and write 16-bit ones."""
+
+
+class Part(msgspec.Struct, frozen=True):
+    """All that a part's work depends on in the model: parts of equal `Part` have equal work and equal traffic."""
+
+    what: Literal["embed", "positions", "layer", "norm", "head"]
+    vocabulary: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    norm: str
+    qk_norm: bool
+    qkv_bias: bool
+    gated: bool
+    rotary: bool
+    dropout: float
+    window: int = 0
+    experts: Experts | None = None
+    latent: Latent | None = None
+    sinks: bool = False
+    predicts: bool = False
+    """A layer that predicts a further token: it joins two inputs, and has a pass of the head of its own."""
+
+
+class Split(msgspec.Struct, frozen=True):
+    """All that a part's work depends on in the layout, the batch and the precision."""
+
+    tp: int
+    tp_rank: int
+    sequence_parallel: bool
+    cp: int
+    cp_kind: str
+    ep: int
+    etp: int
+    rows: int
+    sequence: int
+    recompute: str
+    element: int
+    """Bytes of an activation."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch that tensor ranks compute on together."""
+        return self.rows * -(-self.sequence // self.cp)
+
+    @property
+    def local(self) -> int:
+        """Of those that this rank holds in the residual stream."""
+        return -(-self.tokens // self.tp) if self.sequence_parallel else self.tokens
+
+    @property
+    def gathered(self) -> int:
+        """Rows of a gathered tensor, the padding of uneven parts included."""
+        return self.local * self.tp if self.sequence_parallel else self.tokens
+
+    @property
+    def routed(self) -> int:
+        """Tokens that this rank sends to experts: tensor ranks share them."""
+        return -(-self.tokens // self.tp)
+
+    def part(self, size: int) -> int:
+        return cut(size, self.tp, self.tp_rank)[1]
+
+
+def parts(spec: ModelSpec, stages: Sequence[int], stage: int) -> list[str]:
+    """The parts that a stage computes, in forward order."""
+    units = stage_units(spec, stages, stage)
+    last = stage == len(stages) - 1
+    if last and stage > 0:
+        units = [unit for unit in units if unit != "embed"]  # the copy that head and prediction share
+    return [*units, "head"] if last and "head" not in units else units
+
+
+def kinds(spec: ModelSpec) -> dict[str, Hashable]:
+    """Every part of the model in forward order, with its kind: equal kinds have equal work and traffic."""
+    return {name: describe(spec, name) for name in parts(spec, (spec.layers,), 0)}
+
+
+@functools.cache
+def describe(spec: ModelSpec, name: str) -> Part:
+    what, _, number = name.partition(".")
+    layer = int(number) if number else -1
+    predicts = layer >= spec.layers
+    experts = spec.experts if spec.experts and (predicts or layer in spec.experts.layers) else None
+    return Part(
+        what="layer" if what == "layers" else what,  # pyright: ignore[reportArgumentType]
+        vocabulary=spec.vocabulary,
+        hidden=spec.hidden,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        ffn=spec.ffn,
+        norm=spec.norm,
+        qk_norm=spec.qk_norm,
+        qkv_bias=spec.qkv_bias,
+        gated=spec.gated_mlp,
+        rotary=spec.rope is not None,
+        dropout=spec.dropout,
+        window=spec.window if layer in spec.window_layers else 0,
+        experts=msgspec.structs.replace(experts, layers=()) if experts else None,
+        latent=spec.latent,
+        sinks=spec.sinks,
+        predicts=predicts,
+    )
+
+
+def split_of(layout: Layout, *, sequence: int, precision: str, tp_rank: int = 0) -> Split:
+    return Split(
+        tp=layout.tp,
+        tp_rank=tp_rank,
+        sequence_parallel=layout.sequence_parallel,
+        cp=layout.cp,
+        cp_kind=layout.cp_kind,
+        ep=layout.ep,
+        etp=layout.expert_tensor,
+        rows=layout.micro_batch,
+        sequence=sequence,
+        recompute=layout.recompute,
+        element=ELEMENT_BYTES[precision],
+    )
+
+
+def seen(sequence: int, window: int) -> int:
+    """Pairs of a token and a key that it may see, in one causal row."""
+    width = min(window or sequence, sequence)
+    return width * sequence - width * (width - 1) // 2

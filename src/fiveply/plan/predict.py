@@ -1,0 +1,321 @@
+"""One layout predicted: counts (`workload`, `traffic`) priced (`cost`), run through the schedule (`simulate`), with its bytes.
+
+The one composition of the planner's layers: search, score and `fiveply plan` all ask here. A `Predictor` prices parts of a
+kind once for all layouts that split them alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from statistics import NormalDist
+
+import msgspec
+
+from fiveply.pipeline_schedule import Schedule, build
+from fiveply.plan import cost, footprint, traffic, workload
+from fiveply.plan.cost import PartSeconds
+from fiveply.plan.footprint import Footprint
+from fiveply.plan.machine import Machine
+from fiveply.plan.simulate import Ends, Simulated, StageSeconds, ends, simulate
+from fiveply.plan.software import Software
+from fiveply.plan.traffic import Collective
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve
+from fiveply.spec.plan import Interval
+
+ORDERS = ("tp,cp,dp,pp", "tp,cp,pp,dp")
+"""Ranks, fastest axis first: the runtime's own, and the one that keeps a pipeline's neighbours on one node."""
+REDUCING = ("dp", "shard", "replica", "edp")
+"""Axes over which gradients are summed and parameters gathered."""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """All but the layout. `global_batch` in rows of `sequence` tokens; `order` one of ORDERS."""
+
+    spec: ModelSpec
+    machine: Machine
+    software: Software
+    sequence: int
+    global_batch: int
+    precision: str = "bf16"
+    order: str = ORDERS[0]
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """`layout` is resolved. `terms`: seconds by name, of the rank that computes longest; they add up to `seconds.p50`."""
+
+    layout: Layout
+    seconds: Interval
+    terms: dict[str, float]
+    footprints: tuple[Footprint, ...]
+    """By pipeline rank: its worst member's."""
+    stages: tuple[StageSeconds, ...]
+    p_oom: float
+    """Probability that the worst rank needs more than a device has."""
+
+    @property
+    def memory_bytes(self) -> tuple[int, ...]:
+        return tuple(footprint.peak for footprint in self.footprints)
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One stage's seconds, and what those of one micro-batch consist of."""
+
+    seconds: StageSeconds
+    terms: dict[str, float]
+
+
+class Rank(msgspec.Struct, frozen=True):
+    """A pipeline rank: its stages by chunk, and the terms of what it does once gradients are reduced."""
+
+    stages: tuple[Stage, ...]
+    after: dict[str, float]
+
+    @property
+    def busy(self) -> float:
+        """Seconds of computing one micro-batch."""
+        return sum(stage.seconds.busy for stage in self.stages)
+
+
+def predict(job: Job, layout: Layout) -> Prediction:
+    """Raises InputError for a layout that is not legal for the model and the batch (whether the runtime has it or not)."""
+    layout = resolve(layout, job.spec, sequence=job.sequence, global_batch=job.global_batch, runtime=False)
+    return Predictor(job).predict(layout)
+
+
+class Predictor:
+    """Predicts resolved layouts of one job. Remembers prices by what they depend on, not by layout."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = msgspec.structs.replace(job, machine=cost.used_by(job.software, job.machine))
+        self._kinds = {part: number for number, part in enumerate(dict.fromkeys(workload.kinds(job.spec).values()))}
+        self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
+        self._parts: dict[Hashable, PartSeconds] = {}
+        self._ranks: dict[Hashable, Rank] = {}
+        self._ends: dict[Layout, Ends] = {}
+
+    def predict(self, layout: Layout) -> Prediction:
+        job = self.job
+        ranks = self.ranks(layout)
+        seconds, terms = self._step(layout, ranks)
+        interval = cost.interval(seconds, job.machine, job.software, job.precision, job.spec.experts is not None)
+        footprints = tuple(self.footprint(layout, rank) for rank in range(layout.pp))
+        return Prediction(
+            layout, Interval(*interval), terms, footprints,
+            tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
+        )  # fmt: skip
+
+    def seconds(self, layout: Layout) -> float:
+        """The step's middle estimate, without terms and bytes."""
+        step = self._simulated(layout, [stage.seconds for stage in self.stages(layout)])
+        step += max(sum(rank.after.values()) for rank in self.ranks(layout))
+        return step + cost.residual(step, self.job.machine, self.job.software, layout)
+
+    def micro_batches(self, layout: Layout) -> int:
+        return self.job.global_batch // layout.dp // layout.micro_batch
+
+    def p_oom(self, peak: int) -> float:
+        """That allocated bytes, log-normal around `peak`, and what lies outside tensors exceed a device's memory."""
+        bias, deviation = cost.memory_error(self.job.machine, self.job.software)
+        room = self.job.machine.memory_bytes - self.job.software.context_bytes
+        return 1.0 if room <= 0 else 1 - NormalDist(bias, deviation).cdf(math.log(room / peak))
+
+    def footprint(self, layout: Layout, rank: int) -> Footprint:
+        """Of a pipeline rank. Beyond a few rounds the number of micro-batches does not matter, but for GPipe."""
+        job, micro_batches = self.job, self.micro_batches(layout)
+        if layout.schedule != "gpipe" and micro_batches > 3 * layout.pp:
+            micro_batches = 2 * layout.pp + micro_batches % layout.pp
+        return footprint.footprint(
+            job.spec, layout, sequence=job.sequence, global_batch=layout.dp * layout.micro_batch * micro_batches,
+            pp_rank=rank, software=job.software, precision=job.precision,
+        )  # fmt: skip
+
+    def schedule(self, layout: Layout) -> Schedule:
+        """Compute and transfers as the runtime executes them; what is gathered and reduced for every micro-batch is part of
+        its computation here, what is reduced once stands at the end of each chunk's last gradient."""
+        return build(layout.schedule, layout.pp, self.micro_batches(layout), layout.chunks)
+
+    def simulate(self, layout: Layout) -> Simulated:
+        """Every event of the step."""
+        seconds = [stage.seconds for stage in self.stages(layout)]
+        return simulate(self.schedule(layout), seconds, blocking=self._blocking)
+
+    # parts, stages, ranks
+
+    def part(self, layout: Layout, part: str) -> PartSeconds:
+        """Seconds of one micro-batch of a part."""
+        key = self._part_key(layout, part)
+        found = self._parts.get(key)
+        if found is None:
+            job = self.job
+            how = {"sequence": job.sequence, "software": job.software, "precision": job.precision}
+            found = self._parts[key] = cost.part_seconds(
+                workload.work(job.spec, layout, part, **how), traffic.part_traffic(job.spec, layout, part, **how),
+                job.machine, job.software, job.precision, self.strides(layout),
+            )  # fmt: skip
+        return found
+
+    def _part_key(self, layout: Layout, part: str) -> Hashable:
+        """All that a part's seconds depend on."""
+        key = (self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.micro_batch, layout.zero > 1)
+        if part.startswith("layers"):
+            key = (*key, layout.cp_kind, layout.recompute, layout.ep, layout.etp, self._expert_stride(layout))
+        return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
+
+    def stages(self, layout: Layout) -> list[Stage]:
+        """By global stage."""
+        found = {
+            layout.stage_of(number, chunk): stage
+            for number, rank in enumerate(self.ranks(layout))
+            for chunk, stage in enumerate(rank.stages)
+        }
+        return [found[stage] for stage in range(layout.stage_count)]
+
+    def ranks(self, layout: Layout) -> list[Rank]:
+        """By pipeline rank; those that hold parts of the same kinds are priced once."""
+        common = (
+            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.dp, layout.zero,
+            layout.dp_shard, layout.micro_batch, layout.recompute, layout.offload,
+        )  # fmt: skip
+        found: list[Rank] = []
+        for number in range(layout.pp):
+            held = [
+                workload.parts(self.job.spec, layout.stages, layout.stage_of(number, chunk))
+                for chunk in range(layout.chunks)
+            ]
+            key = (*common, *(tuple(self._kind_of[part] for part in parts) for parts in held))
+            if key not in self._ranks:
+                self._ranks[key] = self._rank(layout, number, held)
+            found.append(self._ranks[key])
+        return found
+
+    def _rank(self, layout: Layout, number: int, held: list[list[str]]) -> Rank:
+        calls = traffic.step_traffic(self.job.spec, layout, pp_rank=number, software=self.job.software)
+        return Rank(
+            tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls)
+        )
+
+    def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> Stage:
+        priced = [self.part(layout, part) for part in parts]
+        forward, back, weight = (
+            math.fsum(getattr(one, key) for one in priced) for key in ("forward", "input", "weight")
+        )
+        terms: dict[str, float] = defaultdict(float)
+        for one in priced:
+            for name, seconds in one.terms.items():
+                terms[name] += seconds
+        reduce = tail = 0.0
+        for call in calls:
+            if call.part in parts and call.axis in REDUCING and call.phase != "step":
+                once = self.call(call, layout) * call.count
+                reduce += once
+                if not call.hides or call.part == parts[0]:
+                    tail += once
+        early = self.job.software.overlap_gradients * (back + weight) * (1 - 1 / len(parts))
+        send = self.transfer(layout)
+        seconds = StageSeconds(forward, back, weight, send, send, reduce=reduce, reduce_early=early, reduce_tail=tail)
+        return Stage(seconds, dict(terms))
+
+    def transfer(self, layout: Layout) -> float:
+        """Seconds until the neighbouring stage has what this one hands on."""
+        if layout.pp == 1:
+            return 0.0
+        job = self.job
+        size = traffic.handed_on(job.spec, layout, sequence=job.sequence, precision=job.precision)
+        if job.software.scatter_transfers and not layout.sequence_parallel:  # each tensor rank sends a part
+            size //= layout.tp
+        return cost.call_seconds("send", size, 2, job.machine, self.strides(layout)["pp"])
+
+    def _after(
+        self, layout: Layout, number: int, held: list[list[str]], calls: tuple[Collective, ...]
+    ) -> dict[str, float]:
+        """Sums, the optimiser, and gathering what it updated, as far as the next forward does not hide that."""
+        job, software = self.job, self.job.software
+        state = footprint.state(job.spec, layout, traffic.held_units(job.spec, layout, number), software=software)
+        owned = round(state.optimizer / software.optimizer_bytes)
+        terms = {"optimizer": cost.optimizer_seconds(owned, job.machine, software), "sums": 0.0}
+        gathered = largest = reduced = 0.0
+        for call in calls:
+            if call.phase == "step":
+                seconds = self.call(call, layout)
+                if call.axis not in REDUCING:
+                    terms["sums"] += seconds * call.count
+                elif call.operation == "all-gather":
+                    gathered, largest = gathered + seconds * call.count, max(largest, seconds)
+                else:
+                    reduced += seconds * call.count
+        beside = sum(self.part(layout, part).forward for parts in held for part in parts)
+        exposed = _exposed(gathered, beside, software.overlap_parameters, software.contention)
+        terms["dp"] = reduced + (max(largest, exposed) if gathered else 0.0)
+        return terms
+
+    def strides(self, layout: Layout) -> Mapping[str, int]:
+        """Ranks between neighbours on each axis."""
+        inner, etp = layout.tp * layout.cp, layout.expert_tensor
+        pp, dp = (inner, inner * layout.pp) if self.job.order == ORDERS[1] else (inner * layout.dp, inner)
+        ep = self._expert_stride(layout)
+        return {
+            "tp": 1, "kv": 1, "etp": 1, "cp": layout.tp, "ep": ep, "dp": dp, "shard": dp,
+            "replica": dp * layout.shard_ranks, "edp": max(dp, etp * layout.ep), "pp": pp, "tied": pp,
+            "world": 1, "model": 1,
+        }  # fmt: skip
+
+    def _expert_stride(self, layout: Layout) -> int:
+        """Expert ranks run over tensor, context and then data ranks, which lie far apart where pipelines stand between."""
+        inner, etp = layout.tp * layout.cp, layout.expert_tensor
+        return inner * layout.pp if layout.ep * etp > inner and self.job.order == ORDERS[1] else etp
+
+    def call(self, collective: Collective, layout: Layout) -> float:
+        """Seconds of one call."""
+        return cost.collective_seconds(collective, self.job.machine, self.strides(layout)[collective.axis])
+
+    # the step
+
+    @property
+    def _blocking(self) -> bool:
+        return self.job.software.overlap_pipeline < 0.5
+
+    def _simulated(self, layout: Layout, stages: list[StageSeconds]) -> float:
+        """The end of the step's last reduction. Replicas that share a step's reductions alone share its pipeline."""
+        plain = layout if layout.zero > 1 else msgspec.structs.replace(layout, zero=0, dp_shard=0)
+        if plain not in self._ends:
+            self._ends[plain] = self._pipeline(layout, stages)
+        return self._ends[plain].seconds((layout.schedule, layout.pp, layout.chunks), stages)
+
+    def _pipeline(self, layout: Layout, stages: list[StageSeconds]) -> Ends:
+        shape = layout.schedule, layout.pp, layout.chunks
+        return ends(*shape, self.micro_batches(layout), stages, blocking=self._blocking)
+
+    def _step(self, layout: Layout, ranks: list[Rank]) -> tuple[float, dict[str, float]]:
+        """The middle estimate and its terms: of the rank that computes longest, and what it waits for."""
+        count = self.micro_batches(layout)
+        seconds = [stage.seconds for stage in self.stages(layout)]
+        still = [msgspec.structs.replace(stage, send=0.0, send_back=0.0) for stage in seconds]
+        shape = layout.schedule, layout.pp, layout.chunks
+        ended = self._simulated(layout, seconds)
+        alone = self._pipeline(layout, still)
+        without_sends, without_any = alone.seconds(shape, still), float(alone.ranks.max())
+        critical = max(ranks, key=lambda rank: rank.busy)
+        terms: dict[str, float] = defaultdict(float)
+        for stage in critical.stages:
+            for name, value in stage.terms.items():
+                terms[name] += count * value
+        terms["bubble"] += without_any - count * critical.busy
+        terms["transfers"] += ended - without_sends
+        terms["dp"] += without_sends - without_any
+        for name, value in critical.after.items():
+            terms[name] += value
+        waited = max(sum(rank.after.values()) for rank in ranks)
+        terms["bubble"] += waited - sum(critical.after.values())
+        step = ended + waited
+        terms["residual"] += cost.residual(step, self.job.machine, self.job.software, layout)
+        return step + terms["residual"], {name: value for name, value in terms.items() if value}
+
+
+def _exposed(seconds: float, beside: float, share: float, contention: float) -> float:
+    """What of a collective is not hidden by `beside` seconds of computation, with what it slows that down by."""
+    hidden = min(seconds * share, beside / contention)
+    return seconds - hidden + hidden * (contention - 1)

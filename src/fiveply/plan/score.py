@@ -1,0 +1,240 @@
+"""The planner's predictions against published measurements: errors, coverage, ranking, by source and stratum.
+
+Each prediction is made as `fiveply plan` makes it, from the row's model, layout, devices and system; nothing of what a row
+measured is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from fiveply.plan import machine as machines
+from fiveply.plan import table
+from fiveply.plan.machine import Machine
+from fiveply.plan.predict import Job, Prediction, predict
+from fiveply.plan.table import Row, Skipped
+from fiveply.spec.errors import InputError
+from fiveply.spec.layout import divisors
+from fiveply.spec.plan import Interval
+
+RULES = (
+    "a size without which nothing can be counted is missing: layers, hidden, heads, vocabulary, sequence, batch, devices",
+    "neither time nor memory was measured",
+    "no pretraining step: fine-tuning on packed rows, adapters, a single layer",
+    "the device, the precision or the layout is unknown or impossible",
+)
+"""Why rows are skipped."""
+SWEEP = 4
+"""Rows that make a sweep."""
+
+
+class Scored(msgspec.Struct, frozen=True):
+    """One prediction. Seconds and bytes are null where the row measured none."""
+
+    row: int
+    source: str
+    stratum: str
+    measured_seconds: float | None
+    predicted_seconds: Interval | None
+    measured_bytes: float | None
+    predicted_bytes: float | None
+
+
+class Errors(msgspec.Struct, frozen=True):
+    """Over `n` rows: mean of |predicted / measured - 1|, mean of predicted / measured - 1, and the share of measurements that
+    the 10-90% interval holds (null where there is none)."""
+
+    mape: float | None
+    bias: float | None
+    n: int
+    coverage: float | None
+
+
+class Group(Errors, frozen=True):
+    by_source: dict[str, Errors]
+    by_stratum: dict[str, Errors]
+
+
+class Sweep(msgspec.Struct, frozen=True):
+    """Layouts of one job. `tau`: Kendall's tau-b of predicted and measured; `regret`: how much slower than the fastest the
+    layout is that was predicted fastest."""
+
+    source: str
+    model: str
+    n: int
+    tau: float
+    regret: float
+
+
+class Risk(msgspec.Struct, frozen=True):
+    """Predicted probabilities of running out of memory, of `n` rows that all ran: the mean of their squares (Brier's score), and
+    how many exceed one half."""
+
+    brier: float | None
+    n: int
+    wrong: int
+
+
+class Score(msgspec.Struct, frozen=True):
+    rows: int
+    skipped: list[Skipped]
+    time: Group
+    memory: Group
+    sweeps: list[Sweep]
+    predictions: list[Scored]
+    out_of_memory: Risk
+
+
+def score(path: str | Path = "") -> Score:
+    """Score on the table at `path`, by default the shipped one. Raises InputError for what is no table."""
+    rows, skipped = table.read(path or published())
+    count = len(rows) + len(skipped)
+    scored: list[Scored] = []
+    risks: list[float] = []
+    by_row: dict[int, tuple[Row, float, float]] = {}
+    for row in rows:
+        try:
+            prediction = predicted(row)
+        except InputError as error:
+            skipped.append(Skipped(row.number, str(error)))
+            continue
+        risks.append(prediction.p_oom)
+        memory = _bytes(row, prediction) if row.bytes else None
+        seconds = prediction.seconds if row.seconds else None
+        scored.append(Scored(row.number, row.source, row.stratum, row.seconds, seconds, row.bytes, memory))
+        if row.seconds:
+            by_row[row.number] = (row, row.seconds, prediction.seconds.p50)
+    return Score(
+        rows=count,
+        skipped=sorted(skipped, key=lambda skip: skip.row),
+        time=_group(scored, _time_errors),
+        memory=_group(scored, _memory_errors),
+        sweeps=_sweeps(by_row.values()),
+        predictions=scored,
+        out_of_memory=Risk(
+            sum(risk**2 for risk in risks) / len(risks) if risks else None,
+            len(risks),
+            sum(risk > 0.5 for risk in risks),
+        ),
+    )
+
+
+def published() -> str:
+    """Path of the shipped table."""
+    return str(resources.files("fiveply.plan").joinpath("published.csv"))
+
+
+def job(row: Row) -> Job:
+    """What a row computed, on the devices it names."""
+    return Job(
+        spec=row.spec,
+        machine=machine(row),
+        software=row.software,
+        sequence=row.sequence,
+        global_batch=row.global_batch,
+        precision=row.precision,
+    )
+
+
+def machine(row: Row) -> Machine:
+    found = machines.load(row.device)
+    network = found.network
+    if row.network:
+        network = msgspec.structs.replace(network, bandwidth=row.network)
+    return msgspec.structs.replace(found, count=row.devices, devices_per_node=row.node, network=network)
+
+
+def predicted(row: Row) -> Prediction:
+    """The row's prediction; where it does not say its micro-batch, the fastest that fits is taken. Raises InputError for a
+    layout that is none."""
+    if row.layout.micro_batch:
+        return predict(job(row), row.layout)
+    replica = row.global_batch // row.layout.dp
+    tried = [
+        predict(job(row), msgspec.structs.replace(row.layout, micro_batch=size))
+        for size in divisors(max(1, replica))
+        if size <= 16
+    ]
+    fitting = [one for one in tried if one.p_oom < 0.5]
+    return min(fitting or tried, key=lambda one: one.seconds.p50)
+
+
+def _bytes(row: Row, prediction: Prediction) -> float:
+    ranks = prediction.memory_bytes
+    allocated = (ranks[-1] if row.last_rank else max(ranks)) + machine(row).workspace_bytes
+    return allocated * RESERVED if row.reserved else allocated
+
+
+RESERVED = 1.05
+"""Reserved over allocated memory: mean of 43 published runs, which span 1.03 to 1.09."""
+
+
+def errors(pairs: Sequence[tuple[float, float, bool | None]]) -> Errors:
+    """Of (measured, predicted, whether the interval held it)."""
+    if not pairs:
+        return Errors(None, None, 0, None)
+    relative = [predicted / measured - 1 for measured, predicted, _ in pairs]
+    held = [inside for *_, inside in pairs if inside is not None]
+    return Errors(
+        mape=sum(map(abs, relative)) / len(pairs),
+        bias=sum(relative) / len(pairs),
+        n=len(pairs),
+        coverage=sum(held) / len(held) if held else None,
+    )
+
+
+def _time_errors(scored: Scored) -> tuple[float, float, bool | None] | None:
+    if scored.measured_seconds is None or scored.predicted_seconds is None:
+        return None
+    held = scored.predicted_seconds.p10 <= scored.measured_seconds <= scored.predicted_seconds.p90
+    return scored.measured_seconds, scored.predicted_seconds.p50, held
+
+
+def _memory_errors(scored: Scored) -> tuple[float, float, bool | None] | None:
+    if scored.measured_bytes is None or scored.predicted_bytes is None:
+        return None
+    return scored.measured_bytes, scored.predicted_bytes, None
+
+
+def _group(scored: Iterable[Scored], pick: Callable[[Scored], tuple[float, float, bool | None] | None]) -> Group:
+    measured = [(one, pair) for one in scored if (pair := pick(one)) is not None]
+    whole = errors([pair for _, pair in measured])
+
+    def split(key: Callable[[Scored], str]) -> dict[str, Errors]:
+        parts: dict[str, list[tuple[float, float, bool | None]]] = defaultdict(list)
+        for one, pair in measured:
+            parts[key(one)].append(pair)
+        return {name: errors(pairs) for name, pairs in sorted(parts.items())}
+
+    return Group(
+        whole.mape, whole.bias, whole.n, whole.coverage, split(lambda one: one.source), split(lambda one: one.stratum)
+    )
+
+
+def _sweeps(measured: Iterable[tuple[Row, float, float]]) -> list[Sweep]:
+    sweeps: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+    for row, seconds, guess in measured:
+        sweeps[row.sweep].append((seconds, guess))
+    return [
+        Sweep(key[0], key[1], len(pairs), kendall(pairs), min(pairs, key=lambda p: p[1])[0] / min(pairs)[0] - 1)
+        for key, pairs in sweeps.items()
+        if len(pairs) >= SWEEP
+    ]
+
+
+def kendall(pairs: Sequence[tuple[float, float]]) -> float:
+    """Kendall's tau-b: concordant less discordant pairs, ties corrected for; 0 where one side is all ties."""
+    agree = ties_a = ties_b = 0
+    for (a, b), (c, d) in itertools.combinations(pairs, 2):
+        agree += (a > c) * (b > d) + (a < c) * (b < d) - (a > c) * (b < d) - (a < c) * (b > d)
+        ties_a += a == c
+        ties_b += b == d
+    count = len(pairs) * (len(pairs) - 1) / 2
+    return agree / math.sqrt((count - ties_a) * (count - ties_b)) if count > max(ties_a, ties_b) else 0.0

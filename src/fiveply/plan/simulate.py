@@ -1,0 +1,372 @@
+"""A pipeline's step by its own schedule: the actions that the runtime executes, with each stage's seconds.
+
+Each rank has a lane that computes, in the order of its actions, and one that gathers and reduces meanwhile. A transfer
+takes its seconds between the end of what it sends and the start of what needs it, and holds the sender up only where the
+system sends synchronously (`blocking`).
+
+`simulate` executes every action and says all that happened. `step_seconds` finds the same end of the step in milliseconds
+for any number of micro-batches: with constant seconds a schedule becomes periodic (it is a linear system over maximum and
+plus; Baccelli et al. 1992, Synchronization and Linearity), so a short step and its increment are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fiveply.pipeline_schedule import COMPUTE, Action, Kind, Schedule, ScheduleError, build
+from fiveply.timeline import Event
+
+
+class StageSeconds(msgspec.Struct, frozen=True):
+    """Seconds of one stage. `forward`, `input`, `weight`: one micro-batch; a whole backward is `input + weight`."""
+
+    forward: float
+    input: float
+    weight: float
+    send: float = 0.0
+    """From the end of a forward until the next stage has its output."""
+    send_back: float = 0.0
+    """From the end of a backward until the previous stage has its gradient."""
+    gather: float = 0.0
+    """Of the parameters that the first forward needs (zero 3)."""
+    reduce: float = 0.0
+    """Of its gradients, each time that the schedule says so."""
+    reduce_early: float = 0.0
+    """How long before the end of the last backward the first gradients are ready to be reduced."""
+    reduce_tail: float = 0.0
+    """Of the bucket that is ready last: it can't begin before the backward ends."""
+
+    @property
+    def busy(self) -> float:
+        """Computing one micro-batch."""
+        return self.forward + self.input + self.weight
+
+
+EMPTY = StageSeconds(0.0, 0.0, 0.0)
+
+
+class Simulated(msgspec.Struct, frozen=True):
+    """A step. By pipeline rank: `busy` computing, `exposed` waiting at its end for reductions, `finish` after that."""
+
+    seconds: float
+    busy: tuple[float, ...]
+    exposed: tuple[float, ...]
+    finish: tuple[float, ...]
+    events: tuple[Event, ...]
+
+    @property
+    def bubble(self) -> float:
+        """Idle over busy time, all ranks together: (pp - 1) / micro-batches for 1F1B of equal stages."""
+        return len(self.busy) * self.seconds / sum(self.busy) - 1
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """What the loop reads of an action. `need`, `out`: slots of arrival times; 0 arrives at once, 1 is needed by none."""
+
+    action: Action
+    rank: int
+    stage: int
+    need: int
+    out: int
+    crosses: bool
+    """Whether it is handed to another rank."""
+
+
+class _Program(NamedTuple):
+    """`steps`: (rank, what, need, out, travel). `what` from 0 on is a place in the table of costs, by kind of computation and
+    stage; -1 - stage gathers, and so on by _OTHERS. `travel` is a place in the table of transfers, 0 for none."""
+
+    steps: tuple[tuple[int, int, int, int, int], ...]
+    slots: int
+
+
+_OTHERS = (Kind.GATHER, Kind.REDUCE, Kind.FINISH)
+
+
+def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
+    """Execute the schedule event by event; `stages` by global stage. Raises ScheduleError if it deadlocks."""
+    entries = _entries(schedule)
+    ended, finish, exposed = _run(_program(schedule, entries), schedule.pp, stages, blocking)
+    busy = [0.0] * schedule.pp
+    events: list[Event] = []
+    for entry, end in zip(entries, ended, strict=True):
+        kind, chunk, micro_batch, _ = entry.action
+        one = stages[entry.stage] if entry.stage >= 0 else EMPTY
+        if kind in COMPUTE:
+            seconds = (one.forward, one.input + one.weight, one.input, one.weight)[COMPUTE.index(kind)]
+            busy[entry.rank] += seconds
+            events.append(Event(entry.rank, kind, chunk, micro_batch, end - seconds, end, stage=entry.stage))
+            if entry.crosses:
+                back = kind is not Kind.FORWARD
+                peer = schedule.rank_of(entry.stage + (-1 if back else 1))[0]
+                events.append(Event(entry.rank, "transfer", chunk, micro_batch, end, end + (one.send_back if back else one.send),
+                                    "communication", entry.stage, "pp", "send", peer=peer))  # fmt: skip
+        elif kind is Kind.FINISH:
+            events.append(Event(entry.rank, "wait", chunk, micro_batch, end - exposed[entry.rank], end, axis="dp"))
+        else:
+            seconds, operation = (one.gather, "all-gather") if kind is Kind.GATHER else (one.reduce, "reduce-scatter")
+            events.append(Event(entry.rank, "collective", chunk, micro_batch, end - seconds, end, "communication", entry.stage,
+                                "dp", operation))  # fmt: skip
+    events = [event for event in events if event.end > event.start or event.kind in COMPUTE]
+    ordered = sorted(events, key=lambda event: (event.rank, event.lane, event.start))
+    return Simulated(max(finish), tuple(busy), tuple(exposed), tuple(finish), tuple(ordered))
+
+
+class Ends(NamedTuple):
+    """When each pipeline rank has computed all that it computes in a step, and when each stage has its last gradient."""
+
+    ranks: NDArray[np.float64]
+    stages: NDArray[np.float64]
+
+    def seconds(self, shape: tuple[str, int, int], stages: Sequence[StageSeconds]) -> float:
+        """The end of the step once gradients are reduced, in the order in which a rank's chunks have them."""
+        name, pp, vp = shape
+        end = 0.0
+        for rank in range(pp):
+            own = sorted(stage_of(name, pp, rank, chunk) for chunk in range(vp))
+            lane = 0.0
+            for stage in sorted(own, key=lambda stage: self.stages[stage]):
+                one, ready = stages[stage], float(self.stages[stage])
+                lane = max(max(lane, ready - one.reduce_early) + one.reduce, ready + one.reduce_tail)
+            end = max(end, lane, float(self.ranks[rank]))
+        return end
+
+
+def stage_of(name: str, pp: int, rank: int, chunk: int) -> int:
+    """As `Schedule.stage_of`."""
+    return 2 * pp - 1 - rank if name == "zbv" and chunk == 1 else chunk * pp + rank
+
+
+def ends(
+    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False,
+    tolerance: float = 1e-3,
+) -> Ends:  # fmt: skip
+    """A step's ends as `simulate` would give them, reductions left out: exactly once a short step has become periodic.
+
+    Where stages still drift apart (nearly equal ones do for long), the end lies between two bounds, and a step twice as
+    long is tried until they are within `tolerance`; the lower one is returned.
+    """
+
+    stages = [msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in stages]
+
+    def run(count: int) -> tuple[Ends, NDArray[np.float64]]:
+        """The ends, and [micro-batch, stage] when each gradient is there."""
+        program, gradients = _compiled(name, pp, vp, count)
+        times, clock, _ = _run(program, pp, stages, blocking)
+        found = np.array(times)[gradients]
+        return Ends(np.array(clock), found.max(axis=0)), found
+
+    def later(found: Ends, seconds: float) -> Ends:
+        return Ends(found.ranks + seconds, found.stages + seconds)
+
+    if name == "gpipe":  # its forwards all stand before its backwards, so one trajectory does not show the increment
+        if micro_batches <= 3 * pp:
+            return run(micro_batches)[0]
+        last, before = run(3 * pp)[0], run(3 * pp - 1)[0]
+        return later(last, (micro_batches - 3 * pp) * float(last.ranks.max() - before.ranks.max()))
+    rounds, least = (pp, 3 * pp + micro_batches % pp * (pp + 1)) if name == "interleaved" else (1, 3 * pp)
+    drain = 2 * pp if vp > 1 else pp
+    count = least + drain + pp
+    while count < micro_batches:
+        short = count - (count - micro_batches) % rounds
+        found, gradients = run(short)
+        if period := _period(gradients[: short - drain], rounds, pp):
+            step, slowest, fastest = period
+            fitting = short + (micro_batches - short) % step
+            found = found if fitting == short else run(fitting)[0]
+            left = (micro_batches - fitting) // step
+            end = float(found.ranks.max())
+            low = max(end + left * fastest, bound(name, pp, vp, micro_batches, stages))
+            if end + left * slowest <= low * (1 + tolerance):
+                return later(found, low - end)
+        count *= 2
+    return run(micro_batches)[0]
+
+
+def step_seconds(
+    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False,
+    tolerance: float = 1e-3,
+) -> float:  # fmt: skip
+    """The end of the step as `simulate` would give it, by `ends`."""
+    found = ends(name, pp, vp, micro_batches, stages, blocking=blocking, tolerance=tolerance)
+    return found.seconds((name, pp, vp), stages)
+
+
+def _period(trajectory: NDArray[np.float64], step: int, pp: int) -> tuple[int, float, float] | None:
+    """(micro-batches, seconds) after which each stage repeats, in the last 2 * pp of `trajectory`; None before that.
+
+    Of the slowest stage and the fastest: while these differ, the slow one has yet to hold up the others.
+    """
+    window = trajectory[-2 * pp :]
+    close = 1e-9 * window[-1].max()
+    for period in range(step, pp + 1, step):
+        increments = window[period:] - window[:-period]
+        if np.ptp(increments, axis=0).max() <= close:
+            return period, float(increments[-1].max()), float(increments[-1].min())
+    return None
+
+
+def bound(name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds]) -> float:
+    """A step cannot end earlier: each rank must wait for its first input, compute, and pass its last gradient back."""
+    busy = [sum(stages[stage_of(name, pp, rank, chunk)].busy for chunk in range(vp)) for rank in range(pp)]
+    passing = [(stage.forward + stage.send, stage.input + stage.weight) for stage in stages[: pp - 1]]
+    forward, backward = np.array(passing).reshape(-1, 2).T
+    back = backward + np.array([stage.send_back for stage in stages[1:pp]])
+    return float(least_end(name, micro_batches, np.array(busy), forward, back))
+
+
+def least_end(
+    name: str, micro_batches: int, busy: NDArray[np.float64], forward: NDArray[np.float64], backward: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """`bound` from what it depends on: seconds of one micro-batch on each rank, and of passing it on, and back, through the
+    first chunk of each rank but the last. Ranks in the last dimension, any number of cases before it.
+
+    Under split backwards what a rank puts off may outlast the way back, so it is left out.
+    """
+    passing = forward if name in ("zb", "zbv") else forward + backward
+    ends = micro_batches * busy
+    ends[..., 1:] += np.cumsum(passing, axis=-1)
+    return ends.max(axis=-1)
+
+
+@lru_cache(maxsize=256)
+def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program, NDArray[np.int64]]:
+    """A schedule's program, and [micro-batch, stage] where in it each gradient is complete."""
+    schedule = build(name, pp, micro_batches, vp, transfers=False)
+    entries = _entries(schedule)
+    gradients = np.zeros((micro_batches, schedule.stages), np.int64)
+    for place, entry in enumerate(entries):
+        if entry.action.kind in (Kind.BACKWARD, Kind.WEIGHT):
+            gradients[entry.action.micro_batch, entry.stage] = place
+    return _program(schedule, entries), gradients
+
+
+def _entries(schedule: Schedule) -> list[_Entry]:
+    """All actions but transfers, each after what it needs. Raises ScheduleError for a deadlock."""
+    stages, count = schedule.stages, schedule.micro_batches
+    position = [0] * schedule.pp
+    made = {0, 1}
+    waiting: dict[int, int] = {}
+    entries: list[_Entry] = []
+    runnable = list(range(schedule.pp))
+    while runnable:
+        rank = runnable.pop()
+        actions = schedule.ranks[rank]
+        at = position[rank]
+        while at < len(actions):
+            action = actions[at]
+            kind, chunk, micro_batch, _ = action
+            stage = schedule.stage_of(rank, chunk) if chunk >= 0 else -1
+            need, out, crosses = 0, 1, False
+            if kind is Kind.FORWARD:
+                need = 2 + (stage - 1) * count + micro_batch if stage else 0
+                out = 2 + stage * count + micro_batch
+                crosses = stage + 1 < stages and schedule.rank_of(stage + 1)[0] != rank
+            elif kind is Kind.BACKWARD or kind is Kind.INPUT:
+                need = 2 + (stages + stage + 1) * count + micro_batch if stage + 1 < stages else 0
+                out = 2 + (stages + stage) * count + micro_batch
+                crosses = stage > 0 and schedule.rank_of(stage - 1)[0] != rank
+            if need not in made:
+                waiting[need] = rank
+                break
+            at += 1
+            if kind in COMPUTE or kind in _OTHERS:
+                entries.append(_Entry(action, rank, stage, need, out, crosses))
+            if out > 1:
+                made.add(out)
+                if out in waiting:
+                    runnable.append(waiting.pop(out))
+        position[rank] = at
+    for rank, actions in enumerate(schedule.ranks):
+        if position[rank] < len(actions):
+            raise ScheduleError(
+                f"rank {rank}, action {position[rank]} ({actions[position[rank]]}): deadlock: what it waits for is never sent"
+            )
+    return entries
+
+
+def _program(schedule: Schedule, entries: list[_Entry]) -> _Program:
+    count = schedule.stages
+    gathered: set[int] = set()
+    steps: list[tuple[int, int, int, int, int]] = []
+    for entry in entries:
+        kind, stage = entry.action.kind, entry.stage
+        if kind in _OTHERS:
+            steps.append((entry.rank, -1 - stage - count * _OTHERS.index(kind) if stage >= 0 else -1 - 2 * count, 0, 1, 0))
+            continue
+        code = COMPUTE.index(kind)
+        if code == 0 and schedule.gather and stage not in gathered:
+            gathered.add(stage)
+            code = len(COMPUTE)  # the first forward, which waits for its parameters
+        travel = 0 if not entry.crosses else 1 + stage + (count if code in (1, 2) else 0)
+        steps.append((entry.rank, code * count + stage, entry.need, entry.out, travel))
+    return _Program(tuple(steps), 2 + 2 * count * schedule.micro_batches)
+
+
+def _run(
+    program: _Program, pp: int, stages: Sequence[StageSeconds], blocking: bool
+) -> tuple[list[float], list[float], list[float]]:
+    """The end of each entry; when each rank is done, and how long it then waited for its other lane."""
+    count = len(stages)
+    first = len(COMPUTE) * count
+    forward = [stage.forward for stage in stages]
+    costs = [
+        *forward, *(stage.input + stage.weight for stage in stages), *(stage.input for stage in stages),
+        *(stage.weight for stage in stages), *forward,
+    ]  # fmt: skip
+    travels = [0.0, *(stage.send for stage in stages), *(stage.send_back for stage in stages)]
+    clock, lane, exposed = [0.0] * pp, [0.0] * pp, [0.0] * pp
+    gathered = [0.0] * count
+    arrival = [0.0] * program.slots
+    ended: list[float] = []
+    note = ended.append
+    for rank, what, need, out, travel in program.steps:
+        start = clock[rank]
+        if what >= 0:
+            if (arrived := arrival[need]) > start:
+                start = arrived
+            if what >= first and gathered[what - first] > start:
+                start = gathered[what - first]
+            clock[rank] = end = start + costs[what]
+            arrival[out] = end + travels[travel]
+            if blocking:
+                clock[rank] = arrival[out]
+        elif what >= -count:
+            end = max(start, lane[rank]) + stages[-1 - what].gather
+            lane[rank] = gathered[-1 - what] = end
+        elif what >= -2 * count:
+            one = stages[-1 - what - count]
+            lane[rank] = end = max(max(lane[rank], start - one.reduce_early) + one.reduce, start + one.reduce_tail)
+        else:
+            clock[rank] = end = max(start, lane[rank])
+            exposed[rank] = end - start
+        note(end)
+    return ended, clock, exposed
+
+
+def memory(schedule: Schedule, simulated: Simulated, kept: Sequence[int]) -> list[list[tuple[float, int]]]:
+    """By rank, (time, bytes alive from there on) of activations; `kept`: bytes of one micro-batch, by global stage.
+
+    Alive from the start of a forward to the end of its backward, or of its weight gradient.
+    """
+    changes: list[list[tuple[float, int]]] = [[(0.0, 0)] for _ in range(schedule.pp)]
+    for event in simulated.events:
+        if event.kind == Kind.FORWARD:
+            changes[event.rank].append((event.start, kept[event.stage]))
+        elif event.kind in (Kind.BACKWARD, Kind.WEIGHT):
+            changes[event.rank].append((event.end, -kept[event.stage]))
+    curves: list[list[tuple[float, int]]] = []
+    for of_rank in changes:
+        of_rank.sort()
+        alive, curve = 0, []
+        for time, change in of_rank:
+            alive += change
+            curve.append((time, alive))
+        curves.append(curve)
+    return curves

@@ -1,0 +1,362 @@
+"""Every collective and transfer of one rank in one step, counted exactly: axis, operation, bytes, how often, what can hide it.
+
+`part_traffic` is what one micro-batch needs in one part of the model, `step_traffic` what comes once a step, `traffic` all of
+it for one rank of fiveply's own runtime, equal to what the running code calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from typing import Literal
+
+import msgspec
+
+from fiveply import pipeline_schedule
+from fiveply.pipeline_schedule import Kind
+from fiveply.plan import units
+from fiveply.plan.software import Software
+from fiveply.plan.workload import FIVEPLY, Part, Phase, Split, chunk_rows, describe, parts, split_of
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.layout import Layout
+from fiveply.spec.placement import stage_units
+
+Operation = Literal[
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive"
+]  # as world/recorder.py names them
+SUMS_BYTES = 3 * 8
+"""Loss, square norm of the gradients and the wish to stop, in float64."""
+
+
+class Collective(msgspec.Struct, frozen=True):
+    """`bytes` of the larger of its tensors at one rank, `size` ranks on the axis, `count` calls of this kind.
+
+    axis: `tp`, `kv`, `cp`, `ep`, `etp`, `dp`, `shard`, `replica`, `edp` (ranks that hold the same experts), `pp`, `tied`, `world`.
+    part: the unit whose computation calls it; "" for those of the whole step.
+    hides: what may run meanwhile: "" (exposed), `weight` (the weight gradients of the same part), `block` (the computation
+    of the neighbouring part), `backward` (all that is left of the step's last backward), `expert`.
+    """
+
+    axis: str
+    operation: Operation
+    bytes: int
+    size: int
+    count: int
+    phase: Phase
+    part: str = ""
+    hides: Literal["", "weight", "block", "backward", "expert"] = ""
+
+
+def part_traffic(
+    spec: ModelSpec,
+    layout: Layout,
+    part: str,
+    *,
+    sequence: int,
+    software: Software = FIVEPLY,
+    precision: str = "bf16",
+) -> tuple[Collective, ...]:
+    """Of one micro-batch through `part`: `count` is calls a micro-batch. What recomputation runs again has phase `input`."""
+    split = split_of(layout, sequence=sequence, precision=precision)
+    found = _in_part(describe(spec, part), split, software)
+    if layout.zero >= 2:
+        found += _of_state_each(spec, layout, part, software)
+    return tuple(msgspec.structs.replace(collective, part=part) for collective in found)
+
+
+def handed_on(spec: ModelSpec, layout: Layout, *, sequence: int, precision: str = "bf16") -> int:
+    """Bytes of the hidden states that one rank hands to the next stage for one micro-batch."""
+    split = split_of(layout, sequence=sequence, precision=precision)
+    return split.local * spec.hidden * split.element
+
+
+@functools.cache
+def _in_part(part: Part, split: Split, software: Software) -> tuple[Collective, ...]:
+    calls = _Calls(split, software)
+    match part.what:
+        case "embed":
+            calls.leave(part.hidden, again=False)
+        case "head":
+            _vocabulary(calls, part, split, software)
+        case "layer":
+            _attention(calls, part, split)
+            _mlp(calls, part, split)
+            if part.predicts:
+                _vocabulary(calls, part, split, software)
+        case _:
+            pass
+    return tuple(calls.found)
+
+
+class _Calls:
+    """Collects the calls of one part's forward and, mirrored, of its backward."""
+
+    def __init__(self, split: Split, software: Software) -> None:
+        self.split, self.software = split, software
+        alternate = software.alternate and split.recompute == "selective"
+        self.full = split.recompute == "full"
+        self.enters = self.full or alternate  # what leaves is saved then
+        self.selected = set(software.selective) if split.recompute == "selective" else set[str]()
+        self.found: list[Collective] = []
+
+    def add(self, axis: str, operation: Operation, size: int, ranks: int, phase: Phase, count: int = 1) -> None:
+        if ranks > 1:
+            self.found.append(Collective(axis, operation, size, ranks, count, phase))
+
+    def both(
+        self, axis: str, forward: Operation | None, backward: Operation | None, size: int, ranks: int, *, again: bool
+    ) -> None:
+        """A call of forward, the one that mirrors it in backward, and forward's once more where it is recomputed."""
+        if forward:
+            self.add(axis, forward, size, ranks, "forward")
+        if backward:
+            self.add(axis, backward, size, ranks, "input")
+        if forward and again:
+            self.add(axis, forward, size, ranks, "input")
+
+    def enter(self, columns: int, *, again: bool) -> None:
+        """Before a column-parallel product of an input of `columns`."""
+        split = self.split
+        if split.sequence_parallel:
+            size = split.gathered * columns * split.element
+            self.both("tp", "all-gather", "reduce-scatter", size, split.tp, again=again)
+            if not self.software.gathered_input and not again:
+                self.add("tp", "all-gather", size, split.tp, "input")  # the weight gradient's input, gathered again
+        else:
+            self.both("tp", None, "all-reduce", split.tokens * columns * split.element, split.tp, again=again)
+
+    def leave(self, columns: int, *, again: bool) -> None:
+        """After a row-parallel product, and after the embedding."""
+        split = self.split
+        if split.sequence_parallel:
+            size = split.gathered * columns * split.element
+            self.both("tp", "reduce-scatter", "all-gather", size, split.tp, again=again)
+        else:
+            self.both("tp", "all-reduce", None, split.tokens * columns * split.element, split.tp, again=again)
+
+    def exchange(self, axis: str, size: int, ranks: int, *, again: bool) -> None:
+        self.both(axis, "all-to-all", "all-to-all", size, ranks, again=again)
+
+
+def _attention(calls: _Calls, part: Part, split: Split) -> None:
+    element, again = split.element, calls.full
+    heads, kv_heads, size, value = (
+        part.heads // split.tp,
+        max(1, part.kv_heads // split.tp),
+        part.head_dim,
+        part.head_dim,
+    )
+    latent = part.latent
+    if latent is None:
+        calls.enter(part.hidden, again=calls.enters)
+    else:
+        calls.enter(latent.kv_rank + latent.rope_dim, again=calls.enters)
+        calls.enter(latent.q_rank or part.hidden, again=calls.enters)
+        kv_heads, size, value = heads, latent.nope_dim + latent.rope_dim, latent.value_dim
+    if split.cp > 1 and split.cp_kind == "ulysses":
+        q, out = split.tokens * heads * size * element, split.tokens * heads * value * element
+        for traded in (q, split.tokens * kv_heads * size * element, split.tokens * kv_heads * value * element, out):
+            calls.exchange("cp", traded, split.cp, again=again)
+    elif split.cp > 1:
+        for columns in (size, value):  # keys, then values; gathered once more in backward, since the own part is kept
+            gathered = split.tokens * split.cp * kv_heads * columns * element
+            calls.both("cp", "all-gather", "reduce-scatter", gathered, split.cp, again=True)
+    calls.leave(part.hidden, again=again)
+
+
+def _mlp(calls: _Calls, part: Part, split: Split) -> None:
+    dropped = calls.software.stops_early and not max(part.dropout, calls.software.dropout)
+    inner = calls.full or "mlp" in calls.selected
+    experts = part.experts
+    if experts is not None:
+        again = calls.full or "experts" in calls.selected
+        chosen = split.routed * experts.per_token * part.hidden * split.element
+        calls.exchange("ep", chosen, split.ep, again=again)
+        calls.both("etp", "all-gather", "reduce-scatter", chosen * split.etp, split.etp, again=again)
+        calls.both("etp", "reduce-scatter", "all-gather", chosen * split.etp, split.etp, again=again)
+        calls.exchange("ep", chosen, split.ep, again=again)
+        if not split.sequence_parallel:  # each tensor rank takes its share of the tokens, and all need the result
+            calls.both(
+                "tp", "all-gather", "all-gather", split.tokens * part.hidden * split.element, split.tp, again=again
+            )
+    if experts is None or experts.shared_ffn:
+        calls.enter(part.hidden, again=inner or calls.enters)
+        calls.leave(part.hidden, again=inner and not dropped)
+
+
+def _vocabulary(calls: _Calls, part: Part, split: Split, software: Software) -> None:
+    """The head's input, and what the softmax over a split vocabulary needs: largest logit, then sums and target's logit."""
+    exact = max(4, split.element)
+    if software.loss != "chunked":
+        calls.enter(part.hidden, again=False)
+        calls.add("tp", "all-reduce", split.tokens * exact, split.tp, "forward", 3)
+        return
+    if split.sequence_parallel:
+        size = split.gathered * part.hidden * split.element
+        calls.both("tp", "all-gather", "reduce-scatter", size, split.tp, again=False)
+    else:
+        calls.enter(part.hidden, again=False)
+    chunk = chunk_rows(part.vocabulary, split.tp)
+    for rows, count in ((chunk, split.tokens // chunk), (split.tokens % chunk, 1)):
+        if rows and count:
+            calls.add("tp", "all-reduce", rows * exact, split.tp, "forward", count)
+            calls.add("tp", "all-reduce", 2 * rows * exact, split.tp, "forward", count)
+
+
+def _buffers(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0) -> list[tuple[str, str, int, int, int]]:
+    """The flat buffers of a unit: (axis of the shards, axis of the replicas, shards, replicas, elements of a part)."""
+    one = units.held(spec, layout, unit, tp_rank)
+    shards, ranks = units.shard_ranks(layout), units.data_ranks(layout)
+    found = [("shard", "replica", shards, ranks // shards, -(-one.longest // shards))]
+    if one.experts:
+        shards = units.expert_shard_ranks(layout)
+        found.append(("edp", "edp", shards, layout.expert_data // shards, -(-one.experts // shards)))
+    return found
+
+
+def _of_state_each(spec: ModelSpec, layout: Layout, part: str, software: Software) -> tuple[Collective, ...]:
+    """What zero 2 and 3 do every micro-batch: reduce each unit's gradients, and gather its parameters around each use."""
+    found: list[Collective] = []
+    shared = part == "head" and spec.embeds_at_end
+    unit = "embed" if part == "head" and spec.tied else part
+    reduces = not (shared and spec.tied and len(layout.end_ranks) == 1)  # the embedding's own unit does
+    for axis, _, shards, _, size in _buffers(spec, layout, unit):
+        if shards == 1:
+            continue
+        if layout.zero == 3:
+            bytes_ = round(size * shards * software.gather_bytes)
+            found.append(Collective(axis, "all-gather", bytes_, shards, 1, "forward", hides="block"))
+            if part not in ("embed", "positions") and (part != "head" or software.loss != "chunked"):
+                # The gradients of an embedding need no weights, and the runtime's head forms its own in forward.
+                found.append(Collective(axis, "all-gather", bytes_, shards, 1, "input", hides="block"))
+        if reduces:
+            bytes_ = round(size * shards * software.reduce_bytes)
+            found.append(Collective(axis, "reduce-scatter", bytes_, shards, 1, "weight", hides="backward"))
+    return tuple(found)
+
+
+def held_units(spec: ModelSpec, layout: Layout, pp_rank: int) -> dict[str, int]:
+    """Units that a pipeline rank holds, with their (first) stage."""
+    found: dict[str, int] = {}
+    for chunk in range(layout.chunks):
+        stage = layout.stage_of(pp_rank, chunk)
+        for unit in stage_units(spec, layout.stages, stage):
+            found.setdefault(unit, stage)
+    return found
+
+
+def unit_step_traffic(
+    spec: ModelSpec, layout: Layout, unit: str, *, tp_rank: int = 0, software: Software = FIVEPLY
+) -> tuple[Collective, ...]:
+    """What one unit calls once a step over the ranks that hold the same of it: reductions of gradients that are not made every
+    micro-batch, and gathers after the optimiser."""
+    found: list[Collective] = []
+    for axis, replica_axis, shards, replicas, size in _buffers(spec, layout, unit, tp_rank):
+        reduce, gather = round(size * shards * software.reduce_bytes), round(size * shards * software.gather_bytes)
+        if layout.zero == 0 and replicas > 1:
+            dp = "dp" if axis == "shard" else axis
+            found.append(Collective(dp, "all-reduce", reduce, replicas, 1, "weight", unit, "backward"))
+        if layout.zero == 1 and shards > 1:
+            found.append(Collective(axis, "reduce-scatter", reduce, shards, 1, "weight", unit, "backward"))
+        if layout.zero >= 1 and replicas > 1:
+            part = round(size * software.reduce_bytes)
+            found.append(Collective(replica_axis, "all-reduce", part, replicas, 1, "weight", unit))
+        if layout.zero in (1, 2) and shards > 1:
+            found.append(Collective(axis, "all-gather", gather, shards, 1, "step", unit))
+    return tuple(found)
+
+
+def sums(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    pp_rank: int,
+    tp_rank: int = 0,
+    shard: int = 0,
+    software: Software = FIVEPLY,
+) -> tuple[Collective, ...]:
+    """What is added up once a step besides: gradients that tensor ranks share, the copies of a tied embedding, and the sums of
+    the step. `shard`: the rank's index among those that share its state."""
+    shared: Counter[str] = Counter()
+    for unit, stage in held_units(spec, layout, pp_rank).items():
+        one = units.held(spec, layout, unit, tp_rank)
+        part = -(-one.longest // units.shard_ranks(layout))
+        low, high = shard * part, (shard + 1) * part
+        if layout.tp > 1:
+            alike = layout.tp // spec.kv_heads
+            shared["tp"] += one.owned(layout.tp, low, high)
+            shared["kv"] += one.owned(alike, low, high) if 1 < alike < layout.tp else 0
+        at_end = stage in (0, layout.stage_count - 1)
+        if unit == "embed" and spec.embeds_at_end and len(layout.end_ranks) > 1 and at_end:
+            shared["tied"] += sum(one.owned(add, low, high) for add in {add for add, _ in one.shared})
+    sizes = {"tp": layout.tp, "kv": layout.tp // min(spec.kv_heads, layout.tp), "tied": 2}
+    found = [
+        Collective(axis, "all-reduce", round(elements * software.reduce_bytes), sizes[axis], 1, "step")
+        for axis, elements in shared.items()
+        if elements
+    ]
+    if layout.world > 1:
+        found.append(Collective("world", "all-reduce", SUMS_BYTES, layout.world, 1, "step"))
+    return tuple(found)
+
+
+def step_traffic(
+    spec: ModelSpec,
+    layout: Layout,
+    *,
+    pp_rank: int,
+    tp_rank: int = 0,
+    shard: int = 0,
+    software: Software = FIVEPLY,
+) -> tuple[Collective, ...]:
+    """All that a rank calls once a step, transfers left out."""
+    mine = held_units(spec, layout, pp_rank)
+    each = (unit_step_traffic(spec, layout, unit, tp_rank=tp_rank, software=software) for unit in mine)
+    rest = sums(spec, layout, pp_rank=pp_rank, tp_rank=tp_rank, shard=shard, software=software)
+    return (*itertools.chain(*each), *rest)
+
+
+def traffic(
+    spec: ModelSpec,
+    layout: Layout,
+    rank: int,
+    *,
+    sequence: int,
+    global_batch: int,
+    software: Software = FIVEPLY,
+    precision: str = "bf16",
+) -> tuple[Collective, ...]:
+    """All that `rank` calls in one step, equal calls counted together."""
+    at, micro_batches = layout.coordinates(rank), global_batch // layout.dp // layout.micro_batch
+    total: Counter[Collective] = Counter()
+
+    def count(found: tuple[Collective, ...], times: int) -> None:
+        for one in found:
+            total[msgspec.structs.replace(one, count=1)] += one.count * times
+
+    for chunk in range(layout.chunks):
+        for part in parts(spec, layout.stages, layout.stage_of(at.pp, chunk)):
+            one = part_traffic(spec, layout, part, sequence=sequence, software=software, precision=precision)
+            count(one, micro_batches)
+    found = step_traffic(spec, layout, pp_rank=at.pp, tp_rank=at.tp, shard=at.shard, software=software)
+    count(found + _transfers(spec, layout, at.pp, micro_batches, sequence, precision), 1)
+    return tuple(msgspec.structs.replace(one, count=times) for one, times in total.items())
+
+
+def _transfers(
+    spec: ModelSpec, layout: Layout, pp_rank: int, micro_batches: int, sequence: int, precision: str
+) -> tuple[Collective, ...]:
+    schedule = pipeline_schedule.build(layout.schedule, layout.pp, micro_batches, layout.chunks)
+    kinds = Counter(action.kind for action in schedule.ranks[pp_rank])
+    size = handed_on(spec, layout, sequence=sequence, precision=precision)
+    found: list[Collective] = []
+    for kind, operation, phase in (
+        (Kind.SEND_FORWARD, "send", "forward"),
+        (Kind.RECEIVE_FORWARD, "receive", "forward"),
+        (Kind.SEND_BACKWARD, "send", "input"),
+        (Kind.RECEIVE_BACKWARD, "receive", "input"),
+    ):
+        if kinds[kind]:
+            found.append(Collective("pp", operation, size, layout.pp, kinds[kind], phase))
+    return tuple(found)

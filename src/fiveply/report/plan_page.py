@@ -1,0 +1,115 @@
+"""A plan as one self-contained HTML file: the ranked table, and for the row under the pointer its waterfall, its memory by
+rank and its pipeline over time.
+
+Values go into the page as JSON; `plan.js` draws what follows the chosen row. Nothing is loaded from outside.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import msgspec
+from markupsafe import Markup
+
+from fiveply.pipeline_schedule import COMPUTE, build
+from fiveply.plan.explain import TERMS, Answer, Ranked, WhyNot, interval_text, sensitivities, shape_warnings
+from fiveply.plan.predict import Predictor
+from fiveply.plan.simulate import simulate
+from fiveply.report.plan_text import compact, layout_text
+from fiveply.report.text import bytes_text, count_text
+
+MOST_DRAWN, MOST_MICRO_BATCHES = 1200, 24  # actions of a pipeline that can be told apart
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
+WORDS = {"ideal": "the model's operations at peak", "below peak": "products and attention below peak", **TERMS}
+
+
+def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
+    """The page's text."""
+
+    def beside(name: str) -> str:
+        return files("fiveply.report").joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    data = {"plans": [_plan(answer, one) for one in answer.ranked], "words": WORDS, "categories": CATEGORIES}
+    job, top = answer.job, answer.ranked[0]
+    helps = sorted(sensitivities(answer).items(), key=lambda item: -item[1])
+    return environment.from_string(beside("plan.html")).render(
+        style=Markup(beside("page.css") + beside("plan.css")),
+        script=Markup(beside("plan.js")),
+        data=Markup(msgspec.json.encode(data).decode().replace("<", "\\u003c")),
+        model=model,
+        lead=f"{count_text(job.global_batch * job.sequence)} tokens a step, in {job.global_batch:,} rows of {job.sequence:,}, on "
+        f"{answer.cluster.count:,} \N{MULTIPLICATION SIGN} {answer.cluster.device}, {job.precision}",
+        tiles=_tiles(answer, top),
+        rows=[_row(number, one, job.machine.memory_bytes) for number, one in enumerate(answer.ranked, start=1)],
+        searched=answer.searched,
+        seconds=answer.seconds,
+        helps=[(name, gain) for name, gain in helps if gain >= 0.001],
+        warnings=shape_warnings(answer),
+        reasons=[(one.wish, one.reason, layout_text(one.best) if one.best else "") for one in reasons],
+        unrunnable=any(one.runnable for one in answer.ranked),
+    )
+
+
+def _tiles(answer: Answer, top: Ranked) -> list[dict[str, str]]:
+    capacity, seconds = answer.job.machine.memory_bytes, top.prediction.seconds
+    gap = "proven best" if answer.searched.gap == 0 else f"at most {answer.searched.gap:.1%} above what was pruned"
+    return [
+        {"title": "Step", "value": f"{seconds.p50:.3g} s", "note": f"{seconds.p10:.3g} to {seconds.p90:.3g} s at 80%"},
+        {"title": "Tokens/s a device", "value": f"{top.tokens_per_second_per_device:,.0f}", "note": f"bound by {top.bound_by}"},
+        {"title": "MFU", "value": f"{top.mfu:.1%}", "note": "of the devices' peak"},
+        {"title": "Memory, worst rank", "value": bytes_text(top.worst), "note": f"{top.worst / capacity:.0%} of a device"},
+        {"title": "Out of memory", "value": f"{top.prediction.p_oom:.1%}", "note": "probability"},
+        {"title": "Search", "value": f"{answer.seconds:.1f} s", "note": gap},
+    ]  # fmt: skip
+
+
+def _row(number: int, one: Ranked, capacity: int) -> dict[str, Any]:
+    seconds = one.prediction.seconds
+    return {
+        "number": number,
+        "layout": compact(one.prediction.layout),
+        "devices": one.world,
+        "runnable": one.runnable,
+        "cells": [
+            (interval_text(seconds), seconds.p50),
+            (f"{one.tokens_per_second_per_device:,.0f}", one.tokens_per_second_per_device),
+            (f"{one.mfu:.1%}", one.mfu),
+            (f"{bytes_text(one.worst)} ({one.worst / capacity:.0%})", one.worst),
+            (f"{one.prediction.p_oom:.1%}", one.prediction.p_oom),
+            (one.bound_by, one.bound_by),
+        ],
+    }
+
+
+def _plan(answer: Answer, one: Ranked) -> dict[str, Any]:
+    prediction = one.prediction
+    return {
+        "layout": str(prediction.layout),
+        "runnable": one.runnable,
+        "waterfall": [(name, seconds) for name, seconds in one.waterfall if seconds],
+        "seconds": prediction.seconds.p50,
+        "memory": [[found.categories[name] for name in CATEGORIES] for found in prediction.footprints],
+        "when": [found.when for found in prediction.footprints],
+        "capacity": answer.job.machine.memory_bytes,
+        "timeline": _timeline(answer, one),
+    }
+
+
+def _timeline(answer: Answer, one: Ranked) -> dict[str, Any]:
+    """Compute actions of as many micro-batches as can be drawn: [rank, kind, chunk, micro-batch, start, end]."""
+    layout = one.prediction.layout
+    predictor = Predictor(msgspec.structs.replace(answer.job, order=one.order))
+    whole = predictor.micro_batches(layout)
+    drawn = max(1, min(whole, MOST_MICRO_BATCHES, MOST_DRAWN // (3 * layout.stage_count)))
+    found = simulate(build(layout.schedule, layout.pp, drawn, layout.chunks), one.prediction.stages)
+    actions = [
+        (event.rank, COMPUTE.index(event.kind), event.chunk, event.micro_batch, round(event.start, 7), round(event.end, 7))
+        for event in found.events
+        if event.kind in COMPUTE
+    ]
+    return {"pp": layout.pp, "drawn": drawn, "of": whole, "end": found.seconds, "bubble": found.bubble, "actions": actions}

@@ -1,0 +1,93 @@
+"""`layout = "auto"`: the planner's pick for the devices of this machine, and why.
+
+What was measured by `fiveply probe` here, `cluster.toml` in the working directory, goes before what is known of the kind of
+device in general.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fiveply.parallel.data_parallel import Dtypes
+from fiveply.plan import explain, footprint, machine, table
+from fiveply.plan.explain import TERMS, Answer, Ranked, interval_text
+from fiveply.plan.space import Limits
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.cluster import ClusterSpec
+from fiveply.spec.errors import InputError
+from fiveply.world.device import Devices, find
+
+AUTO = "auto"
+MEASURED = Path("cluster.toml")
+"""Where `fiveply probe` leaves what it measured, and `auto` looks for it."""
+RUNNABLE: dict[str, tuple[object, ...]] = {"cp": (1,), "ep": (1,), "offload": ("none",)}
+"""What the runtime has of the keys that can be planned."""
+
+
+def cluster(found: Devices | None = None, ranks: int = 0) -> ClusterSpec:
+    """This machine's devices, or as many as there are `ranks` if these were started elsewhere too.
+
+    Raises InputError for a GPU that the planner does not know.
+    """
+    found = found or find()
+    count = ranks or found.count
+    if MEASURED.is_file():
+        measured = ClusterSpec.load(MEASURED)
+        if (measured.device == "cpu") == (found.kind == "cpu"):
+            return ClusterSpec(
+                measured.device, count, measured.devices_per_node, measured.memory_bytes, measured.measured, measured.shared
+            )
+    if found.kind == "cpu":
+        return ClusterSpec("cpu", count, found.count, found.memory_bytes)
+    try:
+        return ClusterSpec(table.device(found.name), count, found.count, found.memory_bytes)
+    except table.RowError:
+        raise InputError(
+            f"the planner does not know {found.name}", where="layout", key=AUTO,
+            fix=f"give a layout such as dp={count}, or run `fiveply probe` first (known: {', '.join(machine.names())})",
+        ) from None  # fmt: skip
+
+
+def plan(
+    spec: ModelSpec, devices: ClusterSpec, dtypes: Dtypes, *, sequence: int, global_batch: int, ranks: int = 0,
+    compiled: bool = False, alone: bool = False,
+) -> Answer:  # fmt: skip
+    """The best layouts that the runtime runs, of exactly `ranks` ranks where they are given. `compiled`: blocks are; `alone`:
+    replicas step alone, and so share nothing. Raises InputError where none is."""
+    among = dict(RUNNABLE)
+    if compiled:
+        among["schedule"] = ("gpipe", "1f1b", "interleaved")
+    if alone:
+        among["zero"] = (0,)
+    if spec.attention_dropout:
+        among |= {"dp": (1,), "tp": (1,), "pp": (1,), "recompute": ("none",)}
+    sizes = [dtype.itemsize for dtype in (dtypes.compute, dtypes.reduce, dtypes.optimizer)]
+    worlds = [ranks] if ranks else None
+    return explain.answer(
+        spec, devices, sequence=sequence, global_batch=global_batch, precision=precision(dtypes.compute),
+        limits=Limits(among=among), system=footprint.runtime(*sizes), worlds=worlds,
+    )  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """As the planner names it."""
+    return {torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
+
+
+def reason(answer: Answer) -> str:
+    """`planned dp=2 for 2 of cpu: 0.30 s (0.27-0.33) a step; next tp=2, 8% slower by tensor collectives`."""
+    top = answer.ranked[0]
+    text = f"planned {top.prediction.layout} for {answer.cluster}: {interval_text(top.prediction.seconds)} a step expected"
+    if len(answer.ranked) == 1:
+        return text + "; no other layout fits"
+    other = answer.ranked[1]
+    share = other.prediction.seconds.p50 / top.prediction.seconds.p50 - 1
+    return f"{text}; {other.prediction.layout} would take {share:.1%} longer{_because(top, other)}"
+
+
+def _because(top: Ranked, other: Ranked) -> str:
+    ours, theirs = dict(top.waterfall), dict(other.waterfall)
+    name = max(TERMS, key=lambda term: theirs.get(term, 0.0) - ours.get(term, 0.0))
+    return f", mostly by {TERMS[name]}" if theirs.get(name, 0.0) > ours.get(name, 0.0) else ""
