@@ -13,11 +13,12 @@ import pytest
 from random_models import add_tokenizer, save_random
 from serve_process import serving
 
-from fiveply.load import Level, Load, Percentiles, knee, measure
+from fiveply.cli import main
+from fiveply.load import Level, Load, Percentiles, knee, levels, measure
 from fiveply.spec.errors import InputError, RunError
 
 
-def test_against_the_server(tmp_path: Path) -> None:
+def test_against_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_random("llama", tmp_path / "m", vocab_size=258, num_hidden_layers=2, max_position_embeddings=4096)
     add_tokenizer(tmp_path / "m")
     told: list[int] = []
@@ -33,6 +34,14 @@ def test_against_the_server(tmp_path: Path) -> None:
         assert 0 < level.ttft_ms.p50 <= level.ttft_ms.p99
         assert level.output_tokens_per_second == pytest.approx(108 / level.seconds)
         assert server.metric("generated_tokens_total") == 108
+        flags = ["--url", server.url, "--model", "m", "--concurrency", "1,2", "--requests", "4", "--output-tokens", "5"]
+        main(["bench", "serve", *flags, "--prompt-words", "5", "--json"])
+        printed = json.loads(capsys.readouterr().out)
+        assert {"requests", "errors", "output_tokens_per_second", "ttft_ms", "tpot_ms"} <= printed.keys()
+        assert (printed["requests"], printed["errors"], set(printed["ttft_ms"])) == (4, 0, {"p50", "p99"})
+        assert [one["concurrency"] for one in printed["levels"]] == [1, 2]
+        main(["bench", "serve", *flags, "--prompt-words", "5"])
+        assert "knee at concurrency" in capsys.readouterr().out
         with pytest.raises(RunError, match=r"no answer came: HTTP 404: .*the model 'other' is not served here"):
             measure(Load(url=server.url + "/v1", model="other"))
     assert sorted(told)[-1] == 9
@@ -92,6 +101,7 @@ def test_nobody_there() -> None:
     [
         ({"url": "localhost:8000"}, "bench serve: url: 'localhost:8000' is no address; as http://127.0.0.1:8000"),
         ({"concurrency": 0}, "bench serve: concurrency: 0 is out of range; give 1 or more"),
+        ({"model": ""}, "bench serve: model: is missing; give the server's name for it: see /v1/models"),
         ({"requests": -1}, "bench serve: requests: is negative"),
     ],
 )
@@ -99,6 +109,11 @@ def test_bad_input(changed: dict[str, Any], line: str) -> None:
     with pytest.raises(InputError) as caught:
         Load(**{"url": "http://a", "model": "m"} | changed)
     assert str(caught.value) == line
+
+
+def test_levels_are_numbers() -> None:
+    with pytest.raises(InputError, match="bench serve: concurrency: '1;2' is no number; as 8, or 1,4,16"):
+        levels(url="http://a", model="m", concurrency="1;2")
 
 
 def test_percentiles_and_the_knee() -> None:

@@ -404,31 +404,63 @@ def plan(
 
 @command
 def bench(
-    what: Annotated[Positional[Literal["plan"]], arg(metavar="plan")],
+    what: Annotated[Positional[Literal["plan", "serve"]], arg(metavar="plan|serve")],
     /,
     *,
     table: str = "",
+    url: str = "http://127.0.0.1:8000",
+    model: str = "",
+    concurrency: str = "1",
+    rate: float = 0.0,
+    requests: int = 0,
+    prompt_words: int = 128,
+    output_tokens: int = 128,
+    ignore_end: Flag = False,
+    api_key: str = "",
     json: Flag = False,
 ) -> None:
-    """Score the planner on a table of published measurements: step time, memory, ranking of layouts.
+    """Score the planner on published measurements, or load a server and say what its clients saw.
 
     fiveply bench plan --table measurements.csv
 
+    fiveply bench serve --url http://127.0.0.1:8000 --model NAME --concurrency 1,4,16
+
     Args:
-        what: What is scored.
+        what: What is measured.
         table: A CSV with the columns of the shipped table (src/fiveply/plan/published.csv), which is the default.
-        json: Print the score, with one prediction a row, as one JSON object on standard output.
+        url: Any server of OpenAI's API.
+        model: Its name for the model.
+        concurrency: Answers under way at once; several levels, joined by commas, are run in turn and the knee is said.
+        rate: Answers begun a second, at random times; 0 begins one as soon as another ends.
+        requests: Answers of a level; by default four for each that is under way, at least 16.
+        prompt_words: Words of a prompt, about a token each.
+        output_tokens: Most tokens of an answer.
+        ignore_end: Ask for answers of full length, which not every server understands.
+        api_key: Sent with each request.
+        json: Print the result as one JSON object on standard output.
     """
     from rich.console import Console
 
+    if what == "serve":
+        from fiveply import load
+
+        found = load.levels(
+            url=url, model=model, concurrency=concurrency, rate=rate, requests=requests, prompt_words=prompt_words,
+            output_tokens=output_tokens, ignore_end=ignore_end, key=api_key,
+        )  # fmt: skip
+        if json:
+            _print_json(load.result(found))
+        else:
+            load.show(found, Console())
+        return
     from fiveply import bench as benches
     from fiveply.plan import score
 
-    found = score.score(table)
+    scored = score.score(table)
     if json:
-        _print_json(msgspec.to_builtins(found))
+        _print_json(msgspec.to_builtins(scored))
     else:
-        benches.show(found, Console())
+        benches.show(scored, Console())
 
 
 def main(args: list[str] | None = None) -> None:

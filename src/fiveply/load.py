@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from fiveply.spec.errors import InputError, RunError
 
@@ -54,6 +58,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
                 raise InputError(
                     f"{getattr(self, key)} is out of range", where="bench serve", key=key, fix="give 1 or more"
                 )
+        if not self.model:
+            raise InputError(
+                "is missing", where="bench serve", key="model", fix="give the server's name for it: see /v1/models"
+            )
         if self.requests < 0 or self.rate < 0:
             raise InputError("is negative", where="bench serve", key="requests" if self.requests < 0 else "rate")
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
@@ -161,6 +169,51 @@ def measure(load: Load, told: Callable[[int], None] = lambda done: None) -> Leve
         tpot_ms=Percentiles.of([(a.last - a.first) / (a.tokens - 1) for a in good if a.tokens > 1]),
         first_error=bad[0] if bad else "",
     )  # fmt: skip
+
+
+def levels(*, concurrency: str, **settings: Any) -> list[Level]:
+    """One level for each number of `concurrency`, joined by commas; other settings as Load's. Raises as Load and `measure`."""
+    try:
+        numbers = [int(number) for number in concurrency.split(",")]
+    except ValueError:
+        raise InputError(
+            f"'{concurrency}' is no number", where="bench serve", key="concurrency", fix="as 8, or 1,4,16"
+        ) from None
+    loads = [Load(concurrency=number, **settings) for number in numbers]
+    found: list[Level] = []
+    with Progress(disable=not sys.stderr.isatty(), transient=True, console=Console(stderr=True)) as bar:
+        for load in loads:
+            task = bar.add_task(f"concurrency {load.concurrency}", total=load.count)
+            found.append(measure(load, lambda done, task=task: bar.update(task, completed=done)))
+    return found
+
+
+def result(found: Sequence[Level]) -> dict[str, Any]:
+    """The verb's JSON: the level at the knee, and all of them."""
+    return msgspec.to_builtins(knee(found)) | {"levels": msgspec.to_builtins(list(found))}
+
+
+def show(found: Sequence[Level], console: Console) -> None:
+    table = Table(
+        "concurrency", "answers", "errors", "tokens/s", "first token p50", "p99", "per token p50", "p99", box=None
+    )
+    for level in found:
+        times = [
+            f"{one:,.1f} ms" for two in (level.ttft_ms, level.tpot_ms) for one in ((two.p50, two.p99) if two else ())
+        ]
+        table.add_row(
+            str(level.concurrency),
+            str(level.requests),
+            str(level.errors),
+            f"{level.output_tokens_per_second:,.1f}",
+            *times,
+        )
+    console.print(table)
+    if len(found) > 1:
+        console.print(f"knee at concurrency {knee(found).concurrency}: {KNEE:.0%} of the highest throughput")
+    for level in found:
+        if level.first_error:
+            console.print(f"first error at concurrency {level.concurrency}: {level.first_error}")
 
 
 def knee(levels: Sequence[Level]) -> Level:

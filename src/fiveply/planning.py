@@ -93,7 +93,9 @@ def rows(tokens: str, sequence: int) -> int:
     if sequence < 1:
         raise InputError(f"{sequence} is not a length", where="--seq", fix="give a whole number from 1")
     if not match or not (count := float(match[1]) * LETTERS[match[2].lower()]):
-        raise InputError(f"'{tokens}' is not a number of tokens", where="--batch-tokens", fix="write 4M, 512k or 4194304")
+        raise InputError(
+            f"'{tokens}' is not a number of tokens", where="--batch-tokens", fix="write 4M, 512k or 4194304"
+        )
     if count % sequence:
         nearest = max(1, round(count / sequence)) * sequence
         raise InputError(f"{count:,.0f} tokens are not whole rows of {sequence}", where="--batch-tokens",

@@ -47,7 +47,9 @@ def costs_of(name: str, pp: int, stages: Sequence[StageSeconds]) -> pipeline_sch
         if action.kind not in COMPUTE:
             return 0.0
         one = stages[shape.stage_of(rank, action.chunk)]
-        return {"forward": one.forward, "backward": one.input + one.weight, "input": one.input, "weight": one.weight}[action.kind]
+        return {"forward": one.forward, "backward": one.input + one.weight, "input": one.input, "weight": one.weight}[
+            action.kind
+        ]
 
     return cost
 
@@ -97,7 +99,11 @@ def test_a_slow_stage_sets_the_pace_and_transfers_delay_only_the_fill() -> None:
     assert found.seconds == pytest.approx(1 + 60 + 2)
     sending = [StageSeconds(1.0, 1.0, 1.0, send=0.5, send_back=0.5)] * 2
     free = simulate(build("1f1b", 2, 10), [EVEN] * 2).seconds
-    assert free < simulate(build("1f1b", 2, 10), sending).seconds < simulate(build("1f1b", 2, 10), sending, blocking=True).seconds
+    assert (
+        free
+        < simulate(build("1f1b", 2, 10), sending).seconds
+        < simulate(build("1f1b", 2, 10), sending, blocking=True).seconds
+    )
 
 
 def test_a_reduction_hides_behind_the_last_backward_as_far_as_it_may() -> None:

@@ -178,9 +178,7 @@ def test_rank_zero_holds_the_most_of_every_parameter(drawn: tuple[ModelSpec, Lay
             assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize(
-    "source", [*CONFIGS, *presets()[:6]], ids=lambda source: Path(source).stem
-)
+@pytest.mark.parametrize("source", [*CONFIGS, *presets()[:6]], ids=lambda source: Path(source).stem)
 def test_the_table_is_the_decoders_parameters(source: Path | str) -> None:
     spec = ModelSpec.load(source)
     with torch.device("meta"):

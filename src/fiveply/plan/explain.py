@@ -119,7 +119,9 @@ def answer(
     searched: list[Searched] = []
     job = None
     for world in worlds or _worlds(cluster, objective):
-        job = job_of(spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system)
+        job = job_of(
+            spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system
+        )
         one = search(job, world, limits, wanted=wanted)
         searched.append(one)
         found += [rank(job, choice.layout, choice.order) for choice in one.choices]
@@ -230,9 +232,13 @@ def why(answer: Answer, wish: str, limits: Limits | None = None) -> WhyNot:
         more = best.prediction.seconds.p50 - top.prediction.seconds.p50
         if more <= 0:
             return WhyNot(wish, "it is as fast", best)
-        return WhyNot(wish, f"{more / top.prediction.seconds.p50:+.1%} time: " + ", ".join(differences(top, best)), best)
+        return WhyNot(
+            wish, f"{more / top.prediction.seconds.p50:+.1%} time: " + ", ".join(differences(top, best)), best
+        )
     if found.legal:
-        return WhyNot(wish, f"none of its {found.legal:,} layouts fits in {job.machine.memory_bytes / 2**30:.0f} GiB a device")
+        return WhyNot(
+            wish, f"none of its {found.legal:,} layouts fits in {job.machine.memory_bytes / 2**30:.0f} GiB a device"
+        )
     return WhyNot(wish, _refusal(answer, wished))
 
 
@@ -291,7 +297,9 @@ def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
         """Seconds of a layer's, and of the head's, products per FLOP."""
         seconds = flops = 0.0
         for part in ("layers.0", "head"):
-            work = workload.work(changed, layout, part, sequence=job.sequence, software=job.software, precision=job.precision)
+            work = workload.work(
+                changed, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
+            )
             products = [one for one in work.operations if one.kind in ("product", "grouped")]
             seconds += sum(cost.operation_seconds(one, job.machine, job.software, job.precision) for one in products)
             flops += sum(one.flops * one.count for one in products)
@@ -353,7 +361,11 @@ def plan_of(answer: Answer, model: str, one: Ranked) -> Plan:
     job, prediction = answer.job, one.prediction
     machine = job.machine
     cluster = msgspec.structs.replace(
-        answer.cluster, devices_per_node=machine.devices_per_node, memory_bytes=machine.memory_bytes, measured={}, shared={}
+        answer.cluster,
+        devices_per_node=machine.devices_per_node,
+        memory_bytes=machine.memory_bytes,
+        measured={},
+        shared={},
     )
     predicted = Predicted(prediction.seconds, prediction.terms, prediction.memory_bytes)
     return Plan(str(prediction.layout), model, cluster, job.sequence, job.global_batch, job.precision, predicted)

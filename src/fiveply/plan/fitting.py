@@ -95,7 +95,9 @@ class Fitting:
         its least a(r).
         """
         pp, dp = splits.columns["pp"][rows[0]].item(), splits.columns["dp"][rows[0]].item()
-        inside, outside, working = self._kept_of(splits)[rows].T[:, :, None] * splits.columns["micro_batch"][rows][:, None]
+        inside, outside, working = (
+            self._kept_of(splits)[rows].T[:, :, None] * splits.columns["micro_batch"][rows][:, None]
+        )
         if self._degrees is None:
             self._degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
         first, place = self._degrees
@@ -122,7 +124,9 @@ class Fitting:
                 key = rounds.tobytes() + bytes(name == "zbv")
                 if key not in done:
                     end = (opening if name == "zbv" else closing)[here]
-                    takes = opening[here] // (held[here] + rounds[0] * kept[here]) + end // (held[here] + rounds[-1] * kept[here])
+                    takes = opening[here] // (held[here] + rounds[0] * kept[here]) + end // (
+                        held[here] + rounds[-1] * kept[here]
+                    )
                     for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
                         takes += len(ranks) * (room[here] // (held[here] + ranks.min() * kept[here]))
                     fits = takes >= layers

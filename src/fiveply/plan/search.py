@@ -177,7 +177,9 @@ class _Search:
                 fits, found = self.fitting.may_fit(splits, rows, orders, kinds)
                 fit += found
                 for index in np.flatnonzero(fits.any(axis=1)).tolist():
-                    pipelines_of[int(rows[index])] = [order for order, one in zip(orders, fits[index], strict=True) if one]
+                    pipelines_of[int(rows[index])] = [
+                        order for order, one in zip(orders, fits[index], strict=True) if one
+                    ]
         self._bundle(pipelines_of)
         return legal, fit
 
@@ -195,7 +197,9 @@ class _Search:
             if one not in least:
                 least[one] = self._least_row(splits.layout(int(first[one]))) * self.job.global_batch
             degrees_inside = splits.columns["tp"][rows[0]] * splits.columns["cp"][rows[0]]
-            self._push(float(least[one] * degrees_inside / self.world), "bundle", [(row, pipelines_of[row]) for row in rows])
+            self._push(
+                float(least[one] * degrees_inside / self.world), "bundle", [(row, pipelines_of[row]) for row in rows]
+            )
 
     def _least_row(self, layout: Layout) -> float:
         """Least seconds of a row through the whole model, of all micro-batches and recomputations: in a micro-batch so large
@@ -282,9 +286,7 @@ class _Search:
             self._seconds[key] = np.array([(one.forward, one.input, one.weight) for one in priced])
         return self._seconds[key]
 
-    def _pipeline_end(
-        self, layout: Layout, order: str, more: NDArray[np.float64] | float = 0.0
-    ) -> NDArray[np.float64]:
+    def _pipeline_end(self, layout: Layout, order: str, more: NDArray[np.float64] | float = 0.0) -> NDArray[np.float64]:
         """The least end of the pipeline's part of a step. `more`: [case, kind of part] seconds by which each takes longer."""
         each, divided = self._part_seconds(layout, order), self.fitting.divided(layout)
         busy = (each.sum(axis=1) + more) @ divided.parts.T
@@ -325,7 +327,8 @@ class _Search:
             return None
         of_rank = held[held.max(axis=1).argmin()]
         layers = [
-            sum(layout.stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)) for rank in range(layout.pp)
+            sum(layout.stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks))
+            for rank in range(layout.pp)
         ]
         most = np.floor(np.maximum(layers, 1) * SURELY / of_rank).astype(int).tolist()
         least, folded = 0 if layout.chunks == 1 else layout.chunks, layout.schedule == "zbv"

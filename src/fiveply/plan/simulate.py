@@ -222,7 +222,11 @@ def bound(name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[Stag
 
 
 def least_end(
-    name: str, micro_batches: int, busy: NDArray[np.float64], forward: NDArray[np.float64], backward: NDArray[np.float64]
+    name: str,
+    micro_batches: int,
+    busy: NDArray[np.float64],
+    forward: NDArray[np.float64],
+    backward: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """`bound` from what it depends on: seconds of one micro-batch on each rank, and of passing it on, and back, through the
     first chunk of each rank but the last. Ranks in the last dimension, any number of cases before it.
@@ -298,7 +302,9 @@ def _program(schedule: Schedule, entries: list[_Entry]) -> _Program:
     for entry in entries:
         kind, stage = entry.action.kind, entry.stage
         if kind in _OTHERS:
-            steps.append((entry.rank, -1 - stage - count * _OTHERS.index(kind) if stage >= 0 else -1 - 2 * count, 0, 1, 0))
+            steps.append(
+                (entry.rank, -1 - stage - count * _OTHERS.index(kind) if stage >= 0 else -1 - 2 * count, 0, 1, 0)
+            )
             continue
         code = COMPUTE.index(kind)
         if code == 0 and schedule.gather and stage not in gathered:

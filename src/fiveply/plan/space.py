@@ -138,7 +138,9 @@ def states(dp: int, cp: int, limits: Limits) -> list[tuple[int, int]]:
     """(zero, dp_shard) of `dp` replicas; with one, and no context ranks beside it, there is nothing to share."""
     found = [(0, 0)]
     if dp * cp > 1:
-        found += [(zero, 0 if shard == dp else shard) for zero in (1, 2, 3) for shard in divisors(dp) if shard > 1 or dp == 1]
+        found += [
+            (zero, 0 if shard == dp else shard) for zero in (1, 2, 3) for shard in divisors(dp) if shard > 1 or dp == 1
+        ]
     elif limits.fixed.get("zero"):
         found = [(limits.fixed["zero"], 0)]
     return [

@@ -108,8 +108,22 @@ def _timeline(answer: Answer, one: Ranked) -> dict[str, Any]:
     drawn = max(1, min(whole, MOST_MICRO_BATCHES, MOST_DRAWN // (3 * layout.stage_count)))
     found = simulate(build(layout.schedule, layout.pp, drawn, layout.chunks), one.prediction.stages)
     actions = [
-        (event.rank, COMPUTE.index(event.kind), event.chunk, event.micro_batch, round(event.start, 7), round(event.end, 7))
+        (
+            event.rank,
+            COMPUTE.index(event.kind),
+            event.chunk,
+            event.micro_batch,
+            round(event.start, 7),
+            round(event.end, 7),
+        )
         for event in found.events
         if event.kind in COMPUTE
     ]
-    return {"pp": layout.pp, "drawn": drawn, "of": whole, "end": found.seconds, "bubble": found.bubble, "actions": actions}
+    return {
+        "pp": layout.pp,
+        "drawn": drawn,
+        "of": whole,
+        "end": found.seconds,
+        "bubble": found.bubble,
+        "actions": actions,
+    }

@@ -33,7 +33,9 @@ def parts(answer: Answer, whys: list[WhyNot], width: int) -> list[RenderableType
     if helps:
         found.append(Text("What would help: " + ", ".join(helps)))
     found += [Text(f"Shape: {warning}", style="yellow") for warning in shape_warnings(answer)]
-    found += [Text(f"Why not {one.wish}? {one.reason}" + (f" ({layout_text(one.best)})" if one.best else "")) for one in whys]
+    found += [
+        Text(f"Why not {one.wish}? {one.reason}" + (f" ({layout_text(one.best)})" if one.best else "")) for one in whys
+    ]
     if top.runnable:
         found.append(Text(f"fiveply's runtime does not run the first layout yet: {top.runnable}", style="yellow"))
         first = next((one for one in answer.ranked if not one.runnable), None)
@@ -66,7 +68,9 @@ def compact(layout: Layout) -> str:
     stages = "+".join(map(str, layout.stages))
     if len(layout.stages) > 8:
         sizes = sorted(set(layout.stages))
-        text = text.replace(stages, f"({len(layout.stages)} of {sizes[0]}" + (f" to {sizes[-1]})" if len(sizes) > 1 else ")"))
+        text = text.replace(
+            stages, f"({len(layout.stages)} of {sizes[0]}" + (f" to {sizes[-1]})" if len(sizes) > 1 else ")")
+        )
     elif len(layout.stages) == 1:
         text = text.replace(f",stages={stages}", "").replace(f"stages={stages},", "")
     return text

@@ -163,7 +163,9 @@ def _experts(config: dict[str, Any], layers: int, where: str) -> Experts | None:
         renamed = "num_local_experts"  # as `transformers` 5 writes it
         shared = _take(config, "shared_expert_intermediate_size", where) if family == "qwen2_moe" else 0
         return Experts(
-            count=_take(config, renamed if renamed in config else "num_experts", where, 60 if family == "qwen2_moe" else 128),
+            count=_take(
+                config, renamed if renamed in config else "num_experts", where, 60 if family == "qwen2_moe" else 128
+            ),
             per_token=_take(config, "num_experts_per_tok", where),
             ffn=_take(config, "moe_intermediate_size", where),
             layers=tuple(i for i in every if i not in cast(list[Any], dense) and (i + 1) % step == 0),

@@ -37,7 +37,12 @@ def cluster(found: Devices | None = None, ranks: int = 0) -> ClusterSpec:
         measured = ClusterSpec.load(MEASURED)
         if (measured.device == "cpu") == (found.kind == "cpu"):
             return ClusterSpec(
-                measured.device, count, measured.devices_per_node, measured.memory_bytes, measured.measured, measured.shared
+                measured.device,
+                count,
+                measured.devices_per_node,
+                measured.memory_bytes,
+                measured.measured,
+                measured.shared,
             )
     if found.kind == "cpu":
         return ClusterSpec("cpu", count, found.count, found.memory_bytes)
@@ -79,7 +84,9 @@ def precision(dtype: torch.dtype) -> str:
 def reason(answer: Answer) -> str:
     """`planned dp=2 for 2 of cpu: 0.30 s (0.27-0.33) a step; next tp=2, 8% slower by tensor collectives`."""
     top = answer.ranked[0]
-    text = f"planned {top.prediction.layout} for {answer.cluster}: {interval_text(top.prediction.seconds)} a step expected"
+    text = (
+        f"planned {top.prediction.layout} for {answer.cluster}: {interval_text(top.prediction.seconds)} a step expected"
+    )
     if len(answer.ranked) == 1:
         return text + "; no other layout fits"
     other = answer.ranked[1]

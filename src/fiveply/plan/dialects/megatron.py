@@ -42,7 +42,9 @@ def read(flags: str, devices: int = 0) -> Given:
     dialect = load("megatron")
     facts, flags_given, unread, notes = read_flags(dialect, flags, WHERE)
     if not flags_given:
-        raise InputError(f"'{flags}' is neither a file nor arguments", where=WHERE, fix="give --num-layers 32 and so on, quoted")
+        raise InputError(
+            f"'{flags}' is neither a file nor arguments", where=WHERE, fix="give --num-layers 32 and so on, quoted"
+        )
     spec = _model(facts)
     layout, global_batch = _layout(facts, spec, devices)
     batch = {"sequence": _needed(facts, "sequence", "--seq-length"), "global_batch": global_batch}
