@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fiveply.engine import sampler
+from fiveply.engine.constrain import Constraint, Grammars
 from fiveply.engine.paged_attention import PagedAttention, Span
 from fiveply.model.decoder import Decoder
 from fiveply.serve.messages import Beginning, Outcome, Score, Segment, StepBatch, StepResult
@@ -33,6 +34,7 @@ class _Request:
     table: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """All so far, where sampling looks back."""
+    constraint: Constraint | None = None
     hidden_sum_D: Tensor | None = None
     """Over its tokens so far, where it is to be embedded."""
 
@@ -40,8 +42,8 @@ class _Request:
 class Runner:
     """Steps through this rank's part of the model."""
 
-    def __init__(self, decoder: Decoder, attention: PagedAttention, mesh: Mesh) -> None:
-        self._decoder, self._attention, self._mesh = decoder, attention, mesh
+    def __init__(self, decoder: Decoder, attention: PagedAttention, mesh: Mesh, grammars: Grammars) -> None:
+        self._decoder, self._attention, self._mesh, self._grammars = decoder, attention, mesh, grammars
         self._requests: dict[int, _Request] = {}
         self._sent: Call | None = None
         parameter = next(decoder.parameters())
@@ -67,11 +69,16 @@ class Runner:
 
     def _request(self, segment: Segment) -> _Request:
         if segment.begins is not None:
-            self._requests[segment.request] = _Request(segment.begins, tokens=list(segment.begins.cached))
+            request = self._requests[segment.request] = _Request(segment.begins, tokens=list(segment.begins.cached))
+            if segment.begins.sampling.grammar and self._decoder.model.norm is not None:
+                request.constraint = Constraint(self._grammars, segment.begins.sampling.grammar)
+                request.constraint.hear(request.tokens[segment.begins.prompt :])
         request = self._requests[segment.request]
         request.table += segment.blocks
         if request.begins.sampling.looks_back:  # for these nothing is guessed
             request.tokens += segment.tokens
+        if request.constraint is not None:
+            request.constraint.hear(segment.tokens[max(0, request.begins.prompt - segment.start) :])
         return request
 
     def _input(self, batch: StepBatch, tokens: int) -> Tensor:
@@ -104,18 +111,23 @@ class Runner:
             if begins.embeds:
                 outcome.embedding = self._pooled(segment, request, hidden_TD[first:end])
             if segment.last and segment.samples:
+                allowed_V = None if request.constraint is None else request.constraint.allowed()
                 for back in range(segment.guesses, -1, -1):
                     asked.append(end - 1 - back)
                     position = segment.start + len(segment.tokens) - back
-                    rows.append(sampler.Row(begins.sampling, position, request.tokens, begins.prompt))
+                    rows.append(sampler.Row(begins.sampling, position, request.tokens, begins.prompt, allowed_V))
             if segment.last or outcome.prompt_scores:
                 outcomes[segment.request] = outcome
             first = end
         if asked:
             chosen = iter(sampler.choose(self._logits(hidden_TD[torch.tensor(asked, device=self._device)]), rows))
-            for segment in segments:
+            for segment, request in zip(segments, requests, strict=True):
                 if segment.last and segment.samples:
                     _accept(segment, [next(chosen) for _ in range(segment.guesses + 1)], outcomes[segment.request])
+                    if request.constraint is not None and request.constraint.problem:
+                        outcomes[segment.request] = Outcome(
+                            segment.request, problem=f"grammar: {request.constraint.problem}"
+                        )
         return list(outcomes.values())
 
     def _scores(self, segment: Segment, begins: Beginning, hidden_TD: Tensor) -> list[Score]:

@@ -32,11 +32,16 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     seed: int = 0
     logit_bias: dict[int, float] = {}
     top_logprobs: int = -1  # likeliest tokens to report with the chosen one's; -1: report none
+    grammar: str = ""  # what the answer has to be (`serve/grammar.py`); empty: anything
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
 
     @property
     def looks_back(self) -> bool:
         """Whether the choice depends on earlier tokens."""
-        return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
+        return self.penalises or bool(self.grammar)
 
 
 class Beginning(msgspec.Struct, frozen=True, array_like=True):
