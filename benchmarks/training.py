@@ -1,6 +1,6 @@
 """fiveply's training step beside its peers' at the same split: one process, and data, tensor and pipeline parallel on two ranks.
 
-    python benchmarks/training.py [--dtype float32] [--rounds 4] [--json FILE] [--only tp=2]
+    python benchmarks/training.py [--dtype float32] [--rounds 3] [--json FILE] [--only tp=2]
     python benchmarks/training.py --growth              how fiveply's cost grows with sequence, layers and micro-batches
 
 The `15m` preset, 16 rows of 256 tokens, AdamW, clipping, the same batches, in float32 and, where the processor is fast at it,
@@ -440,7 +440,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="one of them alone")
-    parser.add_argument("--rounds", type=int, default=4, help="counted steps of each")
+    parser.add_argument("--rounds", type=int, default=3, help="counted steps of each")
     parser.add_argument("--only", help="one layout, as tp=2")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
     parser.add_argument("--growth", action="store_true", help="how fiveply's own cost grows, instead")

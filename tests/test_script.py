@@ -168,6 +168,7 @@ time.sleep(5)  # between steps nobody waits, so nothing hangs
 job.step(batch)
 if world.rank == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)  # a moment passes before the stop takes hold of this thread
 job.step(batch)
 """
 

@@ -16,26 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 import fiveply
+from fiveply import cli_measure  # noqa: F401  (registers plan, probe and bench)
+from fiveply.command import Flag, app, command, finish, print_json
 from fiveply.spec.errors import FiveplyError, InputError
 from fiveply.world.allocator import keep_freed_memory
-
-Flag = FlagCreatePairsOff[bool]
-app = tyro.extras.SubcommandApp()
-
-
-def command(verb: Callable[..., None]) -> Callable[..., None]:
-    """Register a verb such that parsing returns it bound to its flags: parsing and running fail in different ways."""
-
-    @functools.wraps(verb)
-    def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
-        return functools.partial(verb, *args, **kwargs)
-
-    app.command(bound)
-    return verb
 
 
 @command
@@ -124,12 +111,12 @@ def train(
 
         found = dry.of_run(spec, layout, ranks)
         if json:
-            _print_json(msgspec.to_builtins(found))
+            print_json(msgspec.to_builtins(found))
         else:
             dry.show(found)
         return
     ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
-    _finish(trainer.train(ready), json)
+    finish(trainer.train(ready), json)
 
 
 @command
@@ -171,7 +158,7 @@ def verify(
     )
     print(equality.table(result), file=sys.stderr if json else sys.stdout)
     if json:
-        _print_json(result)
+        print_json(result)
     if not result["pass"]:
         raise SystemExit(1)
 
@@ -227,7 +214,7 @@ def generate(
         **settings,
     )
     if json:
-        _print_json(result)
+        print_json(result)
         return
     for completion in result["completions"]:
         print(f"{prompt}{completion['text']}")
@@ -313,7 +300,7 @@ def convert(
         huggingface.export(store.Checkpoint.open(run if run.is_dir() else source), Path(folder))
     else:
         gguf.convert(Path(source), Path(folder))
-    _finish({"folder": folder}, json, f"wrote {folder}")
+    finish({"folder": folder}, json, f"wrote {folder}")
 
 
 @command
@@ -338,129 +325,7 @@ def report(
     from fiveply.report import page
 
     path = page.write_report(Path(run), Path(out) if out else None)
-    _finish({"report": str(path)}, json, f"wrote {path}")
-
-
-@command
-def plan(
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = "",
-    /,
-    *,
-    cluster: str,
-    seq: int = 0,
-    batch_tokens: str = "",
-    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4"] = "bf16",
-    objective: Literal["time", "cost", "devices"] = "time",
-    fix: UseAppendAction[tuple[str, ...]] = (),
-    max: UseAppendAction[tuple[str, ...]] = (),
-    why: UseAppendAction[tuple[str, ...]] = (),
-    emit: str = "",
-    explain_megatron: str = "",
-    out: str = "run.plan",
-    html: str = "",
-    json: Flag = False,
-) -> None:
-    """Find the best layout of a model on a cluster: ranked, with its step time, memory, and the reasons.
-
-    fiveply plan llama-3.1-8b --cluster h100:8 --seq 8192 --batch-tokens 4M
-
-    fiveply plan path/to/config.json --cluster cluster.toml --seq 4096 --batch-tokens 1M --fix tp=8 --max pp=4 --why tp=2
-
-    fiveply plan llama-3.1-70b --cluster h100:64 --seq 8192 --batch-tokens 4M --emit megatron
-
-    Args:
-        model: A preset, a config.json, or a Hugging Face directory.
-        cluster: Devices as NAME:COUNT (h100:64, cpu:4), or a file that fiveply probe wrote.
-        seq: Tokens of a row.
-        batch_tokens: Tokens of a global batch; 4M is 4 x 2^20.
-        precision: Of the computation.
-        objective: time of a step, cost (device-seconds) of a token, or the fewest devices that do.
-        fix: Hold a key of the layout at a value, as tp=8; may be given several times.
-        max: Hold a key of the layout at or below a value, as pp=4.
-        why: Say why the plan is not so, as tp=2 or tp=2,pp=4.
-        emit: Print the plan as another system's flags or configuration (megatron, torchtitan, deepspeed, accelerate, vllm).
-        explain_megatron: Megatron-LM arguments, or a file of them: say their predicted time and memory, and what to change
-            within --fix and --max.
-        out: The plan file to write, which every verb takes where it takes a layout.
-        html: A self-contained page to write.
-        json: Print the result as one JSON object on standard output.
-    """
-    from fiveply import planning
-
-    if explain_megatron:
-        found = planning.megatron(explain_megatron, cluster, fix=fix, most=max)
-        _finish(found, json, found["text"])
-        return
-    for flag, given in (("MODEL", model), ("--seq", seq), ("--batch-tokens", batch_tokens)):
-        if not given:
-            raise InputError(f"{flag} is missing", where="fiveply plan", fix="see fiveply plan --help")
-    values = planning.plan(
-        model, cluster, sequence=seq, batch_tokens=batch_tokens, precision=precision, objective=objective, fix=fix,
-        most=max, wishes=why, emit=emit, out=out, html=html, json=json,
-    )  # fmt: skip
-    if json:
-        _print_json(values)
-
-
-@command
-def bench(
-    what: Annotated[Positional[Literal["plan", "serve"]], arg(metavar="plan|serve")],
-    /,
-    *,
-    table: str = "",
-    url: str = "http://127.0.0.1:8000",
-    model: str = "",
-    concurrency: str = "1",
-    rate: float = 0.0,
-    requests: int = 0,
-    prompt_words: int = 128,
-    output_tokens: int = 128,
-    ignore_end: Flag = False,
-    api_key: str = "",
-    json: Flag = False,
-) -> None:
-    """Score the planner on published measurements, or load a server and say what its clients saw.
-
-    fiveply bench plan --table measurements.csv
-
-    fiveply bench serve --url http://127.0.0.1:8000 --model NAME --concurrency 1,4,16
-
-    Args:
-        what: What is measured.
-        table: A CSV with the columns of the shipped table (src/fiveply/plan/published.csv), which is the default.
-        url: Any server of OpenAI's API.
-        model: Its name for the model.
-        concurrency: Answers under way at once; several levels, joined by commas, are run in turn and the knee is said.
-        rate: Answers begun a second, at random times; 0 begins one as soon as another ends.
-        requests: Answers of a level; by default four for each that is under way, at least 16.
-        prompt_words: Words of a prompt, about a token each.
-        output_tokens: Most tokens of an answer.
-        ignore_end: Ask for answers of full length, which not every server understands.
-        api_key: Sent with each request.
-        json: Print the result as one JSON object on standard output.
-    """
-    from rich.console import Console
-
-    if what == "serve":
-        from fiveply import load
-
-        found = load.levels(
-            url=url, model=model, concurrency=concurrency, rate=rate, requests=requests, prompt_words=prompt_words,
-            output_tokens=output_tokens, ignore_end=ignore_end, key=api_key,
-        )  # fmt: skip
-        if json:
-            _print_json(load.result(found))
-        else:
-            load.show(found, Console())
-        return
-    from fiveply import bench as benches
-    from fiveply.plan import score
-
-    scored = score.score(table)
-    if json:
-        _print_json(msgspec.to_builtins(scored))
-    else:
-        benches.show(scored, Console())
+    finish({"report": str(path)}, json, f"wrote {path}")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -506,7 +371,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
 
 
 def verbs() -> list[str]:
-    return ["train", "plan", "verify", "generate", "serve", "convert", "report", "bench"]
+    return ["train", "plan", "verify", "generate", "serve", "convert", "probe", "report", "bench"]
 
 
 def _spread_settings(args: list[str]) -> list[str]:
@@ -525,17 +390,6 @@ def _spread_settings(args: list[str]) -> list[str]:
 
 def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, (int, float)) else f'"{value}"'
-
-
-def _finish(result: dict[str, Any], json: bool, line: str = "") -> None:
-    if json:
-        _print_json(result)
-    elif line:
-        print(line)
-
-
-def _print_json(result: dict[str, Any]) -> None:
-    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
 
 
 if __name__ == "__main__":

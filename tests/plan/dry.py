@@ -34,7 +34,12 @@ class Drawn:
     rank: int
     sequence: int = 25
     rows: int = 16
-    dtype: str = "float32"
+    dtype: str = "float64"
+    here: bool = False
+    """Whether the dry run takes this machine's own rules, or those of others."""
+
+    def __str__(self) -> str:
+        return f"{self.model}:{self.layout}:{self.dtype}@{self.rank}"
 
     @property
     def spec(self) -> ModelSpec:
@@ -96,12 +101,13 @@ class Drawn:
 
 @cache
 def _dry(case: Drawn) -> DryRank:
-    return dry_run(case.run, case.spec, case.resolved, case.dtypes, case.rank)
+    return dry_run(case.run, case.spec, case.resolved, case.dtypes, case.rank, here=case.here)
 
 
 def draw(count: int, seed: int, world: int = 8) -> list[Drawn]:
     """Layouts of `world` ranks at models that they are legal for. 16-bit types are drawn where a CPU keeps what GPUs keep:
-    it holds a window's mask, and a layer norm's numbers, in another type."""
+    it holds a window's mask, and a layer norm's numbers, in another type. float32 is not: which library computes its products
+    depends on the processor, and with it the largest moments."""
     random_ = random.Random(seed)
     rows = 16
     choices = {name: list(every_layout(world, spec, rows)) for name, spec in MODELS.items()}
@@ -113,7 +119,7 @@ def draw(count: int, seed: int, world: int = 8) -> list[Drawn]:
         micro_batch = random_.choice((0, 1))
         layout = msgspec.structs.replace(random_.choice(choices[name]), recompute=recompute, micro_batch=micro_batch)
         exact = name in ("gpt2", "qwen2", "mistral")
-        dtype = random_.choice(("float32", "float64") if exact else ("float32", "float64", "bfloat16"))
+        dtype = "float64" if exact else random_.choice(("float64", "bfloat16"))
         sequence = random_.choice((16, 25))
         cases.append(Drawn(name, str(layout), random_.randrange(world), sequence, rows, dtype))
     return cases

@@ -138,6 +138,16 @@ def test_fused_attention_counts_what_is_seen_and_plain_attention_the_square() ->
     assert plain > 3 * fused
 
 
+def test_an_older_kernel_is_slower_on_a_newer_device() -> None:
+    one = Operation("attention", "attention", "forward", "core", (1, 8192, 8192, 32, 32, 128, 128, 0), 10**12, 0)
+
+    def seconds(device: machine.Machine, kernel: str) -> float:
+        return cost.operation_seconds(one, device, msgspec.structs.replace(NEMO, kernel=kernel), "bf16")
+
+    assert seconds(A100, "best") == seconds(A100, "flash2") < seconds(A100, "flash1")
+    assert seconds(H100, "best") < seconds(H100, "flash2") < seconds(H100, "flash1")
+
+
 def test_the_interval_widens_where_less_is_known() -> None:
     def width(*args: object) -> float:
         low, middle, high = cost.interval(1.0, *args)  # pyright: ignore[reportArgumentType]

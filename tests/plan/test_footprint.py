@@ -99,26 +99,6 @@ def test_peaks_of_real_sizes(case: Drawn) -> None:
     assert abs(difference(case)) < 0.025
 
 
-@given(
-    name=st.sampled_from(("gpipe", "1f1b", "zb", "interleaved", "zbv")),
-    pp=st.integers(1, 6),
-    vp=st.integers(2, 3),
-    micro_batches=st.integers(1, 40),
-)
-def test_activations_in_flight_are_the_schedules_own(name: str, pp: int, vp: int, micro_batches: int) -> None:
-    chunks = {"interleaved": vp, "zbv": 2}.get(name, 1)
-    schedule = pipeline_schedule.build(name, pp, micro_batches, chunks)
-    found = footprint.in_flight(name, pp, chunks, micro_batches)
-    assert found.shape == (pp, chunks)
-    assert tuple(found.sum(axis=1)) == pipeline_schedule.peak_in_flight(schedule)
-
-
-def test_closed_forms_of_activations_in_flight() -> None:
-    assert footprint.in_flight("1f1b", 8, 1, 64)[:, 0].tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
-    assert footprint.in_flight("gpipe", 4, 1, 10)[:, 0].tolist() == [10, 10, 10, 10]
-    assert footprint.in_flight("zb", 4, 1, 16)[:, 0].tolist() == [4, 4, 4, 4]
-
-
 def test_state_of_arrays_is_that_of_each() -> None:
     shards, zero = np.array([1, 2, 8, 8, 8]), np.array([0, 1, 1, 2, 3])
     together = footprint.state_of(1001, shards, zero)

@@ -44,6 +44,9 @@ def test_like_changes_some_figures_and_keeps_the_others() -> None:
     assert small.memory_bytes * 2 == large.memory_bytes
     assert small.products == large.products
     assert small.sources["peak"] == large.sources["peak"]
+    slow, fast = machine.load("a800").link["all-reduce"], large.link["all-reduce"]
+    assert slow.bandwidth < fast.bandwidth
+    assert slow.hop == fast.hop, "tables within tables are changed key by key"
 
 
 def test_a_precision_that_a_device_lacks_runs_in_the_next_wider() -> None:

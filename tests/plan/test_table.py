@@ -43,6 +43,21 @@ def test_a_row_becomes_a_job_a_layout_and_a_system(path: Path) -> None:
     assert (row.stratum, row.seconds, row.bytes) == ("complete-16-bit", 1.5, None)
 
 
+@pytest.mark.parametrize(
+    ("column", "texts", "expected"),
+    [
+        ("recompute", ("full", "yes", "Full (block)"), "full"),
+        ("recompute", ("none", "no", "off"), "none"),
+        ("zero", ("3", "fsdp", "FSDP2", "ZeRO-3"), 3),
+        ("zero", ("0", ""), 0),
+    ],
+)
+def test_columns_are_read_as_tables_write_them(
+    path: Path, column: str, texts: tuple[str, ...], expected: object
+) -> None:
+    assert {getattr(read(path, **{column: text, "pp": 1}).layout, column) for text in texts} == {expected}
+
+
 def test_time_follows_from_a_rate(path: Path) -> None:
     assert read(path, step_time_s="", tokens_per_s_per_gpu=4096).seconds == pytest.approx(64 * 8192 / (4096 * 64))
 
@@ -110,6 +125,8 @@ def test_parameters_of_known_models_come_out_as_printed() -> None:
         ({"num_gpus": 60, "tp": 7}, "does not divide 60 devices"),
         ({"gpu": "abacus"}, "gpu: 'abacus' is unknown"),
         ({"precision": "int3"}, "precision: 'int3' is unknown"),
+        ({"recompute": "some"}, "recompute: 'some' is unknown"),
+        ({"zero": "infinity"}, "zero: 'infinity' is unknown"),
         ({"step_time_s": ""}, "measures neither time nor memory"),
         ({"notes": "SFT, packed SQuAD"}, "not a pretraining step"),
         ({"kv_heads": 5}, "5 key-value heads do not divide 32 heads"),

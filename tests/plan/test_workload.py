@@ -59,9 +59,8 @@ def test_many_ranks_products_are_those_computed(case: Drawn) -> None:
     assert_equal_products(case)
 
 
-@pytest.mark.parametrize("case", [case for case in FEW if case.dtype != "bfloat16"], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 def test_attention_is_that_computed(case: Drawn) -> None:
-    """In 16-bit types a CPU's backward is composed of other products (`model/flash_backward.py`)."""
     assert_equal_attention(case)
 
 

@@ -112,7 +112,7 @@ def attention_seconds(operation: Operation, machine: Machine, software: Software
     head = (size + value) / 2
     speed = machine.attention
     reached = speed.efficiency * seen / (seen + speed.half_sequence) * head / (head + speed.half_head)
-    reached *= software.attention * (speed.backward if backward else 1.0)
+    reached *= speed.older.get(software.kernel, 1.0) * (speed.backward if backward else 1.0)
     return speed.launch + operation.flops / (machine.flops("bf16" if BYTES[precision] <= 2 else precision) * reached)
 
 

@@ -85,7 +85,10 @@ def job_of(
     system: Software | None = None,
 ) -> Job:  # fmt: skip
     """The job on `world` of the cluster's devices."""
-    return Job(spec, machine_of(cluster, world), system or software(precision), sequence, global_batch, precision)
+    habits = system or software(precision)
+    if cluster.step_seconds:
+        habits = msgspec.structs.replace(habits, step_seconds=cluster.step_seconds)
+    return Job(spec, machine_of(cluster, world), habits, sequence, global_batch, precision)
 
 
 def machine_of(cluster: ClusterSpec, world: int) -> Machine:

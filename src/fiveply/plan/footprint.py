@@ -16,14 +16,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from fiveply import pipeline_schedule
 from fiveply.pipeline_schedule import Action, Kind, Schedule
 from fiveply.plan import units
+from fiveply.plan.buffers import Buffers
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import handed_on, held_units
-from fiveply.plan.workload import FIVEPLY, INDEX_BYTES, Split, Work, describe, parts, split_of, work
+from fiveply.plan.workload import FIVEPLY, INDEX_BYTES, Split, describe, parts, split_of, work
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 
@@ -94,10 +94,10 @@ class Stage(msgspec.Struct, frozen=True):
     """At zero 2 and 3: the head's gradient of an embedding that it shares with another chunk, until that chunk's are reduced."""
 
 
-def runtime(compute: int, reduce: int, optimizer: int, *, same: bool = False) -> Software:
+def runtime(compute: int, reduce: int, optimizer: int) -> Software:
     """fiveply's own runtime with types of these bytes: of parameters that compute, of gradients as they are accumulated and
     reduced, of what the optimiser updates. AdamW keeps two moments, and a master copy where the types differ."""
-    master = optimizer if compute != optimizer and not same else 0
+    master = optimizer if compute != optimizer else 0
     return msgspec.structs.replace(
         FIVEPLY,
         parameter_bytes=compute,
@@ -111,14 +111,13 @@ def runtime(compute: int, reduce: int, optimizer: int, *, same: bool = False) ->
 def state_of(elements: Any, shards: Any, zero: Any, *, software: Software = FIVEPLY) -> tuple[Any, Any, Any]:
     """Bytes of (parameters, gradients, optimiser state) of one flat buffer of `elements` whose sharded state `shards` ranks
     share. Whole numbers or arrays that broadcast together."""
-    zero = np.asarray(zero)
     part = -(-elements // shards)
-    whole = part * shards
-    parameters = np.where(zero == 3, part, whole) * software.parameter_bytes
-    gradients = np.where(zero >= 2, part, whole) * software.gradient_bytes
+    spare = part * shards - part  # what the other ranks own
+    parameters = (part + spare * (zero < 3)) * software.parameter_bytes
+    gradients = part + spare * (zero < 2)
     if software.separate_part:
-        gradients = gradients + np.where((zero == 1) & (np.asarray(shards) > 1), part, 0) * software.gradient_bytes
-    return parameters, gradients, part * software.optimizer_bytes
+        gradients = gradients + part * ((zero == 1) & (shards > 1))
+    return parameters, gradients * software.gradient_bytes, part * software.optimizer_bytes
 
 
 def state(
@@ -162,16 +161,14 @@ def stage(
         held = [shared + this + before for this, before in zip(kept, [0, *kept], strict=False)]
     output = 0 if number == layout.stage_count - 1 else handed
     splits = layout.schedule in ("zb", "zbv") and layout.pp > 1
-    buffers = _Buffers(spec, layout, names, software, tp_rank)
+    buffers = Buffers(spec, layout, names, software, tp_rank)
     forward = backward = begin = last_backward = shared
     for index, one in enumerate(works):
         forward = max(forward, held[index] + one.forward_working + buffers.gathered(index, 1))
         gathered = buffers.gathered(index, -1) + (buffers.tied if "embed" in names and index < len(works) - 1 else 0)
         computing = held[index] + one.backward_working + gathered
         if index == len(works) - 1:
-            computing -= (
-                output  # the gradient that another stage sent is the stream's here, and held beside it further on
-            )
+            computing -= output  # a gradient that another stage sent is the stream's here, and beside it further on
         if splits:  # weight gradients and reductions come later, but the head's gradient is there from its forward
             behind = range(index + 1, len(works))
             heads = sum(buffers.formed(later) for later in behind if names[later] == "head")
@@ -221,72 +218,6 @@ def _shared(spec: ModelSpec, layout: Layout, names: Sequence[str], split: Split)
     if layout.recompute != "none" and any(describe(spec, name).window in range(1, split.sequence) for name in layers):
         total += split.sequence**2
     return total
-
-
-class _Buffers:
-    """Parameters and gradients of a chunk's units that stand only for a while: bytes by the index of the part."""
-
-    def __init__(self, spec: ModelSpec, layout: Layout, names: Sequence[str], software: Software, tp_rank: int) -> None:
-        self.zero, self.software = layout.zero, software
-        self.sizes: list[tuple[int, int, int]] = []
-        """Elements of each unit: of its whole buffers, of the parts that a rank owns where it shares them, and of its tensors."""
-        for name in names if layout.zero else ():
-            one = units.held(spec, layout, "embed" if name == "head" and spec.tied else name, tp_rank)
-            whole = own = 0
-            for elements, shards in (
-                (one.longest, units.shard_ranks(layout)),
-                (one.experts, units.expert_shard_ranks(layout)),
-            ):
-                part = -(-elements // shards)
-                whole, own = whole + part * shards, own + (part if shards > 1 else 0)
-            self.sizes.append((whole, own, one.elements))
-        self.reduced = self.sizes
-        """Those whose reductions this chunk starts: not an embedding's that another place of the same rank starts."""
-        self.tied = 0
-        """Bytes of its gradient that wait for that."""
-        if layout.zero >= 1 and names[-1] == "head" and spec.tied and len(layout.end_ranks) == 1:
-            self.tied = round(self.sizes[-1][2] * software.parameter_bytes) if layout.zero >= 2 else 0
-            self.reduced = [*self.sizes[:-1], (0, 0, 0)]
-        self.first = self.gathered(0, 0)
-        owned = sum(own for _, own, _ in self.reduced)
-        self.left = round(owned * software.reduce_bytes) if self.zero == 1 else self.reducing(0, 2)
-
-    def gathered(self, index: int, step: int) -> int:
-        """At zero 3 a part's parameters, and those of the part that comes next."""
-        if self.zero != 3:
-            return 0
-        low, high = sorted((index, index + step))
-        return round(sum(whole for whole, _, _ in self.sizes[max(0, low) : high + 1]) * self.software.gather_bytes)
-
-    def formed(self, index: int) -> int:
-        """At zero 2 and 3 a part's gradients as they were formed."""
-        return round(self.reduced[index][2] * self.software.parameter_bytes) if self.zero >= 2 else 0
-
-    def copied(self, index: int) -> int:
-        """The same in one buffer, of the type that is reduced."""
-        return round(self.reduced[index][0] * self.software.reduce_bytes) if self.zero >= 2 else 0
-
-    def reducing(self, index: int, count: int) -> int:
-        """At zero 2 and 3 the buffers of `count` parts' reductions: all gradients of each, and the part that comes of them."""
-        if self.zero < 2:
-            return 0
-        sizes = self.reduced[index : index + count]
-        return round(sum(whole + own for whole, own, _ in sizes if own) * self.software.reduce_bytes)
-
-    def started(self, index: int) -> int:
-        """At zero 1, what the last backward's reductions hold when it comes to part `index`."""
-        return (
-            round(sum(own for _, own, _ in self.reduced[index + 1 :]) * self.software.reduce_bytes)
-            if self.zero == 1
-            else 0
-        )
-
-    def gradients(self, works: Sequence[Work]) -> tuple[int, int]:
-        if self.zero < 2:
-            return 0, 0
-        put_off = sum(one.weights for one in works)
-        rest = sum(elements for _, _, elements in self.reduced) - put_off
-        return round(rest * self.software.parameter_bytes), round(put_off * self.software.parameter_bytes)
 
 
 def footprint(
@@ -434,26 +365,3 @@ def _left_between(schedule: Schedule, rank: int, chunk: int, handed: int) -> int
 
 
 _RECEIVES = (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
-
-
-@functools.lru_cache(maxsize=4096)
-def in_flight(schedule: str, pp: int, vp: int, micro_batches: int) -> NDArray[np.int64]:
-    """(pp, vp): micro-batches of each chunk that are alive at the moment when a rank holds most of them.
-
-    A split backward's micro-batch counts as alive until its weight gradient. Beyond a few rounds the number of micro-batches
-    changes nothing, so it is cut there (interleaved: where all rounds are equal).
-    """
-    bounded = schedule != "gpipe" and (schedule != "interleaved" or micro_batches % pp == 0)
-    enough = min(micro_batches, 4 * pp) if bounded else micro_batches
-    built = _schedule(schedule, pp, enough, vp)
-    found = np.zeros((pp, vp), np.int64)
-    for rank, actions in enumerate(built.ranks):
-        alive = np.zeros(vp, np.int64)
-        for action in actions:
-            if action.kind is Kind.FORWARD:
-                alive[action.chunk] += 1
-                if alive.sum() > found[rank].sum():
-                    found[rank] = alive
-            elif action.kind in (Kind.BACKWARD, Kind.WEIGHT):
-                alive[action.chunk] -= 1
-    return found

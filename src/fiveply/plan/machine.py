@@ -46,6 +46,8 @@ class Attention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     launch: float
     backward: float = 0.8
     """Speed of backward (2.5 times the FLOPs) relative to forward."""
+    older: dict[str, float] = {}
+    """Speed of older generations of kernels (`flash1`, `flash2`) relative to the best for the device, which the others are of."""
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,11 +143,12 @@ def load(name: str) -> Machine:
 
 def _read(name: str) -> dict[str, Any]:
     text = resources.files("fiveply.plan").joinpath(f"hardware/{name}.toml").read_bytes()
-    values = msgspec.toml.decode(text)
+    values: dict[str, Any] = msgspec.toml.decode(text)
     like = values.pop("like", None)
-    if like is None:
-        return values
-    base = _read(like)
-    for key, value in values.items():
-        base[key] = base[key] | value if isinstance(value, dict) and key in base else value
-    return base
+    return _changed(_read(like), values) if like else values
+
+
+def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, table by table."""
+    tables = [key for key, value in changes.items() if isinstance(value, dict) and key in base]
+    return base | changes | {key: _changed(base[key], changes[key]) for key in tables}

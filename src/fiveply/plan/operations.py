@@ -15,6 +15,7 @@ from fiveply.plan.software import Software
 OperationKind = Literal["product", "grouped", "attention", "memory"]
 Phase = Literal["forward", "input", "weight", "step"]
 """`input`, `weight`: gradients of the input and of the weights. `step`: once a step, not once a micro-batch."""
+PRODUCT_PHASES: tuple[Phase, ...] = ("forward", "input", "weight")
 Module = Literal[
     "embed", "residual", "norm", "latent", "attention", "core", "mlp", "activation", "router", "experts", "head", "loss"
 ]
@@ -79,7 +80,7 @@ class Tally:
     """Collects the operations and kept tensors of one part. `element`: bytes of an activation; `again`: modules that
     backward computes again."""
 
-    def __init__(self, element: int, again: frozenset[Module], software: Software) -> None:
+    def __init__(self, element: int, again: frozenset[str], software: Software) -> None:
         self.element, self.again, self.software = element, again, software
         self.operations: list[Operation] = []
         self.kept: list[Kept] = []
@@ -105,7 +106,7 @@ class Tally:
             columns = {"+".join(columns): sum(columns.values())}
         for name, n in columns.items():
             size = self.element * (m * k + n * k + m * n)
-            for phase, shape in (("forward", (m, n, k)), ("input", (m, k, n)), ("weight", (n, k, m))):
+            for phase, shape in zip(PRODUCT_PHASES, ((m, n, k), (m, k, n), (n, k, m)), strict=True):
                 self._add(name, "product", phase, module, shape, 2 * m * n * k, size)
 
     def save_alternate(self) -> None:
@@ -133,11 +134,8 @@ class Tally:
         m = -(-rows // groups)
         for name, n in columns.items():
             size = self.element * (rows * k + groups * n * k + rows * n)
-            for phase, shape in (
-                ("forward", (groups, m, n, k)),
-                ("input", (groups, m, k, n)),
-                ("weight", (groups, n, k, m)),
-            ):
+            shapes = ((groups, m, n, k), (groups, m, k, n), (groups, n, k, m))
+            for phase, shape in zip(PRODUCT_PHASES, shapes, strict=True):
                 self._add(name, "grouped", phase, module, shape, 2 * rows * n * k, size)
 
     def attention(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
+from fiveply.plan import cost, table
 from fiveply.plan import machine as machines
-from fiveply.plan import table
 from fiveply.plan.machine import Machine
 from fiveply.plan.predict import Job, Prediction, predict
 from fiveply.plan.table import Row, Skipped
@@ -45,6 +45,8 @@ class Scored(msgspec.Struct, frozen=True):
     predicted_seconds: Interval | None
     measured_bytes: float | None
     predicted_bytes: float | None
+    predicted_bytes_range: tuple[float, float] | None
+    """10 and 90%."""
 
 
 class Errors(msgspec.Struct, frozen=True):
@@ -108,7 +110,12 @@ def score(path: str | Path = "") -> Score:
         risks.append(prediction.p_oom)
         memory = _bytes(row, prediction) if row.bytes else None
         seconds = prediction.seconds if row.seconds else None
-        scored.append(Scored(row.number, row.source, row.stratum, row.seconds, seconds, row.bytes, memory))
+        scored.append(
+            Scored(
+                row.number, row.source, row.stratum, row.seconds, seconds, row.bytes, memory,
+                _range(memory, row) if memory else None,
+            )
+        )  # fmt: skip
         if row.seconds:
             by_row[row.number] = (row, row.seconds, prediction.seconds.p50)
     return Score(
@@ -172,6 +179,12 @@ def _bytes(row: Row, prediction: Prediction) -> float:
     return allocated * RESERVED if row.reserved else allocated
 
 
+def _range(predicted: float, row: Row) -> tuple[float, float]:
+    bias, deviation = cost.memory_error(machine(row), row.software)
+    middle, width = predicted * math.exp(bias), math.exp(cost.NINETIETH * deviation)
+    return middle / width, middle * width
+
+
 RESERVED = 1.05
 """Reserved over allocated memory: mean of 43 published runs, which span 1.03 to 1.09."""
 
@@ -200,7 +213,10 @@ def _time_errors(scored: Scored) -> tuple[float, float, bool | None] | None:
 def _memory_errors(scored: Scored) -> tuple[float, float, bool | None] | None:
     if scored.measured_bytes is None or scored.predicted_bytes is None:
         return None
-    return scored.measured_bytes, scored.predicted_bytes, None
+    held = None
+    if scored.predicted_bytes_range is not None:
+        held = scored.predicted_bytes_range[0] <= scored.measured_bytes <= scored.predicted_bytes_range[1]
+    return scored.measured_bytes, scored.predicted_bytes, held
 
 
 def _group(scored: Iterable[Scored], pick: Callable[[Scored], tuple[float, float, bool | None] | None]) -> Group:

@@ -17,11 +17,10 @@ from fiveply.plan import software as systems
 from fiveply.plan.software import Software
 from fiveply.spec.architecture import Experts, Latent, ModelSpec, Rope
 from fiveply.spec.errors import InputError
-from fiveply.spec.layout import Layout
+from fiveply.spec.layout import Layout, Recompute
 
 NEEDED = ("source", "model", "gpu", "num_gpus", "layers", "hidden", "heads", "ffn", "vocab", "seq", "global_batch")
 """Columns without which a table is none."""
-HALF = {"bf16", "fp16", "amp_bf16", "fp16/bf16", "amp_fp16"}
 GATED = re.compile(
     r"llama|mistral|mixtral|qwen|deepseek|kimi|grok|gpt.?oss|gemma|yi-|olmo|phi|internlm|baichuan|glm", re.I
 )
@@ -155,15 +154,33 @@ def _row(number: int, record: dict[str, str]) -> Row:
 
 def _precision(record: dict[str, str]) -> str:
     text = record.get("precision", "").lower()
-    if text in HALF or not text:
+    for pattern, precision in (("fp4", "fp4"), ("fp8|float8", "fp8"), ("fp32|float32", "fp32"), ("tf32", "tf32")):
+        if re.search(pattern, text):
+            return precision
+    if not text or re.search("bf16|bfloat16|fp16|float16|half|16-mixed", text):
         return "bf16"
-    if "fp4" in text:
-        return "fp4"
-    if "fp8" in text:
-        return "fp8"
-    if text in ("fp32", "tf32"):
-        return text
     raise RowError(f"precision: '{text}' is unknown")
+
+
+def _recompute(record: dict[str, str]) -> Recompute:
+    text = record.get("recompute", "").lower()
+    if text in ("", "none", "no", "false", "0", "off"):
+        return "none"
+    if text.startswith("selective"):
+        return "selective"
+    if re.match("full|yes|true|1$|all|block|layer|uniform", text):
+        return "full"
+    raise RowError(f"recompute: '{text}' is unknown")
+
+
+def _zero(record: dict[str, str]) -> int:
+    text = record.get("zero", "").lower()
+    if "fsdp" in text:
+        return 3
+    found = re.search(r"[0-3]", text)
+    if text and not found:
+        raise RowError(f"zero: '{text}' is unknown")
+    return int(found[0]) if found else 0
 
 
 def _stratum(record: dict[str, str], spec: ModelSpec, precision: str) -> str:
@@ -182,6 +199,8 @@ def device(text: str) -> str:
     for kind in ("gb300", "gb200", "b300", "b200", "h200", "mi355x", "mi300x"):
         if kind in name:
             return kind
+    if "h800" in name or "a800" in name:
+        return "h800" if "h800" in name else "a800"
     if "h100" in name:
         return "h100-pcie" if "pcie" in name else "h100-96" if "96gb" in name else "h100"
     if "a100" in name:
@@ -252,8 +271,7 @@ def architecture(record: dict[str, str]) -> ModelSpec:
 def system(record: dict[str, str]) -> Software:
     """The training system of a row and its vintage, from what the source, the evidence and the notes say."""
     text = " ".join(record.get(key, "") for key in ("source", "notes", "fill_evidence"))
-    zero = record.get("zero", "")
-    sharded = zero in ("3", "fsdp")
+    sharded = _zero(record) == 3
     known = (
         ("torchtitan", "torchtitan"),
         ("maxtext", "maxtext"),
@@ -337,8 +355,7 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
     if devices % (tp * pp * cp):
         raise RowError(f"tp={tp} x pp={pp} x cp={cp} does not divide {devices} devices")
     dp = devices // (tp * pp * cp)
-    zero = record.get("zero", "")
-    recompute = record.get("recompute") or "none"
+    zero, recompute = _zero(record), _recompute(record)
     schedule = record.get("schedule", "").lower()
     # A remark in brackets is of a whole table; else a schedule that interleaves without saying how many chunks has the fewest
     # that cut the layers evenly.
@@ -348,9 +365,13 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
     vp = _whole(record, "vp", chunks) if pp > 1 else 1
     kind = "zbv" if "zbv" in schedule else "zb" if "zb" in schedule or "zero-bubble" in schedule else "1f1b"
     sequence_parallel = record.get("seq_parallel", "")
-    sp = -1 if tp == 1 else int(sequence_parallel == "1" if sequence_parallel else software.sequence_parallel)
+    sp = (
+        -1
+        if tp == 1
+        else int(sequence_parallel.lower() in ("1", "true", "yes") if sequence_parallel else software.sequence_parallel)
+    )
     # FSDP2 under a pipeline keeps parameters gathered between micro-batches, and reduces once.
-    kept = software.name == "torchtitan" and pp > 1 and zero in ("3", "fsdp")
+    kept = software.name == "torchtitan" and pp > 1 and zero == 3
     instances = re.search(
         r"(\d+) optimizer instances|optimizer_instances=(\d+)", record.get("notes", "") + record.get("fsdp", "")
     )
@@ -362,12 +383,12 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
         pp=pp,
         cp=cp,
         ep=ep,
-        zero=1 if kept else 3 if zero == "fsdp" else min(3, _whole(record, "zero")),
+        zero=1 if kept else zero,
         schedule=kind if vp == 1 else "interleaved",
         vp=vp if vp > 1 else 0,
-        stages=_stages(spec.layers, pp * vp),
+        stages=_stages(spec.layers, pp * (2 if kind == "zbv" and vp == 1 else vp)),
         micro_batch=_whole(record, "micro_batch"),
-        recompute="full" if recompute == "full" else "selective" if recompute.startswith("selective") else "none",
+        recompute=recompute,
         sp=sp,
         etp=(_whole(record, "etp") or (1 if software.vintage >= "2025-05" else tp)) if spec.experts else 1,
     )

@@ -350,13 +350,14 @@ def _transfers(
     schedule = pipeline_schedule.build(layout.schedule, layout.pp, micro_batches, layout.chunks)
     kinds = Counter(action.kind for action in schedule.ranks[pp_rank])
     size = handed_on(spec, layout, sequence=sequence, precision=precision)
-    found: list[Collective] = []
-    for kind, operation, phase in (
+    calls: tuple[tuple[Kind, Operation, Phase], ...] = (
         (Kind.SEND_FORWARD, "send", "forward"),
         (Kind.RECEIVE_FORWARD, "receive", "forward"),
         (Kind.SEND_BACKWARD, "send", "input"),
         (Kind.RECEIVE_BACKWARD, "receive", "input"),
-    ):
-        if kinds[kind]:
-            found.append(Collective("pp", operation, size, layout.pp, kinds[kind], phase))
-    return tuple(found)
+    )
+    return tuple(
+        Collective("pp", operation, size, layout.pp, kinds[kind], phase)
+        for kind, operation, phase in calls
+        if kinds[kind]
+    )

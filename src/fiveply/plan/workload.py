@@ -89,8 +89,9 @@ def _final_norm(part: Part, split: Split, software: Software) -> Work:
     tally.keep("input", "residual", split.local * part.hidden * split.element)
     _norm(tally, part, split.local, part.hidden, "norm")
     elements, exact = split.local * part.hidden, max(4, split.element)
-    # Its output, which only the head reads; in backward the incoming gradient, and three tensors in the exact type.
-    return tally.work(elements * max(split.element, exact), elements * (split.element + 3 * exact))
+    # Its output, which only the head reads; in backward the incoming gradient, and in the exact type its copy and three tensors.
+    copied = exact if exact != split.element else 0
+    return tally.work(elements * exact, elements * (split.element + copied + 3 * exact))
 
 
 def _head(part: Part, split: Split, software: Software) -> Work:
@@ -100,7 +101,7 @@ def _head(part: Part, split: Split, software: Software) -> Work:
 
 def _layer(part: Part, split: Split, software: Software) -> Work:
     alternate = software.alternate and split.recompute == "selective"
-    again = {"none": frozenset[Module](), "selective": frozenset[Module](software.selective), "full": _EVERYTHING}
+    again = {"none": frozenset[str](), "selective": frozenset(software.selective), "full": _EVERYTHING}
     tally = Tally(split.element, _EVERYTHING if alternate else again[split.recompute], software)
     hidden, local, element = part.hidden, split.local, split.element
     tally.keep("input", "residual", local * hidden * element, always=True)
@@ -148,7 +149,7 @@ def _working(part: Part, split: Split, columns: int, weight: int) -> tuple[int, 
     return forward * split.element, backward * split.element, (inputs + 1) * weight * split.element
 
 
-_EVERYTHING: frozenset[Module] = frozenset(get_args(Module)) - {"head", "loss"}
+_EVERYTHING: frozenset[str] = frozenset(get_args(Module)) - {"head", "loss"}
 _COUNTS = {"embed": _embed, "positions": _positions, "layer": _layer, "norm": _final_norm, "head": _head}
 
 
@@ -345,14 +346,11 @@ def _vocabulary(tally: Tally, part: Part, split: Split) -> tuple[int, int]:
     tally.keep("hidden gradient", "loss", tokens * hidden * element)
     tally.keep("head gradient", "loss", own * hidden * element)
     tally.keep("loss", "loss", exact)
-    # A chunk's logits, their copy in the exact type, and its chances; those of the chunk before are still there, and so is
-    # their copy in the activation's type.
-    copied = element != exact
-    once = min(chunk, tokens) * own
-    softmax = once * (element + exact * (1 + copied))
-    if tokens > chunk:
-        softmax += once * (exact + element * copied)
-    product = once * (exact + element * copied) + own * hidden * element
+    # A chunk's logits and chances in the exact type, beside the chances of the chunk before and their copy in the activation's;
+    # then its own copy, and the gradients of its hidden states with and without rows that have no target.
+    formed, rows = exact + (element if element != exact else 0), min(chunk, tokens)
+    softmax = rows * own * (2 * exact + (formed if tokens > chunk else 0))
+    product = rows * (own * formed + 2 * hidden * element)
     output = split.local * hidden * element
     return output + gathered + max(softmax, product), output
 

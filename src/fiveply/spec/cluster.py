@@ -24,6 +24,8 @@ class ClusterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shared: dict[str, dict[str, Any]] = {}
     """The same by number of ranks that share the cores of one host, where devices are cores: each rank has its part of them,
     and they slow each other down."""
+    step_seconds: float = 0.0
+    """What a step of fiveply's own takes beside computing and communicating: its data, sums, a row of the record."""
 
     @classmethod
     def parse(cls, text: str, where: str = "--cluster") -> ClusterSpec:

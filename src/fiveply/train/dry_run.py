@@ -6,7 +6,8 @@ what `plan/workload.py`, `traffic.py` and `footprint.py` are held against. It al
 
 What a step needs of values is handed in at four places: parameters (`Nothing`), rows of tokens (`Blank`), the sums that the
 host reads (`_DryJob.numbers`), and whether a transfer is done (`_DryAxis`). Tensors are CPU ones, as the operations that
-torch chooses for them: a build of torch without CUDA cannot index a fake CUDA tensor.
+torch chooses for them: a build of torch without CUDA cannot index a fake CUDA tensor. A world of more ranks than this
+machine has devices runs elsewhere, and takes no rule that is this processor's.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.plan import layout_text
 from fiveply.spec.run import RunSpec
-from fiveply.train import metrics, setup
+from fiveply.train import auto, metrics, setup
 from fiveply.train.job import Job
 from fiveply.train.ledger import Ledger
+from fiveply.world import device
 from fiveply.world.collectives import Axis
 from fiveply.world.mesh import Mesh
 from fiveply.world.recorder import Call, Recorder, Span
@@ -105,7 +107,8 @@ def of_run(run: RunSpec, layout: str = "", ranks: str = "") -> DryRun:
     """Of a run's file, under its layout or another; `ranks` as `0,17,16383`, by default the first and the last. Raises
     InputError for what `train` would refuse before it starts, and for a rank outside the world."""
     spec, where = run.model_spec(), "--layout" if layout else "layout"
-    given = Layout.parse(layout_text(layout or run.layout), where)
+    text = layout_text(layout or run.layout)
+    given = Layout.parse(setup.planned(run, spec, []) if text == auto.AUTO else text, where)
     resolved = resolve(given, spec, sequence=run.data.sequence, global_batch=run.train.global_batch, where=where)
     try:
         chosen = [int(part) for part in ranks.split(",")] if ranks else sorted({0, resolved.world - 1})
@@ -117,6 +120,7 @@ def of_run(run: RunSpec, layout: str = "", ranks: str = "") -> DryRun:
             raise InputError(f"there is no rank {rank} among {resolved.world}", where="--ranks", fix=fix)
     dtypes = setup.dtypes(run.precision)
     micro_batches = run.train.global_batch // resolved.dp // resolved.micro_batch
+    here = resolved.world <= device.find().count
     return DryRun(
         layout=str(resolved),
         world=resolved.world,
@@ -124,12 +128,13 @@ def of_run(run: RunSpec, layout: str = "", ranks: str = "") -> DryRun:
         schedule={
             "name": resolved.schedule, "pp": resolved.pp, "vp": resolved.chunks, "micro_batches": micro_batches,
         },
-        ranks=[dry_run(run, spec, resolved, dtypes, rank) for rank in chosen],
+        ranks=[dry_run(run, spec, resolved, dtypes, rank, here=here) for rank in chosen],
     )  # fmt: skip
 
 
-def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank: int) -> DryRank:
-    """One step of `rank` in a world of `layout` (resolved)."""
+def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank: int, *, here: bool = True) -> DryRank:
+    """One step of `rank` in a world of `layout` (resolved). `here`: on this machine; else attention's backward is torch's own, as on
+    GPUs, whatever is quicker on this processor."""
     with fake_world(rank, layout.world):
         mesh = _DryMesh(layout, spec)
         now = _Now(mesh.recorder)
@@ -137,6 +142,8 @@ def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank:
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             job = _DryJob(run, spec, mesh, dtypes, source=Nothing())
             job.optimizer.load(STEP, lambda _, segment: torch.empty_like(segment.value))
+            for chunk in job.model.chunks:
+                chunk.blocked_backward = chunk.blocked_backward and here
             _name(job, ledger)
             mesh.recorder.start(job.device)
             recording = mesh.recorder.recording
@@ -222,7 +229,7 @@ class _DryAxis(Axis):
     """Sends are done at once, where a fake group's work never says that it is: so what was sent is let go."""
 
     def send(self, x: Tensor, to: int) -> Call:
-        call = self._call("send", x, False, lambda: None, self.ranks[to])
+        call = self._call("send", x, False, lambda: None, peer=self.ranks[to])
         assert call is not None
         return call
 
@@ -270,7 +277,7 @@ def show(found: DryRun, console: Console | None = None) -> None:
         console.print(pipeline_schedule.picture(_schedule(shape), width=console.width), highlight=False)
     for rank in found.ranks:
         place = ", ".join(f"{axis} {rank.place[axis]}" for axis in ("dp", "tp", "pp"))
-        flops = ", ".join(f"{name} {count_text(value)}FLOP" for name, value in rank.flops.items())
+        flops = ", ".join(f"{name} {count_text(value, 'kMGTPE')}FLOP" for name, value in rank.flops.items())
         console.print(f"\nrank {rank.rank} ({place}): {flops}")
         console.print(f"peak {bytes_text(rank.peak_bytes)} at {rank.when}", soft_wrap=True)
         console.print(_columns(("bytes at the peak", ""), [(n, bytes_text(v)) for n, v in sorted(rank.peak.items())]))

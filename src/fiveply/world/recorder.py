@@ -171,6 +171,7 @@ class Call:
         return done
 
     def _done(self) -> None:
+        self.work = None  # a recorded step keeps its calls, and would keep their tensors
         recording = self.recorder.recording
         if recording is not None and self.end is None:
             self.end = recording.now()

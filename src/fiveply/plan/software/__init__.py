@@ -99,8 +99,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Kernels are replayed from a graph: no host time each."""
     products: float = 1.0
     """Sustained over isolated speed of matrix products."""
-    attention: float = 1.0
-    """Speed of fused attention relative to the best known for the device (FlashAttention-2 on Hopper: 0.62)."""
+    kernel: Literal["best", "flash2", "flash1"] = "best"
+    """Generation of its fused attention: the device's best, FlashAttention-2, or FlashAttention-1 (Triton's is as fast)."""
     straggle: float = 0.002
     """Share of a step lost for each doubling of the hosts: all wait for the slowest."""
     step_seconds: float = 0.0

@@ -1,0 +1,249 @@
+"""probe: measure this machine and fit the planner's model of it, for `--cluster FILE` and `layout = "auto"`.
+
+Ranks as many as there are devices measure at the same time (`train/measure.py`); on CPUs also fewer with more cores each, and
+twice as many, since they slow each other down in ways that no one rank shows. The fit is by least squares of the logarithm, on
+the very functions that plan (`plan/cost.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from fiveply.plan import cost, footprint, workload
+from fiveply.plan.machine import Machine
+from fiveply.plan.operations import Operation
+from fiveply.plan.software import Software
+from fiveply.spec.cluster import ClusterSpec
+from fiveply.spec.layout import Layout, divisors
+from fiveply.spec.legality import resolve
+from fiveply.train import auto, measure
+from fiveply.train.measure import SEQUENCE, SPEC, Measured
+from fiveply.world.device import Devices, find
+from fiveply.world.launch import launch
+from fiveply.world.mesh import Transport
+
+NAMES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
+BUDGET = 0.03
+"""Seconds for one figure: a world takes about half a minute."""
+
+
+def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> dict[str, Any]:
+    """Measure, fit, write `out`; returns the cluster's values and how well they fit. Collective where ranks were started."""
+    begun, found = time.perf_counter(), find()
+    worlds = divisors(found.count) + ([2 * found.count] if found.kind == "cpu" else [])
+    if found.kind == "cuda":
+        worlds = [found.count]
+    dtypes = ["float32", "bfloat16"] if found.fast_bf16 else ["float32"]
+    device = torch.device("cuda", 0) if found.kind == "cuda" else torch.device("cpu")
+    shared: dict[str, dict[str, Any]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    rest: list[float] = []
+    for ranks in worlds:
+        print(f"measuring with {ranks} rank{'s' * (ranks > 1)}", file=sys.stderr)
+        measured = launch(measure.measure, ranks, dtypes, dtypes[-1], transport, device, BUDGET)
+        machine, off = fit(measured, found, dtypes[-1])
+        shared[str(ranks)] = _changed(machine)
+        errors[str(ranks)] = off
+        rest += [step.rest for step in measured.steps]
+    main = shared[str(found.count)]
+    cluster = ClusterSpec(
+        auto.cluster(found).device if found.kind == "cuda" else "cpu", found.count, found.count, found.memory_bytes, main,
+        shared if found.kind == "cpu" else {}, float(np.median(rest)),
+    )  # fmt: skip
+    cluster.save(out)
+    return {
+        "cluster": str(out), "devices": found.count, "name": found.name, "seconds": time.perf_counter() - begun,
+        "errors": errors, **msgspec.to_builtins(cluster),
+    }  # fmt: skip
+
+
+def _changed(machine: Machine) -> dict[str, Any]:
+    """Keys of a hardware file, without what the cluster says itself."""
+    values = msgspec.to_builtins(machine)
+    return {key: value for key, value in values.items() if key not in ("name", "count", "devices_per_node") and value is not None}
+
+
+def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dict[str, float]]:
+    """A rank's share of the machine, as the planner sees it, and the mean error of each kind of figure in the fit."""
+    base = cost.machine(ClusterSpec("cpu" if found.kind == "cpu" else auto.cluster(found).device, found.count))
+    memory = found.memory_bytes * (max(1, found.count // measured.ranks) if found.kind == "cpu" else 1)
+    if measured.ranks > found.count:
+        memory = memory * found.count // measured.ranks
+    machine = msgspec.structs.replace(
+        base, memory_bytes=memory, bandwidth=measured.bandwidth, launch=measured.launch, host=0.0,
+        sources={"all": f"fiveply probe, {measured.ranks} ranks of {measured.threads} threads, {found.name}"},
+    )  # fmt: skip
+    errors: dict[str, float] = {}
+    for name, samples in measured.products.items():
+        machine, errors[f"products {NAMES[name]}"] = _fit_products(machine, NAMES[name], samples)
+    machine, errors["attention"] = _fit_attention(machine, NAMES[computed], measured)
+    if measured.calls:
+        machine, errors["collectives"] = _fit_calls(machine, measured)
+    machine, errors["steps"] = _fit_steps(machine, NAMES[computed], measured)
+    return machine, errors
+
+
+def _fit_products(machine: Machine, precision: str, samples: list[tuple[int, int, int, float]]) -> tuple[Machine, float]:
+    peak = max(2.0 * m * n * k / seconds for m, n, k, seconds in samples)
+    speed = machine.product(precision)
+
+    def of(x: Sequence[float]) -> Machine:
+        efficiency, prologue, small_tile, start, share = x
+        new = msgspec.structs.replace(
+            speed, efficiency=efficiency, prologue=prologue, small_tile=small_tile, launch=start, memory=share,
+            quantisation=0.0,
+        )  # fmt: skip
+        return msgspec.structs.replace(
+            machine, peak=machine.peak | {precision: peak}, products=machine.products | {precision: new}
+        )
+
+    def loss(x: Sequence[float]) -> float:
+        tried = of(x)
+        return _square_error((cost.product_seconds(m, n, k, tried, precision), seconds) for m, n, k, seconds in samples)
+
+    least = min(seconds for *_, seconds in samples)
+    best = minimise(loss, [0.95, 32.0, 0.05, 0.3 * least, 0.7], [(0.3, 1.2), (0, 2000), (0, 0.6), (1e-7, 2 * least), (0.05, 3.0)])
+    fitted = of(best)
+    error = _mean_error((cost.product_seconds(m, n, k, fitted, precision), seconds) for m, n, k, seconds in samples)
+    return fitted, error
+
+
+def _fit_attention(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
+    software = software_of(precision)
+    samples: list[tuple[Operation, float]] = []
+    for rows, sequence, heads, size, forward, backward in measured.attention:
+        pairs = rows * workload.seen(sequence, 0)
+        shape = (rows, sequence, sequence, heads, heads, size, size, 0)
+        samples.append((Operation("attention", "attention", "forward", "core", shape, 4 * pairs * heads * size, 0), forward))
+        samples.append((Operation("attention", "attention", "input", "core", shape, 10 * pairs * heads * size, 0), backward))
+
+    def of(x: Sequence[float]) -> Machine:
+        efficiency, half_sequence, half_head, start, backward = x
+        new = msgspec.structs.replace(
+            machine.attention, efficiency=efficiency, half_sequence=half_sequence, half_head=half_head, launch=start,
+            backward=backward,
+        )  # fmt: skip
+        return msgspec.structs.replace(machine, attention=new)
+
+    def pairs_of(tried: Machine) -> list[tuple[float, float]]:
+        return [(cost.attention_seconds(one, tried, software, precision), seconds) for one, seconds in samples]
+
+    best = minimise(lambda x: _square_error(pairs_of(of(x))), [0.4, 64.0, 16.0, 5e-5, 0.8],
+                    [(0.01, 2.0), (1, 2000), (1, 200), (1e-6, 1e-2), (0.1, 3.0)])  # fmt: skip
+    fitted = of(best)
+    return fitted, _mean_error(pairs_of(fitted))
+
+
+def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
+    """Each operation's start and bandwidth; all-to-all, which the runtime does not call yet, as all-gather."""
+    links = dict(machine.link)
+    errors: list[float] = []
+    for name, samples in measured.calls.items():
+        def of(x: Sequence[float], name: str = name) -> Machine:
+            start, bandwidth, half = x
+            link = msgspec.structs.replace(
+                machine.link[name], start=start, hop=0.0, loss=0.0, bandwidth=bandwidth, half=half
+            )
+            return msgspec.structs.replace(machine, link=machine.link | {name: link})
+
+        def pairs_of(tried: Machine, name: str = name, samples: list[tuple[int, float]] = samples) -> list[tuple[float, float]]:
+            ranks = 2 if name == "send" else measured.ranks
+            return [(cost.call_seconds(name, size, ranks, tried, 1), seconds) for size, seconds in samples]
+
+        start, speed = samples[0][1], samples[-1][0] / samples[-1][1]
+        best = minimise(lambda x: _square_error(pairs_of(of(x))), [start, speed, 1e-6],
+                        [(start / 10, 3 * start), (speed / 10, 30 * speed), (0.0, 1e-2)])  # fmt: skip
+        fitted = of(best)
+        links[name] = fitted.link[name]
+        errors.append(_mean_error(pairs_of(fitted)))
+    links["all-to-all"] = links["all-gather"]
+    network = msgspec.structs.replace(links["all-reduce"])
+    return msgspec.structs.replace(machine, link=links, network=network), float(np.mean(errors))
+
+
+def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
+    """What whole steps take beyond products and attention is linear in the bytes of other operations and in their number."""
+    software = software_of(precision)
+    rows: list[tuple[float, float]] = []
+    beyond: list[float] = []
+    wholes: list[float] = []
+    fixed: list[float] = []
+    for step in measured.steps:
+        layout = resolve(Layout(dp=measured.ranks), SPEC, sequence=SEQUENCE, global_batch=step.rows * measured.ranks)
+        moved = operations = known = 0.0
+        for part in workload.parts(SPEC, layout.stages, 0):
+            work = workload.work(SPEC, layout, part, sequence=SEQUENCE, software=software, precision=precision)
+            for one in work.operations:
+                if one.kind == "memory":
+                    moved, operations = moved + one.bytes * one.count, operations + one.count
+                else:
+                    known += cost.operation_seconds(one, machine, software, precision)
+        rows.append((moved, operations))
+        beyond.append(step.compute - known)
+        wholes.append(step.compute)
+        fixed.append(known)
+    weights = 1 / np.array(wholes)  # relative errors
+    matrix, wanted = np.array(rows), np.array(beyond)
+    (per_byte, per_operation), *_ = np.linalg.lstsq(matrix * weights[:, None], wanted * weights, rcond=None)
+    per_byte = max(float(per_byte), 0.2 / measured.bandwidth)
+    per_operation = max(float(per_operation), 0.2 * measured.launch)
+    stream = 1 / (per_byte * machine.bandwidth)
+    fitted = msgspec.structs.replace(machine, stream=stream, launch=per_operation)
+    found = matrix @ np.array((per_byte, per_operation)) + np.array(fixed)
+    return fitted, float(np.mean(np.abs(found / np.array(wholes) - 1)))
+
+
+def software_of(precision: str) -> Software:
+    """The runtime, as the measured steps ran it."""
+    return footprint.runtime(2 if precision == "bf16" else 4, 4, 4)
+
+
+def _square_error(pairs: Any) -> float:
+    return float(sum(np.log(found / truth) ** 2 for found, truth in pairs))
+
+
+def _mean_error(pairs: Any) -> float:
+    return float(np.mean([abs(found / truth - 1) for found, truth in pairs]))
+
+
+def minimise(
+    loss: Callable[[Sequence[float]], float], start: Sequence[float], bounds: Sequence[tuple[float, float]], rounds: int = 400
+) -> list[float]:
+    """Nelder and Mead's simplex (1965), each parameter scaled to its start and held in its bounds."""
+    low, high = np.array(bounds).T
+    first = np.clip(np.array(start, float), low, high)
+    span = np.maximum(np.abs(first), 1e-3 * (high - low))
+
+    def at(x: Any) -> float:
+        return loss(np.clip(first + x * span, low, high).tolist())
+
+    simplex = [np.zeros(len(first)), *(0.3 * np.eye(len(first)))]
+    values = [at(x) for x in simplex]
+    for _ in range(rounds):
+        order = np.argsort(values)
+        simplex, values = [simplex[i] for i in order], [values[i] for i in order]
+        centre = np.mean(simplex[:-1], axis=0)
+        away = centre - simplex[-1]
+        tried = centre + away
+        value = at(tried)
+        if value < values[0]:
+            further = centre + 2 * away
+            better = at(further)
+            tried, value = (further, better) if better < value else (tried, value)
+        elif value >= values[-2]:
+            tried = centre - 0.5 * away
+            value = at(tried)
+            if value >= values[-1]:
+                simplex = [simplex[0], *((simplex[0] + x) / 2 for x in simplex[1:])]
+                values = [values[0], *(at(x) for x in simplex[1:])]
+                continue
+        simplex[-1], values[-1] = tried, value
+    return np.clip(first + simplex[int(np.argmin(values))] * span, low, high).tolist()

@@ -1,0 +1,204 @@
+"""What one rank of several measures of its machine: products, attention, memory, collectives, and whole steps of training.
+
+All ranks measure the same at the same time, so contention for cores, caches and memory is part of the figures, as it is in
+training. It knows no model of cost; `probe.py` fits one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fiveply.corpus.batches import Batches, TokenFile
+from fiveply.model.attention import RowsAttention
+from fiveply.parallel.data_parallel import Dtypes
+from fiveply.parallel.parallelize import products_on
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve
+from fiveply.spec.run import RunSpec, Train
+from fiveply.timeline import COMPUTE_KINDS, innermost
+from fiveply.train.job import Job
+from fiveply.world.collectives import Axis
+from fiveply.world.mesh import Groups, Mesh, Transport
+
+PRODUCTS = tuple(
+    (m, n, k)
+    for m in (64, 256, 1024, 4096)
+    for n, k in ((128, 128), (128, 512), (512, 128), (512, 512), (1536, 512), (512, 1536), (2048, 512))
+)  # fmt: skip
+ATTENTION = ((1, 128, 4, 64), (8, 128, 4, 64), (2, 512, 4, 64), (1, 1024, 8, 32), (8, 256, 8, 32))
+"""Rows, sequence, heads, head size."""
+CALLS = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23)
+"""Bytes."""
+ROWS, SEQUENCE, STEPS = (1, 4, 16), 128, 5
+SPEC = ModelSpec(
+    family="llama", vocabulary=1024, hidden=256, layers=4, heads=4, kv_heads=4, head_dim=64, ffn=704, positions=256
+)
+"""The model of the whole steps."""
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One step of `rows` rows a rank: seconds of computing, of the optimiser, and of all that is neither these nor collectives."""
+
+    rows: int
+    compute: float
+    optimizer: float
+    rest: float
+    whole: float
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """Seconds, each a median; of rank 0's view, or the mean over ranks where they may differ."""
+
+    ranks: int
+    threads: int
+    products: dict[str, list[tuple[int, int, int, float]]]
+    """By precision."""
+    attention: list[tuple[int, int, int, int, float, float]]
+    """Of float32, or of bfloat16 where that is fast: (rows, sequence, heads, size, forward, backward)."""
+    bandwidth: float
+    """Bytes/s that adding to a large array moves."""
+    launch: float
+    """Of a small elementwise operation."""
+    calls: dict[str, list[tuple[int, float]]]
+    """By operation, (bytes of the larger tensor, seconds)."""
+    steps: list[Step]
+
+
+def measure(dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, budget: float) -> Measured:
+    """Collective; `budget` seconds for each single figure. `dtypes` of the products, `computed` of attention and steps."""
+    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    axis = Axis("world", list(range(size)), Groups(transport).get(list(range(size)), name="probe"), rank) if size > 1 else None
+
+    def timed(work: Callable[[], Any], seconds: float = budget) -> float:
+        """The median over ranks' means of repeated calls, begun together."""
+        work()
+        if axis is not None:
+            axis.all_reduce(torch.zeros(1, device=device))
+        times: list[float] = []
+        begun = time.perf_counter()
+        while len(times) < 3 or (time.perf_counter() - begun < seconds and len(times) < 400):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        own = statistics.median(times)
+        return own if axis is None else statistics.fmean(axis.gather_objects(own))
+
+    kind = getattr(torch, computed)
+    large = torch.ones(1 << 24, dtype=torch.float32, device=device)
+    small = torch.ones(256, device=device)
+    return Measured(
+        ranks=size,
+        threads=torch.get_num_threads(),
+        products={name: _products(getattr(torch, name), device, timed) for name in dtypes},
+        attention=[_attention(shape, kind, device, timed) for shape in ATTENTION],
+        bandwidth=3 * large.nbytes / timed(lambda: torch.add(large, large, out=large)),
+        launch=timed(lambda: small.add(1.0)),
+        calls=_calls(axis, device, budget) if axis is not None else {},
+        steps=[_step(rows, size, Dtypes(kind, torch.float32, torch.float32), transport, device) for rows in ROWS],
+    )
+
+
+def _products(dtype: torch.dtype, device: torch.device, timed: Callable[..., float]) -> list[tuple[int, int, int, float]]:
+    """x W^T, as layers compute it."""
+    products = products_on(device, dtype)
+    found: list[tuple[int, int, int, float]] = []
+    for m, n, k in PRODUCTS:
+        x, w = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        found.append((m, n, k, timed(lambda x=x, w=w: products.forward(x, w))))
+    return found
+
+
+def _attention(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, timed: Callable[..., float]
+) -> tuple[int, int, int, int, float, float]:
+    rows, sequence, heads, size = shape
+    q, k, v = (torch.randn(rows * sequence, heads, size, device=device).to(dtype).requires_grad_() for _ in range(3))
+    attention, gradient = RowsAttention(rows), torch.ones(rows * sequence, heads, size, dtype=dtype, device=device)
+
+    def forward() -> torch.Tensor:
+        return attention(q, k, v, layer=0, window=0)
+
+    both = timed(lambda: torch.autograd.grad(forward(), (q, k, v), gradient))
+    with torch.no_grad():
+        alone = timed(forward)
+    return *shape, alone, max(both - alone, 0.1 * alone)
+
+
+def _calls(axis: Axis, device: torch.device, budget: float) -> dict[str, list[tuple[int, float]]]:
+    """Collectives in step, and transfers there and back, halved."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for size in CALLS:
+        whole = torch.zeros(size // 4 // axis.size * axis.size, device=device)
+        part = torch.zeros(len(whole) // axis.size, device=device)
+
+        def swap(whole: torch.Tensor = whole) -> None:
+            first, second = (axis.index ^ 1, axis.index & 1)
+            if first >= axis.size:
+                return
+            if second == 0:
+                axis.send(whole, first).wait()
+                axis.receive(whole, first).wait()
+            else:
+                axis.receive(whole, first).wait()
+                axis.send(whole, first).wait()
+
+        works: dict[str, Callable[[], Any]] = {
+            "all-reduce": lambda whole=whole: axis.all_reduce(whole),
+            "all-gather": lambda whole=whole, part=part: axis.all_gather(whole, part),
+            "reduce-scatter": lambda whole=whole, part=part: axis.reduce_scatter(part, whole),
+            "send": swap,
+        }
+        for name, work in works.items():
+            work()
+            repeats = max(3, min(60, round(budget / 1e-3)))
+            times: list[float] = []
+            for _ in range(repeats):  # as often on all ranks
+                start = time.perf_counter()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - start)
+            seconds = statistics.fmean(axis.gather_objects(statistics.median(times)))
+            found.setdefault(name, []).append((whole.nbytes, seconds / (2 if name == "send" else 1)))
+    return found
+
+
+def _step(rows: int, ranks: int, dtypes: Dtypes, transport: Transport, device: torch.device) -> Step:
+    """The median of a few steps of SPEC, data parallel over all ranks."""
+    layout = resolve(Layout(dp=ranks), SPEC, sequence=SEQUENCE, global_batch=rows * ranks)
+    run = RunSpec(name="probe", train=Train(steps=STEPS + 2, global_batch=rows * ranks))
+    mesh = Mesh(layout, SPEC, Groups(transport))
+    job = Job(run, SPEC, mesh, dtypes, device=device)
+    tokens = np.random.default_rng(0).integers(0, SPEC.vocabulary, 64 * SEQUENCE * rows * ranks).astype(np.uint32)
+    file = TokenFile("random tokens", tokens, np.array([0, len(tokens)], np.int64))
+    batches = Batches([file], sequence=SEQUENCE, global_batch=rows * ranks, seed=0)
+    found: list[tuple[float, float, float, float]] = []
+    for step in range(STEPS + 2):
+        mesh.recorder.start(device)
+        begun = time.perf_counter()
+        with mesh.recorder.span("step"):
+            job.update(job.gradients(batches, step), step)
+        whole = time.perf_counter() - begun
+        events = sorted((e for e in mesh.recorder.stop() if e.lane == "compute"), key=lambda e: (e.start, -e.end))
+        shares = {"compute": 0.0, "optimizer": 0.0, "talk": 0.0}
+        for event, low, high in innermost(events):
+            if event.kind in COMPUTE_KINDS:
+                shares["compute"] += high - low
+            elif event.kind == "optimizer":
+                shares["optimizer"] += high - low
+            elif event.kind in ("wait", "issue"):
+                shares["talk"] += high - low
+        found.append((shares["compute"], shares["optimizer"], whole - sum(shares.values()), whole))
+    compute, optimizer, rest, whole = (statistics.median(column) for column in zip(*found[2:], strict=True))
+    return Step(rows, compute, optimizer, rest, whole)

