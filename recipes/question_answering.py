@@ -59,7 +59,7 @@ def share(answer: Any, text: str) -> float:
 
 
 def main() -> None:
-    asked = serving.options(__doc__, questions=24, tokens=64)
+    asked = serving.options(__doc__, questions=16, tokens=48)
     found = questions(asked.questions)
     prompts = [one["question"] for one in found]
     prompts += [f"Facts:\n{facts(one)}\n\nUsing only these facts, answer: {one['question']}" for one in found]

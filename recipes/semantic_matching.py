@@ -6,6 +6,17 @@
 
 The items are questions of FanOutQA, whose authors gave each one or more subjects (geography, sports, ...). A recommendation is
 right where the two share one. SmolLM2 answers at /v1/embeddings; all-MiniLM-L6-v2, which was made for this, through transformers.
+It prints, for the first 120 questions (and for the first of them what each recommends):
+
+    120 questions; a shared subject by chance: 21%
+    SmolLM2-135M           63%   What is the batting hand of each of the first five picks in the 1998 MLB draft?
+                                 -> What is the career average rebounds per game for each NBA player who has won the IBM award?
+    SmolLM2-135M, centred  62%   ...
+    all-MiniLM-L6-v2       82%   What is the batting hand of each of the first five picks in the 1998 MLB draft?
+                                 -> How many career rushing attempts do the first 5 running backs picked in the 2005 NFL draft each have?
+
+Quality: a language model's states match by meaning three times as often as chance, and well below a model trained to match, which
+is a sixth of its size: where matching is the job, use such a one.
 """
 
 from __future__ import annotations

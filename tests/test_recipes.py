@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,60 @@ def test_question_answering(folder: Path) -> None:
     out = run("question_answering", folder, "fanoutqa", "--questions", "4", "--tokens", "32")
     memory, given = (int(share) for share in re.findall(r"(\d+)% of the answers", out))
     assert given > memory
+
+
+def data(name: str, folder: Path) -> None:
+    """Data that a recipe's own lines fetch to runs/NAME of the checkout, seen from where the recipe runs."""
+    here = RECIPES.parent / "runs" / name
+    if not here.is_dir():
+        pytest.skip(f"not fetched: {here}, see the lines at the recipe's top")
+    (folder / "runs").mkdir(exist_ok=True)
+    (folder / "runs" / name).symlink_to(here)
+
+
+@pytest.mark.slow
+def test_knowledge(folder: Path) -> None:
+    data("wordnet", folder)
+    out = run("knowledge", folder, "llguidance", "--entries", "6")
+    assert "6 read, all to triples of the schema" in out
+    assert re.search(r"right: subject [1-9]\d*%", out)
+
+
+@pytest.mark.slow
+def test_translation(folder: Path) -> None:
+    """A model that has trained for moments: what it says is of no worth, the way there and the measure are."""
+    data("sword", folder)
+    out = run("translation", folder, "", "--steps", "2", "--verses", "4")
+    found = re.search(r"19,830 pairs trained on, 4 verses translated: chrF (\d+)%; another verse: (\d+)%", out)
+    assert found is not None
+    assert out.count("  -> ") == 3
+
+
+def test_verses_are_read_from_their_modules(recipe: Any, tmp_path: Path) -> None:
+    """A module made here: a book of two verses and one that is empty, and a book of one."""
+    books = [["<w>In</w> the ¶ <note>a note</note>beginning ", "", "<b/>And God"], ["Amén. "]]
+    for part in ("ot", "nt"):
+        packed, places, index = b"", b"", b""
+        for block, book in enumerate(books):
+            text = "".join(book).encode()
+            shut = zlib.compress(text)
+            places += struct.pack("<III", len(packed), len(shut), len(text))
+            packed += shut
+            start = 0
+            for verse in book:
+                index += struct.pack("<IIH", block, start, len(verse.encode()))
+                start += len(verse.encode())
+        for ending, content in (("bzz", packed), ("bzs", places), ("bzv", index)):
+            (tmp_path / f"{part}.{ending}").write_bytes(content)
+    assert list(recipe("translation").verses(tmp_path)) == ["In the beginning", "", "And God", "Amén."] * 2
+
+
+def test_chrf_of_known_pairs(recipe: Any) -> None:
+    chrf = recipe("translation").chrf
+    assert chrf("en el principio", "en el principio") == pytest.approx(1)
+    assert chrf("xyz", "abc") == 0
+    # One of two characters is among the four, and none of the pairs: precision (1/2 + 0) / 2, recall (1/4 + 0) / 2.
+    assert chrf("ax", "abcd") == pytest.approx(5 * 0.25 * 0.125 / (4 * 0.25 + 0.125))
 
 
 def test_answers_are_judged_by_what_they_have_to_say(recipe: Any) -> None:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import ssl
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -25,6 +27,7 @@ from urllib.parse import SplitResult, urlsplit
 import h11
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from fiveply.spec.errors import InputError, RunError
@@ -187,19 +190,20 @@ async def _put(load: Load, bodies: list[bytes], bound: int, rate: float | None, 
     """All requests: by `bound` clients in turn, or as they are due."""
     slots = asyncio.Semaphore(bound or len(bodies))
 
-    async def one(body: bytes) -> Answer:
-        due = time.perf_counter()
+    async def one(body: bytes, due: float) -> Answer:
         async with slots:
             return await _ask(load, body, due if rate else time.perf_counter())
 
-    tasks: list[asyncio.Task[Answer]] = []
-    due = time.perf_counter()
-    for body in bodies:
-        if rate:
-            due += draw.expovariate(rate)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(body)))
-    return await asyncio.gather(*tasks)
+    due, tasks = time.perf_counter(), list[asyncio.Task[Answer]]()
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task(f"{rate:g} requests a second" if rate else f"{bound} in flight", total=len(bodies))
+        for body in bodies:
+            if rate:
+                due += draw.expovariate(rate)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            tasks.append(asyncio.create_task(one(body, due)))
+            tasks[-1].add_done_callback(lambda _: progress.advance(bar))
+        return await asyncio.gather(*tasks)
 
 
 async def _ask(load: Load, body: bytes, due: float) -> Answer:
@@ -220,7 +224,7 @@ async def _ask(load: Load, body: bytes, due: float) -> Answer:
                     answer.first = answer.first or now
                     answer.last = now
                 if usage := told.get("usage"):
-                    answer.prompt_tokens, answer.tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                    answer.prompt_tokens, answer.tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
         if not (ended and pieces):
             raise ServerError("the stream ended too early" if pieces else "the stream held no token")
         answer.tokens = answer.tokens or pieces
@@ -279,18 +283,16 @@ async def _way(load: Load) -> int:
                     pass
             return simpler
         except ServerError as error:
+            if error.status in (401, 403, 404):
+                raise RunError(f"{load.url.geturl()}: {error}") from None
             if error.status not in (400, 422):
-                if error.status in (401, 403, 404):
-                    raise RunError(f"{load.url.geturl()}: {error}") from None
-                return simpler  # the measurement counts such errors
+                return simpler  # the measurement counts such errors, and those of the connection
             refusal = refusal or str(error)
         except ConnectionRefusedError:
             raise InputError("nobody answers", where=f"--url {load.url.geturl()}", fix="start the server") from None
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                return simpler
+        except (socket.gaierror, ssl.SSLError) as error:
             raise InputError(str(error), where=f"--url {load.url.geturl()}", fix="mend the address") from None
-        except h11.RemoteProtocolError:
+        except (OSError, h11.RemoteProtocolError):
             return simpler
     raise RunError(f"{load.url.geturl()}: {refusal}")
 
