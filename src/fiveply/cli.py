@@ -235,6 +235,7 @@ def serve(
     most_waiting: int = 256,
     step_tokens: int = 512,
     no_prefix_cache: Flag = False,
+    guess: int = 0,
     api_keys: str = "",
     backend: Literal["auto", "shm", "gloo"] = "auto",
 ) -> None:
@@ -256,6 +257,8 @@ def serve(
         most_waiting: Requests beyond those; more are refused with 429.
         step_tokens: Most tokens in one step; longer prompts are taken in chunks.
         no_prefix_cache: Do not reuse the cache of prompts that begin alike.
+        guess: Tokens guessed ahead for each answer, from what followed its latest tokens before: quicker where answers
+            repeat their prompts, the same text in any case.
         api_keys: A file with a key on each line; requests must bring one.
         backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
     """
@@ -263,8 +266,9 @@ def serve(
     from fiveply.serve.driver import Settings
 
     settings = Settings(
-        most_running=most_running, most_waiting=most_waiting, step_tokens=step_tokens, reuse=not no_prefix_cache
-    )
+        most_running=most_running, most_waiting=most_waiting, step_tokens=step_tokens, reuse=not no_prefix_cache,
+        guesses=guess,
+    )  # fmt: skip
     served = service.Served.load(model, layout, dtype, cache_tokens, backend)
     keys = Path(api_keys) if api_keys else None
     service.serve(served, settings, name=name or Path(model).resolve().name, host=host, port=port, keys=keys)
@@ -305,6 +309,7 @@ def report(
     /,
     *,
     out: str = "",
+    recalibrate: Flag = False,
     json: Flag = False,
 ) -> None:
     """Draw a run as one self-contained HTML file: curves, ranks, schedule, recorded steps, memory.
@@ -316,12 +321,19 @@ def report(
     Args:
         run: The run's directory.
         out: The file to write; runs/NAME/report.html by default.
+        recalibrate: Change cluster.toml, which layout=auto plans with, such that the recorded step would have been predicted.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply.report import page
 
     path = page.write_report(Path(run), Path(out) if out else None)
-    finish({"report": str(path)}, json, f"wrote {path}")
+    changed = ""
+    if recalibrate:
+        from fiveply import probe as probing
+
+        changed = probing.recalibrate(Path(run))
+        print(changed, file=sys.stderr)
+    finish({"report": str(path), "recalibrated": changed}, json, f"wrote {path}")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -21,7 +21,10 @@ from fiveply.plan import cost, footprint, workload
 from fiveply.plan.machine import Machine
 from fiveply.plan.operations import Operation
 from fiveply.plan.software import Software
+from fiveply.report import expected, timelines
+from fiveply.report.record import load
 from fiveply.spec.cluster import ClusterSpec
+from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, divisors
 from fiveply.spec.legality import resolve
 from fiveply.train import auto, measure
@@ -63,6 +66,17 @@ def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> 
         "cluster": str(out), "devices": found.count, "name": found.name, "seconds": time.perf_counter() - begun,
         "errors": errors, **msgspec.to_builtins(cluster),
     }  # fmt: skip
+
+
+def recalibrate(run: Path) -> str:
+    """Correct what `auto` plans with by the newest recorded step of a run; says what was changed. Raises InputError for a run
+    that has none, or of which nothing was predicted."""
+    record, steps = load(run), timelines.chosen(run)
+    step = next((step for step in steps if step.layout == record.facts.layout), None)
+    if step is None or record.facts.predicted is None:
+        raise InputError("no step of its layout was recorded and predicted", where=str(run), key="--recalibrate",
+                         fix="train it anew with train.record on a device that the planner knows")  # fmt: skip
+    return auto.recalibrate(expected.measured(step), record.facts.predicted.shares, record.facts.world)
 
 
 def _changed(machine: Machine) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def run(
     loop = _Loop(served, settings, work)
     host, port, secret = loop.start()
     job = worker.Job(
-        served.path, served.layout, served.dtype, host, port, secret, served.cache_tokens, served.transport
-    )
+        served.path, served.layout, served.dtype, host, port, secret, served.cache_tokens, served.transport,
+        tuple(sorted(served.text.ends)),
+    )  # fmt: skip
     problem: FiveplyError | None = None
     while problem is None and loop.working:
         engines = loop.driver.engines

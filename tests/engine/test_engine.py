@@ -123,6 +123,30 @@ def test_further_layouts(llama: Any, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dp=1", "tp=3,pp=2"])
+def test_guesses_change_nothing_but_the_number_of_steps(llama: Any, layout: str) -> None:
+    prompts = [prompt * 3 for prompt in ragged(llama.config.vocab_size, [5, 20, 1])]
+
+    def asked(guesses: int, sampling: Sampling) -> tuple[list[list[int]], int, int]:
+        async def work(driver: Driver) -> tuple[list[list[int]], int, int]:
+            generations = [driver.submit(list(prompt), 40, sampling) for prompt in prompts]
+            told = await asyncio.gather(*map(tokens_of, generations))
+            scheduler = driver.replicas[0].scheduler
+            assert scheduler is not None
+            assert scheduler.pool.free == scheduler.pool.total
+            return told, scheduler.guessed, scheduler.guessed_right
+
+        return service.run(service.Served.load(llama.name_or_path, layout, "float64"), Settings(guesses=guesses), work)
+
+    for sampling in (Sampling(), Sampling(0.4, seed=3)):
+        plain, guessed, _ = asked(0, sampling)
+        assert guessed == 0
+        told, guessed, right = asked(4, sampling)
+        assert told == plain
+        assert guessed > 0
+        assert right > 0 or sampling.temperature
+
+
+@pytest.mark.parametrize("layout", ["dp=1", "tp=3,pp=2"])
 def test_prompts_are_scored_and_embedded(llama: Any, layout: str) -> None:
     """Log-probabilities of the prompt and means of the last hidden states, in chunks, beside those of `transformers`."""
     prompt = ragged(llama.config.vocab_size, [70])[0]

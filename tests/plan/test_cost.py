@@ -76,6 +76,18 @@ def test_where_ranks_stand_decides_which_wires_they_use() -> None:
     assert cost.call_seconds("send", size, 2, H100, 1) < cost.call_seconds("send", size, 2, H100, 8)
 
 
+@pytest.mark.parametrize(("hosts", "copies"), [(2, 8), (4, 8), (8, 4)])
+def test_a_row_crosses_once_to_a_host_of_several_chosen_ranks(hosts: int, copies: int) -> None:
+    size = 1 << 32
+    plain = cost.call_seconds("all-to-all", size, 8 * hosts, H100, 1)
+    once = cost.call_seconds("all-to-all", size, 8 * hosts, H100, 1, copies=copies)
+    # Of `hosts` drawn `copies` times, so many are drawn at all.
+    reached = hosts * (1 - (1 - 1 / hosts) ** copies)
+    assert once / plain == pytest.approx(reached / copies, rel=0.05)
+    inside = Collective("ep", "all-to-all", size, 8, 1, "forward", copies=copies)
+    assert cost.collective_seconds(inside, H100, 1) == cost.call_seconds("all-to-all", size, 8, H100, 1)
+
+
 def test_large_calls_reach_the_bandwidth_that_was_measured() -> None:
     """aiconfigurator's tables: 8 H100s all-reduce at 445 GB/s of bus bandwidth, 8 A100s at 222."""
     for device, measured in ((H100, 445e9), (A100, 222e9)):

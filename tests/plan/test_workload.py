@@ -12,7 +12,7 @@ from plan.dry import FEW, MANY, Drawn
 
 from fiveply.plan import software, workload
 from fiveply.plan.workload import Work, seen
-from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.architecture import Experts, ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 
@@ -220,3 +220,43 @@ def test_saving_every_second_product() -> None:
     assert {kept.name for kept in work.kept} == {
         "input", "q output", "v output", "gate output", "down output", "attention output", "log-sum",
     }  # fmt: skip
+
+
+def small() -> ModelSpec:
+    """One gated layer."""
+    sizes = {"vocabulary": 512, "hidden": 128, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 256}
+    return msgspec.structs.replace(ModelSpec.load("llama-3.1-8b"), **sizes)
+
+
+def test_a_quantised_input_is_kept_as_it_is_multiplied() -> None:
+    spec = small()
+    layout = resolve(Layout(micro_batch=1), spec, sequence=64, global_batch=1)
+    quantising = software.load("nemo", "2025-02")
+    casting = msgspec.structs.replace(quantising, keeps_quantised=False)
+    kept = {
+        (precision, system.keeps_quantised): workload.work(
+            spec, layout, "layers.0", sequence=64, software=system, precision=precision
+        ).kept_bytes
+        for precision in ("bf16", "fp8")
+        for system in (quantising, casting)
+    }
+    assert kept["bf16", True] == kept["bf16", False] == kept["fp8", False]
+    one, scales = 64, 1 / 32
+    inputs = one * (128 + 128 + 256)  # of the attention, of the MLP, of the down product
+    output = one * 128  # attention keeps its own in 16 bits, and the product after it a copy
+    assert kept["bf16", True] - kept["fp8", True] == inputs * (1 - scales) - output * (1 + scales)
+
+
+def test_the_gradients_of_chances_need_what_they_scaled() -> None:
+    experts = Experts(count=4, per_token=2, ffn=64, layers=(0,))
+    spec = msgspec.structs.replace(small(), experts=experts)
+    layout = resolve(Layout(micro_batch=1), spec, sequence=64, global_batch=1, runtime=False)
+
+    def kept(model: ModelSpec, system: str) -> dict[str, int]:
+        counted = workload.work(model, layout, "layers.0", sequence=64, software=software.load(system))
+        return {one.name: one.bytes for one in counted.kept}
+
+    plain = msgspec.structs.replace(spec, gated_mlp=False, activation="gelu")
+    assert kept(spec, "torchtitan")["expert output"] == 64 * 2 * 128 * 2
+    assert kept(plain, "megatron")["unscaled activation"] == 64 * 2 * 64 * 2
+    assert not {"expert output", "unscaled activation"} & kept(spec, "megatron").keys()

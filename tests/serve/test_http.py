@@ -168,6 +168,21 @@ def test_a_stop_string_is_not_shown(client: openai.OpenAI) -> None:
     assert "".join(piece.choices[0].text for piece in pieces) == whole[: whole.index(stop)]
 
 
+def test_answers_by_schema_and_grammar(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    answer = client.chat.completions.create(
+        model="tiny-talker", messages=messages, temperature=1.5, max_tokens=50,
+        response_format={"type": "json_schema", "json_schema": {"name": "one", "schema": schema, "strict": True}},
+    )  # fmt: skip
+    assert json.loads(answer.choices[0].message.content or "")["n"] in (1, 2)
+    assert answer.choices[0].finish_reason == "stop"
+    plain = client.completions.create(
+        model="tiny-talker", prompt="a", max_tokens=50, temperature=1.5, extra_body={"regex": "(yes|no){2}"}
+    )
+    assert plain.choices[0].text in ("yesyes", "yesno", "noyes", "nono")
+
+
 def test_embeddings(client: openai.OpenAI) -> None:
     one = client.embeddings.create(model="tiny-talker", input="sea")
     both = client.embeddings.create(model="tiny-talker", input=["sea", "land"], encoding_format="float")
@@ -211,6 +226,16 @@ def test_models(client: openai.OpenAI) -> None:
             400,
             "tools",
             "'tools' is not supported",
+        ),
+        ("completions", b'{"prompt": "a", "regex": "a("}', 400, "regex", "can't be used: "),
+        ("completions", b'{"prompt": "a", "regex": "a", "grammar": "b"}', 400, "regex", "stands beside grammar"),
+        ("completions", b'{"prompt": "a", "regex": "a", "ignore_eos": true}', 400, "ignore_eos", "would go on"),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user"}], "response_format": {"type": "xml"}}',
+            400,
+            "response_format.type",
+            "Invalid value 'xml'",
         ),
         ("embeddings", b'{"input": "a", "dimensions": 5}', 400, "dimensions", "'dimensions' is not supported"),
     ],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fiveply.engine import sampler
+from fiveply.engine.constrain import Constraint, Grammars
 from fiveply.engine.paged_attention import PagedAttention, Span
 from fiveply.model.decoder import Decoder
 from fiveply.serve.messages import Beginning, Outcome, Score, Segment, StepBatch, StepResult
@@ -33,6 +34,7 @@ class _Request:
     table: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """All so far, where sampling looks back."""
+    constraint: Constraint | None = None
     hidden_sum_D: Tensor | None = None
     """Over its tokens so far, where it is to be embedded."""
 
@@ -40,8 +42,8 @@ class _Request:
 class Runner:
     """Steps through this rank's part of the model."""
 
-    def __init__(self, decoder: Decoder, attention: PagedAttention, mesh: Mesh) -> None:
-        self._decoder, self._attention, self._mesh = decoder, attention, mesh
+    def __init__(self, decoder: Decoder, attention: PagedAttention, mesh: Mesh, grammars: Grammars) -> None:
+        self._decoder, self._attention, self._mesh, self._grammars = decoder, attention, mesh, grammars
         self._requests: dict[int, _Request] = {}
         self._sent: Call | None = None
         parameter = next(decoder.parameters())
@@ -67,11 +69,16 @@ class Runner:
 
     def _request(self, segment: Segment) -> _Request:
         if segment.begins is not None:
-            self._requests[segment.request] = _Request(segment.begins, tokens=list(segment.begins.cached))
+            request = self._requests[segment.request] = _Request(segment.begins, tokens=list(segment.begins.cached))
+            if segment.begins.sampling.grammar and self._decoder.model.norm is not None:
+                request.constraint = Constraint(self._grammars, segment.begins.sampling.grammar)
+                request.constraint.hear(request.tokens[segment.begins.prompt :])
         request = self._requests[segment.request]
         request.table += segment.blocks
-        if request.begins.sampling.looks_back:
+        if request.begins.sampling.looks_back:  # for these nothing is guessed
             request.tokens += segment.tokens
+        if request.constraint is not None:
+            request.constraint.hear(segment.tokens[max(0, request.begins.prompt - segment.start) :])
         return request
 
     def _input(self, batch: StepBatch, tokens: int) -> Tensor:
@@ -93,38 +100,34 @@ class Runner:
     def _answer(self, segments: list[Segment], requests: list[_Request], hidden_TD: Tensor) -> list[Outcome]:
         """On every tensor rank of the last stage: they share the vocabulary."""
         outcomes: dict[int, Outcome] = {}
-        asked: list[int] = []  # the last token of each segment that samples
+        asked: list[int] = []  # the tokens after which one is wanted: each segment's last, and those before its guesses
         rows: list[sampler.Row] = []
         first = 0
         for segment, request in zip(segments, requests, strict=True):
-            end, begins = first + len(segment.tokens), request.begins
-            outcome = Outcome(segment.request)
+            end, begins, outcome = first + len(segment.tokens), request.begins, Outcome(segment.request)
             if begins.scores and segment.start < begins.prompt:
-                outcome = Outcome(segment.request, scored_from=segment.start + 1,
-                                  scores=self._scores(segment, begins, hidden_TD[first:end]))  # fmt: skip
+                outcome.scored_from = segment.start + 1
+                outcome.prompt_scores = self._scores(segment, begins, hidden_TD[first:end])
             if begins.embeds:
-                outcome = Outcome(segment.request, embedding=self._pooled(segment, request, hidden_TD[first:end]))
+                outcome.embedding = self._pooled(segment, request, hidden_TD[first:end])
             if segment.last and segment.samples:
-                asked.append(end - 1)
-                rows.append(
-                    sampler.Row(begins.sampling, segment.start + len(segment.tokens), request.tokens, begins.prompt)
-                )
-            if segment.last or outcome.scores:
+                allowed_V = None if request.constraint is None else request.constraint.allowed()
+                for back in range(segment.guesses, -1, -1):
+                    asked.append(end - 1 - back)
+                    position = segment.start + len(segment.tokens) - back
+                    rows.append(sampler.Row(begins.sampling, position, request.tokens, begins.prompt, allowed_V))
+            if segment.last or outcome.prompt_scores:
                 outcomes[segment.request] = outcome
             first = end
         if asked:
-            index_R = torch.tensor(asked, device=self._device)
-            answering = [s.request for s in segments if s.last and s.samples]
-            for request, (token, score) in zip(
-                answering, sampler.choose(self._logits(hidden_TD[index_R]), rows), strict=True
-            ):
-                known = outcomes[request]
-                problem = (
-                    ""
-                    if token >= 0
-                    else "the model's logits are not finite: its weights are broken, or too large for this precision"
-                )
-                outcomes[request] = Outcome(request, token, score, known.scored_from, known.scores, problem=problem)
+            chosen = iter(sampler.choose(self._logits(hidden_TD[torch.tensor(asked, device=self._device)]), rows))
+            for segment, request in zip(segments, requests, strict=True):
+                if segment.last and segment.samples:
+                    _accept(segment, [next(chosen) for _ in range(segment.guesses + 1)], outcomes[segment.request])
+                    if request.constraint is not None and request.constraint.problem:
+                        outcomes[segment.request] = Outcome(
+                            segment.request, problem=f"grammar: {request.constraint.problem}"
+                        )
         return list(outcomes.values())
 
     def _scores(self, segment: Segment, begins: Beginning, hidden_TD: Tensor) -> list[Score]:
@@ -150,3 +153,19 @@ class Runner:
         if self._mesh.tp is not None:
             logits_RV = gather_columns(logits_RV, self._mesh.tp, self._decoder.spec.vocabulary)
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+
+
+def _accept(segment: Segment, chosen: list[tuple[int, Score | None]], outcome: Outcome) -> None:
+    """Tokens up to the first that a guess has missed."""
+    guesses = segment.tokens[len(segment.tokens) - segment.guesses :]
+    for index, (token, score) in enumerate(chosen):
+        if token < 0:
+            outcome.problem = (
+                "the model's logits are not finite: its weights are broken, or too large for this precision"
+            )
+            return
+        outcome.tokens.append(token)
+        if score is not None:
+            outcome.scores.append(score)
+        if index < len(guesses) and token != guesses[index]:
+            return

@@ -32,6 +32,8 @@ class Row(NamedTuple):
     """All before it, where sampling looks back."""
     prompt: int = 0
     """How many of them are the prompt's."""
+    allowed_V: Tensor | None = None
+    """Where False, a token may not be chosen."""
 
 
 def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[tuple[int, Score | None]]:
@@ -77,8 +79,10 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _shaped(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """With biases and penalties; the same tensor where no row has any."""
-    changed = [i for i, row in enumerate(rows) if row.sampling.looks_back or row.sampling.logit_bias]
+    """With biases, penalties and what is allowed; the same tensor where no row has any."""
+    changed = [
+        i for i, row in enumerate(rows) if row.sampling.penalises or row.sampling.logit_bias or row.allowed_V is not None
+    ]  # fmt: skip
     if not changed:
         return logits_RV
     logits_RV = logits_RV.clone()
@@ -100,6 +104,8 @@ def _shaped(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
             logits_V[ids] += torch.tensor(
                 list(sampling.logit_bias.values()), device=logits_V.device, dtype=logits_V.dtype
             )
+        if (allowed_V := rows[index].allowed_V) is not None:
+            logits_V.masked_fill_(~allowed_V, -torch.inf)
     return logits_RV
 
 

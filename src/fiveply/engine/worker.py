@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fiveply.engine import weights
+from fiveply.engine.constrain import Grammars
 from fiveply.engine.paged_attention import PagedAttention
 from fiveply.engine.runner import Runner
 from fiveply.engine.wire import Wire
@@ -47,6 +48,8 @@ class Job:
     cache_tokens: int = 0
     """Tokens that the cache holds, or 0: by the memory there is."""
     transport: Transport = "auto"
+    ends: tuple[int, ...] = ()
+    """Tokens that end an answer."""
 
 
 def work(job: Job) -> None:
@@ -70,7 +73,8 @@ def work(job: Job) -> None:
             return
         assert isinstance(begin, Begin)
         attention = PagedAttention(layers, heads, kv_heads, source.spec.head_dim, begin.blocks, dtype, place)
-        _steps(wire, Runner(decoder, attention, mesh))
+        grammars = Grammars(source.path, source.spec.vocabulary, job.ends, place)
+        _steps(wire, Runner(decoder, attention, mesh, grammars))
     finally:
         wire.close()
 

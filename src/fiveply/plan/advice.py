@@ -55,7 +55,11 @@ def advise(given: Given, cluster: ClusterSpec, limits: Limits | None = None) -> 
     if world != cluster.count:
         raise InputError(f"the arguments are for {world} ranks, the cluster has {cluster.count}", where="--cluster",
                          fix=f"give {cluster.device}:{world}")  # fmt: skip
-    batch = {"sequence": given.sequence, "global_batch": given.global_batch, "precision": given.precision}
+    batch: dict[str, Any] = {
+        "sequence": given.sequence,
+        "global_batch": given.global_batch,
+        "precision": given.precision,
+    }
     system = software.load("megatron")
     job = explain.job_of(given.spec, cluster, world, **batch, system=system)
     now = explain.rank(job, given.layout, given.order)

@@ -169,11 +169,16 @@ def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> 
 
 def collective_seconds(collective: Collective, machine: Machine, stride: int) -> float:
     """ONE call, nothing hidden; `stride` ranks stand between neighbours of its group."""
-    return call_seconds(collective.operation, collective.bytes, collective.size, machine, stride)
+    return call_seconds(
+        collective.operation, collective.bytes, collective.size, machine, stride, copies=collective.copies
+    )
 
 
-def call_seconds(operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int) -> float:
-    """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host."""
+def call_seconds(
+    operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int, *, copies: int = 1
+) -> float:
+    """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host. An
+    exchange sends `copies` of each row to ranks drawn alike, and those for one host cross to it once."""
     if ranks < 2 and operation not in ("send", "receive"):
         return 0.0
     if operation in ("send", "receive"):
@@ -185,8 +190,12 @@ def call_seconds(operation: str, size_bytes: int, ranks: int, machine: Machine, 
     network, inner = machine.network, machine.link[operation]
     reached = network.bandwidth * NETWORK
     if operation == "all-to-all":  # each rank sends to every other; what leaves the domain leaves through its own card
-        outside = size_bytes * (ranks - together) / ranks / reached
-        inside = size_bytes * together / ranks / inner.bandwidth
+        hosts = ranks / together
+        crossing = (
+            (hosts - 1) * (1 - (1 - 1 / hosts) ** copies) / copies
+        )  # other hosts that a row goes to, by its copies
+        outside = size_bytes * crossing / reached
+        inside = size_bytes * (1.0 if copies > 1 else together / ranks) / inner.bandwidth
         return network.start + network.hop * ranks / together + max(outside, inside) + math.sqrt(network.half * outside)
     hosts = math.ceil(ranks / together)
     bandwidth = min(reached * together, inner.bandwidth)

@@ -38,6 +38,16 @@ TERMS = {
 """What each lost term is, in words."""
 
 
+SHARES = {
+    "compute": (*USEFUL, "elementwise", "recompute", "launch"),
+    "communication": ("tp", "cp", "ep", "zero", "dp", "transfers", "offload"),
+    "bubble": ("bubble",),
+    "optimizer": ("optimizer",),
+    "rest": ("sums", "residual"),
+}
+"""Terms by the share of a recorded step (`timeline.SHARES`) that they are measured as; reading data counts as rest."""
+
+
 class Ranked(msgspec.Struct, frozen=True):
     """One layout of the table. `mfu`: of all devices' peak. `runnable`: "" or why the runtime can't run it yet."""
 
@@ -196,7 +206,7 @@ def _nothing(spec: ModelSpec, cluster: ClusterSpec, job: Job, limits: Limits, se
             fix="give a number of devices that shares factors with the batch and the model's heads, or loosen --fix and --max",
         )  # fmt: skip
     world = cluster.count
-    for _ in range(14):
+    for _ in range(8):
         world *= 2
         rows = max(job.global_batch, world)
         more = msgspec.structs.replace(job, global_batch=-(-rows // world) * world)
@@ -372,6 +382,11 @@ def plan_of(answer: Answer, model: str, one: Ranked) -> Plan:
     )
     predicted = Predicted(prediction.seconds, prediction.terms, prediction.memory_bytes)
     return Plan(str(prediction.layout), model, cluster, job.sequence, job.global_batch, job.precision, predicted)
+
+
+def shares(terms: dict[str, float]) -> dict[str, float]:
+    """Predicted seconds by share of a recorded step."""
+    return {share: sum(terms.get(name, 0.0) for name in names) for share, names in SHARES.items()}
 
 
 def interval_text(seconds: Interval) -> str:

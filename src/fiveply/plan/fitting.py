@@ -28,7 +28,7 @@ RISK = 0.05
 """A layout fits where the probability of running out of memory is at most this."""
 CHUNKS = {"interleaved": 2, "zbv": 2}
 """Of a rank, where `vp` is left to its default."""
-GROUPS = 4
+GROUPS = 2
 """Of ranks, in the bound over arrays."""
 WORST = 3
 """Ranks that are walked exactly."""
@@ -92,7 +92,8 @@ class Fitting:
         A rank r with n(r) layers holds n(r) (s + a(r) k) and what one layer needs to work: s is a layer's state, k what it
         keeps of a micro-batch, a(r) the micro-batches alive. So it can take as many layers as its memory, less the embedding's
         or the head's state at the ends, is a multiple of s + a(r) k. Ranks between the ends are taken in a few groups, each at
-        its least a(r).
+        its least a(r). Layers that its chunks do not share evenly are dealt to those that are alive most briefly: they are not
+        counted.
         """
         pp, dp = splits.columns["pp"][rows[0]].item(), splits.columns["dp"][rows[0]].item()
         inside, outside, working = (
@@ -120,16 +121,16 @@ class Fitting:
             here = micro_batches == each
             done: dict[bytes, tuple[NDArray[np.bool_], int]] = {}
             for index, (name, vp) in enumerate(orders):
-                rounds = alive(name, pp, vp or CHUNKS.get(name, 1), each)
-                key = rounds.tobytes() + bytes(name == "zbv")
+                chunks = vp or CHUNKS.get(name, 1)
+                rounds = alive(name, pp, chunks, each)
+                key = rounds.tobytes() + bytes((name == "zbv", chunks > 1))
                 if key not in done:
                     end = (opening if name == "zbv" else closing)[here]
-                    takes = opening[here] // (held[here] + rounds[0] * kept[here]) + end // (
-                        held[here] + rounds[-1] * kept[here]
-                    )
+                    takes = np.floor(opening[here] / (held[here] + rounds[0] * kept[here]))
+                    takes += np.floor(end / (held[here] + rounds[-1] * kept[here]))
                     for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
-                        takes += len(ranks) * (room[here] // (held[here] + ranks.min() * kept[here]))
-                    fits = takes >= layers
+                        takes += len(ranks) * np.floor(room[here] / (held[here] + ranks.min() * kept[here]))
+                    fits = takes + (chunks - 1) * pp >= layers
                     done[key] = fits.any(axis=1), int(fits.sum())
                 may[here, index] = done[key][0]
                 count += done[key][1]

@@ -20,6 +20,9 @@ from fiveply.spec.placement import stage_units
 ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
 """Of an activation: products in 8 and 4 bits read and write 16-bit ones."""
 
+QUANTISED_BYTES = {"fp8": 1 + 1 / 32, "fp4": 1 / 2 + 1 / 16}
+"""Of a product's input, with a byte of scale for each block of 32 (MXFP8) or 16 (NVFP4)."""
+
 
 class Part(msgspec.Struct, frozen=True):
     """All that a part's work depends on in the model: parts of equal `Part` have equal work and equal traffic."""
@@ -60,6 +63,8 @@ class Split(msgspec.Struct, frozen=True):
     recompute: str
     element: int
     """Bytes of an activation."""
+    quantised: float
+    """Bytes of an element that a product reads, with its share of a block's scale."""
 
     @property
     def tokens(self) -> int:
@@ -140,6 +145,7 @@ def split_of(layout: Layout, *, sequence: int, precision: str, tp_rank: int = 0)
         sequence=sequence,
         recompute=layout.recompute,
         element=ELEMENT_BYTES[precision],
+        quantised=QUANTISED_BYTES.get(precision, ELEMENT_BYTES[precision]),
     )
 
 

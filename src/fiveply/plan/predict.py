@@ -28,6 +28,8 @@ from fiveply.spec.plan import Interval
 
 ORDERS = ("tp,cp,dp,pp", "tp,cp,pp,dp")
 """Ranks, fastest axis first: the runtime's own, and the one that keeps a pipeline's neighbours on one node."""
+WALKED = 8
+"""Pipeline ranks up to which each one's memory is walked."""
 REDUCING = ("dp", "shard", "replica", "edp")
 """Axes over which gradients are summed and parameters gathered."""
 
@@ -102,7 +104,7 @@ class Predictor:
         ranks = self.ranks(layout)
         seconds, terms = self._step(layout, ranks)
         interval = cost.interval(seconds, job.machine, job.software, job.precision, job.spec.experts is not None)
-        footprints = tuple(self.footprint(layout, rank) for rank in range(layout.pp))
+        footprints = self.footprints(layout)
         return Prediction(
             layout, Interval(*interval), terms, footprints,
             tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
@@ -122,6 +124,22 @@ class Predictor:
         bias, deviation = cost.memory_error(self.job.machine, self.job.software)
         room = self.job.machine.memory_bytes - self.job.software.context_bytes
         return 1.0 if room <= 0 else 1 - NormalDist(bias, deviation).cdf(math.log(room / peak))
+
+    def footprints(self, layout: Layout) -> tuple[Footprint, ...]:
+        """By pipeline rank. Of many, some between the ends are walked, and others take the larger of the walked beside them:
+        among ranks that hold alike, bytes rise or fall with the rank."""
+        if layout.pp <= WALKED:
+            return tuple(self.footprint(layout, rank) for rank in range(layout.pp))
+        ends = {0, 1, layout.pp - 2, layout.pp - 1}
+        chosen = sorted(ends | {round(i * (layout.pp - 1) / (WALKED - 1)) for i in range(WALKED)})
+        walked = {rank: self.footprint(layout, rank) for rank in chosen}
+        return tuple(
+            walked.get(rank) or max(
+                walked[max(one for one in chosen if one < rank)], walked[min(one for one in chosen if one > rank)],
+                key=lambda one: one.peak,
+            )
+            for rank in range(layout.pp)
+        )  # fmt: skip
 
     def footprint(self, layout: Layout, rank: int) -> Footprint:
         """Of a pipeline rank. Beyond a few rounds the number of micro-batches does not matter, but for GPipe."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import time
 from collections.abc import Hashable
 from itertools import count
 from typing import Any, Literal, NamedTuple
@@ -30,11 +31,17 @@ from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
 from fiveply.plan.simulate import least_end
 from fiveply.plan.space import Limits, pipelines, splits, states
-from fiveply.plan.stages import Weights, balance, deal
+from fiveply.plan.stages import Weights, balance, deal, every
 from fiveply.spec.layout import Layout
 
 BUDGET = 40_000
 """Of EFFORT."""
+SECONDS = 4.0
+"""Of processor time, after which the best so far is given with its proven gap."""
+WAIT = 0.3
+"""A guess: the share of a 1F1B pipeline's bubble that the best schedule leaves."""
+FEW = 20
+"""Divisions of the layers that are all tried."""
 LARGE = 4096
 """Rows of a micro-batch that bounds the efficiency of all smaller ones."""
 ROUGHLY, SURELY = 1.02, 0.95
@@ -68,15 +75,18 @@ def degrees(layout: Layout) -> tuple[int, ...]:
     return (layout.dp, layout.tp, layout.pp, layout.cp, layout.ep)
 
 
-def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
-    """Layouts of exactly `world` ranks. Raises InputError for a batch that no layout can have."""
-    return _Search(job, world, limits or Limits()).run(wanted, budget)
+def search(
+    job: Job, world: int, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET, seconds: float = SECONDS
+) -> Searched:  # fmt: skip
+    """Layouts of exactly `world` ranks, within `budget` and `seconds` of processor time. Raises InputError for a batch that no
+    layout can have."""
+    return _Search(job, world, limits or Limits()).run(wanted, budget, seconds)
 
 
 Level = Literal["bundle", "split", "division", "state", "found"]
 EFFORT: dict[Level, int] = {"bundle": 4, "split": 8, "division": 2, "state": 30, "found": 10}
 """About what it costs to look at one, in tenths of a millisecond."""
-HASTE: dict[Level, float] = {"bundle": 1.3, "split": 1.12, "division": 1.03, "state": 1.0, "found": 1.0}
+HASTE: dict[Level, float] = {"bundle": 1.15, "split": 1.12, "division": 1.05, "state": 1.0, "found": 1.0}
 """By how much bounds are expected to grow, so that at first what is nearly known goes before what is hardly known."""
 
 
@@ -102,17 +112,26 @@ class _Search:
         self._later: list[tuple[float, Level, Any]] = []
         self._haste = True
         self._priced = 0
+        self._pipelines: list[tuple[list[tuple[str, int]], NDArray[np.bool_]]] = []
+        """By (pp, dp, cp): all pipelines, and [split, pipeline] which may fit."""
+        self._places = np.zeros((len(self.splits), 2), np.int64)
+        """By split, its place in that."""
         self.choices: dict[tuple[int, ...], Choice] = {}
         self._seconds: dict[Hashable, NDArray[np.float64]] = {}
         self._weighed: dict[Hashable, Weights] = {}
         self._shared: dict[Hashable, _Shared] = {}
         self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
-    def run(self, wanted: int, budget: int) -> Searched:
+    def run(self, wanted: int, budget: int, seconds: float) -> Searched:
         """First in haste, until each of `wanted` combinations of degrees has a layout; then what could beat the best of them."""
+        until = time.process_time() + seconds
         legal, fit = self._open()
         spent = 0
-        while self._queue and len(self.choices) < wanted and spent < budget:
+        while (
+            self._queue
+            and len(self.choices) < wanted
+            and (not self.choices or (spent < budget and time.process_time() < until))
+        ):  # until there is one at all
             _, _, least, level, payload = heapq.heappop(self._queue)
             if level != "bundle" and degrees(payload[0]) in self.choices:
                 self._later.append((least, level, payload))
@@ -126,7 +145,7 @@ class _Search:
         for least, level, payload in waiting:
             if least < best:
                 self._push(least, level, payload)
-        while self._queue and self._queue[0][0] < best and spent < budget:
+        while self._queue and self._queue[0][0] < best and spent < budget and time.process_time() < until:
             _, _, _, level, payload = heapq.heappop(self._queue)
             spent += EFFORT[level]
             self._look(level, payload)
@@ -150,9 +169,9 @@ class _Search:
             if known is None or choice.seconds < known.seconds:
                 self.choices[degrees(choice.layout)] = choice
 
-    def _push(self, least: float, level: Level, payload: Any) -> None:
-        """`least`: a bound of all that may come of it."""
-        key = least * HASTE[level] if self._haste else least
+    def _push(self, least: float, level: Level, payload: Any, guess: float = 0.0) -> None:
+        """`least`: a bound of all that may come of it; `guess`: what is likely to."""
+        key = max(least, guess) * HASTE[level] if self._haste else least
         heapq.heappush(self._queue, (key, next(self._numbers), least, level, payload))
 
     def _kinds(self, dp: int, cp: int) -> list[tuple[int, int]]:
@@ -166,8 +185,8 @@ class _Search:
     def _open(self) -> tuple[int, int]:
         """Queue every bundle of splits of which one may fit; how many layouts are legal, and how many may fit."""
         splits, legal, fit = self.splits, 0, 0
-        pipelines_of: dict[int, list[tuple[str, int]]] = {}
         first, place = splits.alike("pp", "dp", "cp")
+        may = np.zeros(len(splits), bool)
         for number, row in enumerate(first.tolist()):
             pp, dp, cp = (splits.columns[key][row].item() for key in ("pp", "dp", "cp"))
             rows = np.flatnonzero(place == number)
@@ -176,52 +195,67 @@ class _Search:
             if orders and kinds:
                 fits, found = self.fitting.may_fit(splits, rows, orders, kinds)
                 fit += found
-                for index in np.flatnonzero(fits.any(axis=1)).tolist():
-                    pipelines_of[int(rows[index])] = [
-                        order for order, one in zip(orders, fits[index], strict=True) if one
-                    ]
-        self._bundle(pipelines_of)
+                may[rows] = fits.any(axis=1)
+                self._pipelines.append((orders, fits))
+            else:
+                self._pipelines.append((orders, np.zeros((len(rows), 0), bool)))
+            self._places[rows, 0], self._places[rows, 1] = number, np.arange(len(rows))
+        self._bundle(np.flatnonzero(may))
         return legal, fit
 
-    def _bundle(self, pipelines_of: dict[int, list[tuple[str, int]]]) -> None:
+    def _bundle(self, rows: NDArray[np.int64]) -> None:
         """Queue splits that differ in pp and dp alone together: their parts cost the same."""
-        splits = self.splits
+        splits, job = self.splits, self.job
+        if not len(rows):
+            return
         first, family = splits.alike("tp", "sp", "cp", "cp_kind", "ep", "etp")
         _, bundle = splits.alike("tp", "sp", "cp", "cp_kind", "ep", "etp", "micro_batch", "recompute", "offload")
-        members: dict[int, list[int]] = {}
-        for row in pipelines_of:
-            members.setdefault(int(bundle[row]), []).append(row)
-        least: dict[int, float] = {}
-        for rows in members.values():
-            one = int(family[rows[0]])
-            if one not in least:
-                least[one] = self._least_row(splits.layout(int(first[one]))) * self.job.global_batch
-            degrees_inside = splits.columns["tp"][rows[0]] * splits.columns["cp"][rows[0]]
-            self._push(
-                float(least[one] * degrees_inside / self.world), "bundle", [(row, pipelines_of[row]) for row in rows]
-            )
+        per_row = np.zeros((len(first), 2))
+        for one in np.unique(family[rows]).tolist():
+            layout = splits.layout(int(first[one]))
+            per_row[one] = self._row_seconds(layout, LARGE) * SURE, self._row_seconds(layout, 1)
+        columns = {key: splits.columns[key][rows] for key in ("tp", "cp", "pp", "dp", "micro_batch", "recompute")}
+        share = job.global_batch * columns["tp"] * columns["cp"] / self.world
+        least, single = per_row[family[rows]].T
+        again = np.select([columns["recompute"] == "full", columns["recompute"] == "selective"], [1.3, 1.05], 1.0)
+        count = job.global_batch // columns["dp"] // columns["micro_batch"]
+        guess = (
+            share
+            * (least + (single - least) / columns["micro_batch"])
+            * again
+            * (1 + WAIT * (columns["pp"] - 1) / count)
+        )
+        order = np.argsort(bundle[rows], kind="stable")
+        starts = np.flatnonzero(np.diff(bundle[rows][order], prepend=-1))
+        least_of, guess_of = (share * least)[order][starts], np.minimum.reduceat(guess[order], starts)
+        members = np.split(rows[order], starts[1:])
+        for bound_of, likely, own in zip(least_of.tolist(), guess_of.tolist(), members, strict=True):
+            self._push(bound_of, "bundle", own.tolist(), likely)
 
-    def _least_row(self, layout: Layout) -> float:
-        """Least seconds of a row through the whole model, of all micro-batches and recomputations: in a micro-batch so large
-        that neither launches nor latencies nor incomplete waves count."""
-        large = msgspec.structs.replace(layout, micro_batch=LARGE, recompute="none")
-        return sum(
-            times * _busy(self.predictors[ORDERS[0]].part(large, part)) for part, times in self.fitting.parts
-        ) / LARGE * SURE  # fmt: skip
+    def _row_seconds(self, layout: Layout, micro_batch: int) -> float:
+        """Seconds of a row through the whole model in such a micro-batch, nothing computed again. In a large one, the least of
+        all: neither launches nor latencies nor incomplete waves count then."""
+        whole = msgspec.structs.replace(layout, micro_batch=micro_batch, recompute="none")
+        predictor = self.predictors[ORDERS[0]]
+        return sum(times * _busy(predictor.part(whole, part)) for part, times in self.fitting.parts) / micro_batch
 
     # 2. their collectives and micro-batches
 
-    def _price_bundle(self, rows: list[tuple[int, list[tuple[str, int]]]]) -> None:
+    def _price_bundle(self, rows: list[int]) -> None:
         """Queue the splits of a bundle, in each order of ranks that makes a difference."""
-        for row, orders in rows:
+        for row in rows:
             layout = self.splits.layout(row)
+            group, index = self._places[row].tolist()
+            all_orders, fits = self._pipelines[group]
+            orders = [one for one, fit in zip(all_orders, fits[index].tolist(), strict=True) if fit]
             apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < self.job.machine.joined < self.world
             for order in ORDERS if apart else ORDERS[:1]:
                 weights = self._weights(layout, order)
                 whole = sum(weights.layers) + weights.first + weights.last
                 busiest = max(whole / layout.pp, min(weights.layers) * -(-self.spec.layers // layout.pp))
                 least = max(self._micro_batches(layout) * busiest, self._once(layout, order))
-                self._push(least * SURE, "split", (layout, order, orders))
+                wait = WAIT * (layout.pp - 1) / self._micro_batches(layout)
+                self._push(least * SURE, "split", (layout, order, orders), least * (1 + wait))
 
     def _once(self, layout: Layout, order: str) -> float:
         """One micro-batch through the whole model, forward and back: no pipeline is faster."""
@@ -240,7 +274,7 @@ class _Search:
         for name, vp in orders:
             chosen = msgspec.structs.replace(layout, schedule=name, vp=vp)
             chunks, folded = chosen.chunks, name == "zbv"
-            divisions: set[tuple[int, ...]] = set()
+            divisions = set(every(self.spec.layers, chosen.stage_count, FEW))
             for ahead in (0.0, 1.0) if layout.pp > 1 and chunks == 1 else (0.0,):
                 for least in (0 if chunks == 1 else 1, chunks):  # mostly each rank gets enough for its chunks unasked
                     key = ahead, least, folded

@@ -75,6 +75,8 @@ class Splits(msgspec.Struct, frozen=True):
     """Legal splits of one world: `columns` by key, one row a split."""
 
     columns: dict[str, NDArray[Any]]
+    codes: dict[str, tuple[NDArray[np.int64], int]] = {}
+    """Of columns, as they were asked for: each value's number, and how many values there are."""
 
     def __len__(self) -> int:
         return len(self.columns["tp"])
@@ -89,8 +91,11 @@ class Splits(msgspec.Struct, frozen=True):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         codes = np.zeros(len(self), np.int64)
         for key in keys:
-            values, code = np.unique(self.columns[key], return_inverse=True)
-            codes = codes * len(values) + code
+            if key not in self.codes:
+                values, code = np.unique(self.columns[key], return_inverse=True)
+                self.codes[key] = code, len(values)
+            code, count = self.codes[key]
+            codes = codes * count + code
         _, first, place = np.unique(codes, return_index=True, return_inverse=True)
         return first, place
 

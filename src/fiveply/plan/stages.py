@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations_with_replacement, pairwise
+from math import comb
 
 import msgspec
 
@@ -77,6 +78,15 @@ def balance(
         else:
             best, high = found, middle
     return tuple(best)
+
+
+def every(layers: int, stages: int, most: int) -> list[tuple[int, ...]]:
+    """All divisions of so many layers where there are at most `most` of them, else none: few can be tried one by one."""
+    if stages == 1 or comb(layers + 1, stages - 1) > most:
+        return []
+    inner = combinations_with_replacement(range(layers + 1), stages - 1)
+    cuts = (tuple(b - a for a, b in pairwise((0, *places, layers))) for places in inner)
+    return [division for division in cuts if 0 not in division[1:-1]]
 
 
 def deal(layers: Sequence[int], vp: int, *, folded: bool = False) -> tuple[int, ...]:

@@ -46,6 +46,8 @@ class Collective(msgspec.Struct, frozen=True):
     phase: Phase
     part: str = ""
     hides: Literal["", "weight", "block", "backward", "expert"] = ""
+    copies: int = 1
+    """Of each row of an exchange, those for ranks of one host cross to it once."""
 
 
 def part_traffic(
@@ -135,8 +137,11 @@ class _Calls:
         else:
             self.both("tp", "all-reduce", None, split.tokens * columns * split.element, split.tp, again=again)
 
-    def exchange(self, axis: str, size: int, ranks: int, *, again: bool) -> None:
+    def exchange(self, axis: str, size: int, ranks: int, *, again: bool, copies: int = 1) -> None:
+        before = len(self.found)
         self.both(axis, "all-to-all", "all-to-all", size, ranks, again=again)
+        if copies > 1:
+            self.found[before:] = [msgspec.structs.replace(one, copies=copies) for one in self.found[before:]]
 
 
 def _attention(calls: _Calls, part: Part, split: Split) -> None:
@@ -172,10 +177,11 @@ def _mlp(calls: _Calls, part: Part, split: Split) -> None:
     if experts is not None:
         again = calls.full or "experts" in calls.selected
         chosen = split.routed * experts.per_token * part.hidden * split.element
-        calls.exchange("ep", chosen, split.ep, again=again)
+        copies = experts.per_token if calls.software.dispatch_once else 1
+        calls.exchange("ep", chosen, split.ep, again=again, copies=copies)
         calls.both("etp", "all-gather", "reduce-scatter", chosen * split.etp, split.etp, again=again)
         calls.both("etp", "reduce-scatter", "all-gather", chosen * split.etp, split.etp, again=again)
-        calls.exchange("ep", chosen, split.ep, again=again)
+        calls.exchange("ep", chosen, split.ep, again=again, copies=copies)
         if not split.sequence_parallel:  # each tensor rank takes its share of the tokens, and all need the result
             calls.both(
                 "tp", "all-gather", "all-gather", split.tokens * part.hidden * split.element, split.tp, again=again

@@ -178,7 +178,12 @@ def _entered(tally: Tally, split: Split, hidden: int, name: str) -> None:
     """The normed input of a block's products."""
     if tally.software.norm_output:
         rows = split.gathered if tally.software.gathered_input else split.local
-        tally.keep(name, "norm", rows * hidden * split.element)
+        tally.keep(name, "norm", _read(tally, split, rows * hidden))
+
+
+def _read(tally: Tally, split: Split, elements: int) -> int:
+    """Bytes of a tensor that is kept for a product's weight gradient alone."""
+    return round(elements * (split.quantised if tally.software.keeps_quantised else split.element))
 
 
 def _attention(tally: Tally, part: Part, split: Split) -> None:
@@ -213,19 +218,19 @@ def _latent_attention(tally: Tally, part: Part, split: Split) -> None:
     tokens, local, element = split.tokens, split.local, split.element
     heads, size, value = part.heads // split.tp, latent.nope_dim + latent.rope_dim, latent.value_dim
     if tally.software.norm_output:
-        tally.keep("attention input", "norm", local * part.hidden * element)
+        tally.keep("attention input", "norm", _read(tally, split, local * part.hidden))
     if latent.q_rank:
         tally.products("attention", local, part.hidden, q_a=latent.q_rank, kv_a=latent.kv_rank + latent.rope_dim)
         tally.keep("query rank", "attention", local * latent.q_rank * element)
         _norm(tally, part, local, latent.q_rank, "q_a_norm")
-        tally.keep("normed query rank", "norm", split.gathered * latent.q_rank * element)
+        tally.keep("normed query rank", "norm", _read(tally, split, split.gathered * latent.q_rank))
         tally.products("latent", tokens, latent.q_rank, q_b=heads * size)
     else:
         tally.products("attention", local, part.hidden, kv_a=latent.kv_rank + latent.rope_dim)
         tally.products("attention", tokens, part.hidden, q=heads * size)
     tally.keep("key-value rank", "attention", local * (latent.kv_rank + latent.rope_dim) * element)
     _norm(tally, part, local, latent.kv_rank, "kv_a_norm")
-    tally.keep("normed key-value rank", "norm", split.gathered * latent.kv_rank * element)
+    tally.keep("normed key-value rank", "norm", _read(tally, split, split.gathered * latent.kv_rank))
     tally.products("latent", tokens, latent.kv_rank, kv_b=heads * (latent.nope_dim + value))
     turned = tokens * (heads + 1) * latent.rope_dim
     tally.memory("rotary", "latent", 2 * turned, 2 * turned)
@@ -259,7 +264,10 @@ def _core(tally: Tally, part: Part, split: Split, heads: int, kv_heads: int, siz
         tally.keep("softmax", "core", numbers * sequence * split.element)
         if tally.software.dropout:
             tally.keep("dropped softmax and mask", "core", numbers * sequence * (split.element + 1))
-    tally.keep("attention output", "attention", split.rows * queries * heads * value * split.element)
+    output = split.rows * queries * heads * value
+    tally.keep("attention output", "attention", output * split.element)
+    if tally.software.keeps_quantised and split.quantised < split.element:  # what the next product reads is a copy
+        tally.keep("quantised attention output", "attention", _read(tally, split, output))
 
 
 def _mlp(tally: Tally, part: Part, split: Split, ffn: int, name: str) -> None:
@@ -267,17 +275,17 @@ def _mlp(tally: Tally, part: Part, split: Split, ffn: int, name: str) -> None:
     _entered(tally, split, part.hidden, f"{name}mlp input")
     columns = {f"{name}gate": inner, f"{name}up": inner} if part.gated else {f"{name}up": inner}
     tally.products("mlp", tokens, part.hidden, **columns)
-    _activation(tally, part, tokens * inner, name, "mlp")
+    _activation(tally, part, split, tokens * inner, name, "mlp")
     tally.products("mlp", tokens, inner, **{f"{name}down": part.hidden})
     tally.deferred += split.element * (2 * split.gathered * part.hidden + (1 + len(columns)) * tokens * inner)
 
 
-def _activation(tally: Tally, part: Part, elements: int, name: str, module: Module) -> None:
+def _activation(tally: Tally, part: Part, split: Split, elements: int, name: str, module: Module) -> None:
     inputs = 2 if part.gated else 1
     tally.memory(f"{name}activation", "activation", (inputs + 1) * elements, (2 * inputs + 1) * elements)
     tally.keep(f"{name}activation input", module, inputs * elements * tally.element)
     if tally.software.activation_input:
-        tally.keep(f"{name}activation output", "activation", elements * tally.element)
+        tally.keep(f"{name}activation output", "activation", _read(tally, split, elements))
 
 
 def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> tuple[int, int]:
@@ -296,10 +304,15 @@ def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> tuple[
     tally.keep("chances", "router", tokens * experts.count * 4)
     tally.keep("chosen", "router", chosen * (INDEX_BYTES + 4))
     tally.memory("dispatch", "experts", 2 * chosen * hidden, 2 * chosen * hidden)
-    tally.keep("expert input", "experts", rows * hidden * element)
+    tally.keep("expert input", "experts", _read(tally, split, rows * hidden))
     columns = {"expert gate": inner, "expert up": inner} if part.gated else {"expert up": inner}
     tally.grouped("experts", count, rows, hidden, **columns)
-    _activation(tally, part, rows * inner, "expert ", "experts")
+    _activation(tally, part, split, rows * inner, "expert ", "experts")
+    # The chances' gradients need what the chances scaled; a gated unit that scales as it multiplies has all of that kept.
+    if tally.software.scales == "output":
+        tally.keep("expert output", "experts", chosen * hidden * element)
+    elif not part.gated:
+        tally.keep("unscaled activation", "activation", rows * inner * element)
     tally.grouped("experts", count, rows, inner, **{"expert down": hidden})
     tally.memory("combine", "experts", (1 + experts.per_token) * tokens * hidden, 2 * chosen * hidden)
     if experts.shared_ffn:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fiveply import pipeline_schedule as schedules
 from fiveply.pipeline_schedule import Kind, Schedule, ScheduleError
-from fiveply.report.record import Facts, Rank, Record
+from fiveply.report.record import STATE, Facts, Rank, Record
 from fiveply.report.text import count_text, plural
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
@@ -18,7 +18,7 @@ MOST_BLOCKS = 40  # of the strip that shows which part of the model a stage hold
 MOST_ROWS = 16  # of the grid before replicas fold
 MOST_CARDS = 32  # ranks shown with all they hold; more get a small cell each
 MOST_BARS = 24  # of memory before the ranks of a stage fold into their worst
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "rest")
+CATEGORIES = (*STATE, "activations", "rest")
 TRANSIENT = ("activations", "working", "buffers")
 """What a step holds beside its state, drawn as one."""
 KIND_TEXT = {
@@ -138,7 +138,7 @@ def memory(record: Record) -> dict[str, Any] | None:
         peaks = [0] * len(facts.ranks)
     bars: list[dict[str, Any]] = []
     for rank, peak in zip(facts.ranks, peaks, strict=True):
-        held = {category: rank.bytes.get(category, 0) for category in CATEGORIES[:3]}
+        held = {category: rank.bytes.get(category, 0) for category in STATE}
         held["activations"] = sum(rank.bytes.get(category, 0) for category in TRANSIENT)
         held["rest"] = max(0, peak - sum(held.values()))
         bars.append({"rank": rank.rank, "pp": rank.pp, "label": f"rank {rank.rank}", "peak": peak,

@@ -20,7 +20,7 @@ import jinja2
 import msgspec
 from markupsafe import Markup, escape
 
-from fiveply.report import figures, perfetto, timelines
+from fiveply.report import expected, figures, perfetto, timelines
 from fiveply.report.record import Facts, Record, Row, load, smoothed
 from fiveply.report.text import bytes_text, count_text, duration_text, plural
 from fiveply.spec.errors import RunError
@@ -55,7 +55,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 def render(record: Record, steps: list[RecordedStep]) -> str:
     """The page's text; `steps`: those recorded, the first on top."""
-    recorded = [timelines.drawn(step) for step in steps]
+    recorded = [timelines.drawn(step) | {"expected": expected.values(record.facts, step)} for step in steps]
 
     def beside(name: str) -> str:
         return files("fiveply.report").joinpath(name).read_text(encoding="utf-8")

@@ -46,6 +46,9 @@ class Chunk(msgspec.Struct, frozen=True):
         return ", ".join(parts) or "nothing"
 
 
+STATE = ("parameters", "gradients", "optimizer")
+
+
 class Rank(msgspec.Struct, frozen=True):
     rank: int
     tp: int = 0
@@ -58,6 +61,11 @@ class Rank(msgspec.Struct, frozen=True):
     parameters: int = 0
     """Of the tensors that the rank computes with, before any sharding over data-parallel ranks."""
     bytes: dict[str, int] = {}
+    """By category: what stands the whole step, `STATE`, and what comes and goes in it."""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.bytes.get(category, 0) for category in STATE)
 
 
 class ScheduleFacts(msgspec.Struct, frozen=True):
@@ -70,6 +78,17 @@ class ScheduleFacts(msgspec.Struct, frozen=True):
         """The schedule itself; raises ScheduleError where the numbers don't fit the name."""
         vp = self.vp if self.name in ("interleaved", "zbv") else 1
         return pipeline_schedule.build(self.name, self.pp, micro_batches or self.micro_batches, vp)
+
+
+class Predicted(msgspec.Struct, frozen=True):
+    """What the planner expected of the layout: seconds of a step, and by share of a recorded one."""
+
+    seconds: dict[str, float]
+    shares: dict[str, float]
+    memory_bytes: list[int] = []
+    cluster: str = ""
+    measured: bool = False
+    """Whether on figures that `fiveply probe` measured here."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -89,6 +108,7 @@ class Facts(msgspec.Struct, frozen=True):
     tokens_per_step: int = 0
     flops_per_token: float = 0.0
     ranks: list[Rank] = []
+    predicted: Predicted | None = None
     own_module: bool = False
     """A user's own module: its loss is of his making, and rows are all that is known of its data."""
 

@@ -218,7 +218,7 @@ def layout_table(facts: Facts | dict[str, Any]) -> Table:
             facts.coordinates(rank, axes) or "alone",
             "; ".join(chunk.text for chunk in rank.chunks),
             count_text(rank.parameters),
-            bytes_text(max(sum(each.bytes.values()) for each in ranks)),
+            bytes_text(max(each.state_bytes for each in ranks)),
         )
     return table
 

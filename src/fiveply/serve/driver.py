@@ -49,6 +49,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens in one step: a longer prompt is taken in chunks, so that answers beside it go on."""
     reuse: bool = True
     """Whether blocks of earlier prompts are found again."""
+    guesses: int = 0
+    """Tokens guessed ahead for each request, from what followed its latest tokens before (`serve/lookup.py`)."""
     silence_seconds: float = 60.0
     """Until a rank that says nothing is taken for lost; the longest step must be shorter."""
     start_seconds: float = 600.0
@@ -196,9 +198,10 @@ class Driver:
         assert replica.scheduler is not None
         for request, outcome in replica.scheduler.update(result):
             generation = replica.generations[request.id]
-            if outcome.token >= 0:
-                self.metrics.generated_tokens.inc()
-            if generation.take(outcome):
+            before = len(request.tokens) - len(outcome.tokens)
+            ended = generation.take(outcome)
+            self.metrics.generated_tokens.inc(len(request.tokens) - before)
+            if ended:
                 replica.scheduler.remove(request)
                 del replica.generations[request.id]
                 self.metrics.ended(generation.arrived, generation.first_token_at, len(request.tokens) - request.prompt)
@@ -260,7 +263,7 @@ class Driver:
             settings = self.settings
             replica.scheduler = Scheduler(
                 blocks, stages=self.layout.pp, most_running=settings.most_running,
-                step_tokens=settings.step_tokens, reuse=settings.reuse,
+                step_tokens=settings.step_tokens, reuse=settings.reuse, guesses=settings.guesses,
             )  # fmt: skip
             for rank in replica.ranks:
                 self._ranks[rank].writer.write(messages.pack(messages.Begin(blocks)))

@@ -53,29 +53,41 @@ class Generation:
                 return
 
     def take(self, outcome: Outcome) -> bool:
-        """What a step gave; whether this was the last. The token stands in `request.tokens` already."""
-        if outcome.problem:
+        """What a step gave; whether this was the last. Its tokens stand in `request.tokens`, and those after an end are cut off."""
+        request = self.request
+        if outcome.prompt_scores:
+            del self.prompt_scores[outcome.scored_from - 1 :]
+            self.prompt_scores += outcome.prompt_scores
+        if outcome.problem and not outcome.tokens:
             self.fail(RunError(outcome.problem))
             return True
-        if outcome.scores:
-            del self.prompt_scores[outcome.scored_from - 1 :]
-            self.prompt_scores += outcome.scores
-        if self.request.left and outcome.token < 0:
-            return False  # part of a prompt
-        self.embedding = outcome.embedding
-        if outcome.token < 0:
+        if not outcome.tokens:
+            if request.left:
+                return False  # part of a prompt
+            self.embedding = outcome.embedding
             self._tell(Piece(finish="length"))
             return True
         self.first_token_at = self.first_token_at or time.monotonic()
-        text, stopped = "", outcome.token in self._ends
-        full = len(self.request.tokens) - self.request.prompt >= self.request.max_tokens
+        texts: list[str] = []
+        known = len(request.tokens) - len(outcome.tokens)
+        taken = 0
+        for taken, token in enumerate(outcome.tokens, 1):
+            text, finish = self._one(token, full=known + taken - request.prompt >= request.max_tokens)
+            texts.append(text)
+            if finish:
+                break
+        del request.tokens[known + taken :]
+        self._tell(Piece("".join(texts), tuple(outcome.tokens[:taken]), tuple(outcome.scores[:taken]), finish))
+        return bool(finish)
+
+    def _one(self, token: int, full: bool) -> tuple[str, Literal["", "stop", "length"]]:
+        """The text that a token makes certain, and why it is the last."""
+        text, stopped = "", token in self._ends
         if self._detokeniser is not None:
-            piece = "" if stopped else self._detokeniser.add(outcome.token)
+            piece = "" if stopped else self._detokeniser.add(token)
             text, found = self._say(self._detokeniser, piece, last=stopped or full)
             stopped = stopped or found
-        scores = () if outcome.score is None else (outcome.score,)
-        self._tell(Piece(text, (outcome.token,), scores, "stop" if stopped else "length" if full else ""))
-        return bool(self.finish)
+        return text, "stop" if stopped else "length" if full else ""
 
     def _say(self, detokeniser: Detokeniser, piece: str, last: bool) -> tuple[str, bool]:
         """The text that is certain now, and whether a stop string was found."""

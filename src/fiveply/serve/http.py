@@ -288,6 +288,8 @@ class Server:
     ) -> list[Generation]:  # fmt: skip
         """All of a request's answers, or none."""
         self._check_model(asked.model)
+        if sampling.grammar and not (self.driver.text.tokenizer and self.driver.text.ends):
+            raise RequestError("the model has no tokenizer, or no token that ends an answer", "response_format")
         self._check_sizes(
             prompts, max_tokens, count * len(prompts), "prompt" if scores or prompts[1:] else "max_tokens"
         )

@@ -32,11 +32,16 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     seed: int = 0
     logit_bias: dict[int, float] = {}
     top_logprobs: int = -1  # likeliest tokens to report with the chosen one's; -1: report none
+    grammar: str = ""  # what the answer has to be (`serve/grammar.py`); empty: anything
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
 
     @property
     def looks_back(self) -> bool:
         """Whether the choice depends on earlier tokens."""
-        return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
+        return self.penalises or bool(self.grammar)
 
 
 class Beginning(msgspec.Struct, frozen=True, array_like=True):
@@ -68,6 +73,8 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     begins: Beginning | None = None
     following: int = -1
     """The prompt token after the last of `tokens`, to be scored."""
+    guesses: int = 0
+    """So many of the last tokens are guesses: to be kept as far as they are what would have been chosen."""
 
 
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag="step"):
@@ -97,16 +104,16 @@ class Score(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []
 
 
-class Outcome(msgspec.Struct, frozen=True, array_like=True):
+class Outcome(msgspec.Struct, array_like=True):
     """What a step gave one request."""
 
     request: int
-    token: int = -1
-    """The next token; -1 where none was asked for."""
-    score: Score | None = None
-    """Of the token, where asked for."""
-    scored_from: int = 0
+    tokens: list[int] = []
+    """The next ones: the guesses that were right, and one more; none where none was asked for."""
     scores: list[Score] = []
+    """Of these, where asked for."""
+    scored_from: int = 0
+    prompt_scores: list[Score] = []
     """Of the prompt tokens from position `scored_from` on."""
     embedding: list[float] = []
     problem: str = ""

@@ -36,6 +36,8 @@ class Metrics:
         self._waiting = Gauge("fiveply_waiting", "Requests in the queue", **where)
         self._cache = Gauge("fiveply_cache_use", "Share of the cache's blocks that requests hold", **where)
         self._preemptions = Gauge("fiveply_preemptions", "Requests put back for want of blocks", **where)
+        self._guessed = Gauge("fiveply_guessed_tokens", "Tokens guessed ahead", **where)
+        self._right = Gauge("fiveply_guessed_right_tokens", "Tokens guessed ahead that were right", **where)
         self._up = Gauge("fiveply_up", "Whether all ranks answer", **where)
         self.recent_seconds = 1.0
         """How long a request has taken of late."""
@@ -54,5 +56,7 @@ class Metrics:
         self._waiting.set(len(driver.generations) - sum(len(scheduler.running) for scheduler in schedulers))
         self._cache.set(driver.cache_use())
         self._preemptions.set(sum(scheduler.preemptions for scheduler in schedulers))
+        self._guessed.set(sum(scheduler.guessed for scheduler in schedulers))
+        self._right.set(sum(scheduler.guessed_right for scheduler in schedulers))
         self._up.set(driver.state == "ready")
         return generate_latest(self.registry)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
+from fiveply.serve.grammar import compile_grammar
 from fiveply.serve.messages import Sampling, Score
 from fiveply.serve.text import Text
 
@@ -49,8 +50,28 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Anything."""
+
+
+class ObjectFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class Schema(msgspec.Struct, forbid_unknown_fields=True):
+    name: str = ""
+    schema: dict[str, Any] = {}
+    strict: bool | None = None
+    description: str | None = None
+
+
+class SchemaFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    json_schema: Schema
+
+
 class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What completions and chat have in common; the last four are not OpenAI's."""
+    """What completions and chat have in common. Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, regex, grammar (Lark's
+    form), and a response_format for completions."""
 
     model: str | None = None
     n: Count | None = None
@@ -68,6 +89,9 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     ignore_eos: bool = False
+    response_format: TextFormat | ObjectFormat | SchemaFormat | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -86,8 +110,31 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             repetition_penalty=self.repetition_penalty or 1.0, frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             seed=secrets.randbits(64) if self.seed is None else self.seed % SEEDS, logit_bias=bias,
-            top_logprobs=top_logprobs,
+            top_logprobs=top_logprobs, grammar=self._grammar(),
         )  # fmt: skip
+
+    def _grammar(self) -> str:
+        """What constrains the answer. Raises RequestError for more than one, and for what can't be used."""
+        form = self.response_format
+        schema = form.json_schema.schema if isinstance(form, SchemaFormat) else {"type": "object"}
+        given: list[tuple[str, Literal["json", "regex", "lark"], Any]] = []
+        if isinstance(form, ObjectFormat | SchemaFormat):
+            given.append(("response_format", "json", schema))
+        if self.regex is not None:
+            given.append(("regex", "regex", self.regex))
+        if self.grammar is not None:
+            given.append(("grammar", "lark", self.grammar))
+        if not given:
+            return ""
+        param, kind, source = given[0]
+        if len(given) > 1:
+            raise RequestError(f"stands beside {given[1][0]}: one can constrain an answer", param)
+        if self.ignore_eos:
+            raise RequestError("would go on after the grammar's end", "ignore_eos")
+        try:
+            return compile_grammar(kind, source)
+        except ValueError as error:
+            raise RequestError(str(error), param) from None
 
 
 class CompletionRequest(_Common, kw_only=True):
@@ -112,17 +159,12 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
 
 
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
-
-
 class ChatRequest(_Common, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
 
 
 class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fiveply.serve.kv_blocks import BlockPool, extend_digests
+from fiveply.serve.lookup import Lookup
 from fiveply.serve.messages import BLOCK, Beginning, Outcome, Sampling, Segment, StepBatch, StepResult
 
 
@@ -43,6 +44,9 @@ class Request:
     """Blocks that the ranks know of."""
     last_step: int = field(default=-1, init=False)
     in_flight: bool = field(default=False, init=False)
+    known: int = field(default=0, init=False)
+    """Full blocks that the pool has been told of."""
+    lookup: Lookup = field(default_factory=Lookup, init=False)
     gone: bool = field(default=False, init=False)
     """Cancelled or finished while in flight."""
 
@@ -63,7 +67,7 @@ class Request:
 
     def forget(self) -> None:
         """Nothing of it is cached any more, and nothing is on its way."""
-        self.computed, self.told, self.blocks, self.in_flight, self.last_step = 0, 0, [], False, -1
+        self.computed, self.told, self.known, self.blocks, self.in_flight, self.last_step = 0, 0, 0, [], False, -1
 
 
 def blocks_for(tokens: int) -> int:
@@ -74,14 +78,15 @@ class Scheduler:
     """Requests of one replica; ids grow with arrival. `step_tokens`: most tokens in one step, which bounds its time."""
 
     def __init__(
-        self, blocks: int, *, stages: int = 1, most_running: int = 64, step_tokens: int = 512, reuse: bool = True
-    ) -> None:
+        self, blocks: int, *, stages: int = 1, most_running: int = 64, step_tokens: int = 512, reuse: bool = True,
+        guesses: int = 0,
+    ) -> None:  # fmt: skip
         self.pool = BlockPool(blocks, reuse=reuse)
-        self.stages, self.most_running = stages, most_running
+        self.stages, self.most_running, self.guesses = stages, most_running, guesses
         self.step_tokens = max(step_tokens, most_running + 1)  # all may decode, and a prompt still goes on
         self.waiting: list[Request] = []  # oldest first
         self.running: dict[int, Request] = {}
-        self.preemptions = 0
+        self.preemptions = self.guessed = self.guessed_right = 0
         self._in_flight: deque[StepBatch] = deque()
         self._released: list[int] = []
         self._step = 0
@@ -129,8 +134,9 @@ class Scheduler:
             count = min(request.left, room - len(decoding))
             # Not if an older one has just taken its blocks; and one that gets no block must not keep others from going on.
             if request.id in self.running and count > 0 and self._make_room(request, request.computed + count):
-                room -= count
-                segments.append(self._segment(request, count))
+                guesses = self._guess(request, room - count - len(decoding)) if count == request.left else []
+                room -= count + len(guesses)
+                segments.append(self._segment(request, count, guesses))
         if not segments:
             return None
         batch = StepBatch(self._step, segments, self._released)
@@ -151,8 +157,13 @@ class Scheduler:
             if request.gone:
                 self._leave(request)
             elif outcome := outcomes.get(request.id):
-                if outcome.token >= 0:
-                    request.tokens.append(outcome.token)
+                if outcome.tokens:
+                    right = len(outcome.tokens) - 1
+                    request.tokens += outcome.tokens
+                    request.computed += right
+                    if segment.guesses:
+                        request.lookup.judge(segment.guesses, right)
+                        self.guessed, self.guessed_right = self.guessed + segment.guesses, self.guessed_right + right
                 given.append((request, outcome))
         return given
 
@@ -175,6 +186,7 @@ class Scheduler:
             self.pool.hold(found)
             request.blocks = found + (self.pool.allocate(needed) or [])
             request.computed = request.reused = len(found) * BLOCK
+            request.known = len(found)
             self.running[request.id] = self.waiting.pop(0)
 
     def _make_room(self, request: Request, tokens: int) -> bool:
@@ -202,7 +214,18 @@ class Scheduler:
             self._released.append(request.id)
         request.forget()
 
-    def _segment(self, request: Request, count: int) -> Segment:
+    def _guess(self, request: Request, room: int) -> list[int]:
+        """What may follow, if blocks are there for it and nothing but logits decides."""
+        wanted = request.prompt + request.max_tokens - len(request.tokens)
+        most = min(self.guesses, room, wanted - 1)
+        if most < 1 or request.sampling.looks_back:
+            return []
+        guesses = request.lookup.guess(request.tokens, most)
+        blocks = self.pool.allocate(max(0, blocks_for(len(request.tokens) + len(guesses)) - len(request.blocks)))
+        request.blocks += blocks or []
+        return guesses if blocks is not None else []
+
+    def _segment(self, request: Request, count: int, guesses: list[int]) -> Segment:
         start = request.computed
         end = start + count
         begins = None
@@ -210,8 +233,9 @@ class Scheduler:
             cached = request.tokens[:start] if request.sampling.looks_back else []
             begins = Beginning(request.sampling, request.prompt, cached, request.scores, request.embeds)
         segment = Segment(
-            request.id, start, request.tokens[start:end], request.blocks[request.told :], end == len(request.tokens),
-            request.max_tokens > 0, begins, request.tokens[end] if request.scores and end < request.prompt else -1,
+            request.id, start, request.tokens[start:end] + guesses, request.blocks[request.told :],
+            end == len(request.tokens), request.max_tokens > 0, begins,
+            request.tokens[end] if request.scores and end < request.prompt else -1, len(guesses),
         )  # fmt: skip
         request.computed, request.in_flight, request.last_step, request.told = (
             end,
@@ -222,6 +246,7 @@ class Scheduler:
         if self.pool.reuse:
             # Known from now on: ranks work off steps in order, so this one writes the block before another reads it.
             extend_digests(request.digests, request.tokens)
-            for index in range(start // BLOCK, end // BLOCK):
+            for index in range(request.known, end // BLOCK):
                 self.pool.know(request.blocks[index], request.digests[index])
+            request.known = end // BLOCK
         return segment

@@ -9,7 +9,7 @@ a rank stands on each axis; whether it fits a given model is `spec/legality.py`'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
 
 import msgspec
 import numpy as np
@@ -194,7 +194,7 @@ class Layouts:
 
     @property
     def shard_ranks(self) -> Any:
-        shared = np.where(np.asarray(self.dp_shard) > 0, self.dp_shard, self.dp)
+        shared: Any = np.where(np.asarray(self.dp_shard) > 0, self.dp_shard, self.dp)
         return np.where(np.asarray(self.zero) == 0, 1, shared)
 
     @property
@@ -203,31 +203,36 @@ class Layouts:
 
     @property
     def expert_tensor(self) -> Any:
-        return np.where(np.asarray(self.etp) > 0, self.etp, self.tp)
+        found: Any = np.where(np.asarray(self.etp) > 0, self.etp, self.tp)
+        return found
 
     @property
     def expert_data(self) -> Any:
         return self.dp * self.cp * self.tp // (self.ep * self.expert_tensor)
 
 
-class Rule(NamedTuple):
+Job = TypeVar("Job")
+
+
+class Rule(NamedTuple, Generic[Job]):
     """Something no legal layout does. `broken` says whether: of a Layout, or of Layouts element by element (hence `&` and
-    `|`); `said` gives the problem, with its arithmetic, and the fix. The second argument is the job, if the rule needs one."""
+    `|`); `said` gives the problem of a Layout, with its arithmetic, and the fix. The second argument is the job."""
 
     key: str
-    broken: Callable[[Any, Any], Any]
-    said: Callable[[Any, Any], tuple[str, str]]
+    broken: Callable[[Layouts, Job], Any]
+    said: Callable[[Layouts, Job], tuple[str, str]]
 
 
-def enforce(rules: Iterable[Rule], layout: Layout, job: object, where: str) -> None:
+def enforce(rules: Iterable[Rule[Job]], layout: Layout, job: Job, where: str) -> None:
     """Raise InputError for the first rule that `layout` breaks."""
+    one = cast(Layouts, layout)  # has the same attributes
     for rule in rules:
-        if rule.broken(layout, job):
-            problem, fix = rule.said(layout, job)
+        if rule.broken(one, job):
+            problem, fix = rule.said(one, job)
             raise InputError(problem, where=where, key=rule.key, fix=fix)
 
 
-def kept(rules: Iterable[Rule], layouts: Layouts, job: object) -> NDArray[np.bool_]:
+def kept(rules: Iterable[Rule[Job]], layouts: Layouts, job: Job) -> NDArray[np.bool_]:
     """Which of `layouts` break none of `rules`."""
     legal: Any = np.True_
     with np.errstate(divide="ignore"):  # a degree that another rule refuses may divide to zero
@@ -236,7 +241,7 @@ def kept(rules: Iterable[Rule], layouts: Layouts, job: object) -> NDArray[np.boo
     return np.asarray(legal, dtype=np.bool_)
 
 
-def _at_least(key: str, least: int, kind: str) -> Rule:
+def _at_least(key: str, least: int, kind: str) -> Rule[None]:
     return Rule(
         key,
         lambda x, _: getattr(x, key) < least,
@@ -244,7 +249,7 @@ def _at_least(key: str, least: int, kind: str) -> Rule:
     )
 
 
-LAYOUT_RULES: tuple[Rule, ...] = (
+LAYOUT_RULES: tuple[Rule[None], ...] = (
     *(_at_least(key, 1, "not a degree") for key in DEGREES),
     Rule("zero", lambda x, _: (x.zero < 0) | (x.zero > 3), lambda x, _: (f"{x.zero} is not a ZeRO stage", "give 0, 1, 2 or 3")),
     Rule("sp", lambda x, _: (x.sp < -1) | (x.sp > 1), lambda x, _: (f"{x.sp} is not a choice", "give 0 or 1")),

@@ -26,6 +26,14 @@ class _Job(NamedTuple):
     sequence: int
     global_batch: int
 
+    @property
+    def experts(self) -> int:
+        return self.spec.experts.count if self.spec.experts else 0
+
+    @property
+    def expert_columns(self) -> int:
+        return self.spec.experts.ffn if self.spec.experts else 0
+
 
 def resolve(
     layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, where: str = "layout", runtime: bool = True
@@ -70,7 +78,7 @@ def legal(layouts: Layouts, spec: ModelSpec, *, sequence: int, global_batch: int
     """
     job = _Job(spec, sequence, global_batch)
     _check_batch(job, "data")
-    return kept((*LAYOUT_RULES, *_MODEL_RULES, *_BATCH_RULES), layouts, job)
+    return kept(LAYOUT_RULES, layouts, None) & kept((*_MODEL_RULES, *_BATCH_RULES), layouts, job)
 
 
 def check_runnable(spec: ModelSpec, where: str = "model") -> None:
@@ -152,7 +160,7 @@ def _most_columns(spec: ModelSpec) -> int:
     return min(*dense, *shared, spec.vocabulary, math.inf)
 
 
-_MODEL_RULES: tuple[Rule, ...] = (
+_MODEL_RULES: tuple[Rule[_Job], ...] = (
     Rule("tp", lambda x, j: j.spec.heads % x.tp != 0,
          lambda x, j: (f"tp={x.tp} does not divide {j.spec.heads} heads", f"tp in {_tensor_degrees(j.spec)} does")),
     Rule("tp", lambda x, j: (j.spec.kv_heads % x.tp != 0) & (x.tp % j.spec.kv_heads != 0),
@@ -168,17 +176,16 @@ _MODEL_RULES: tuple[Rule, ...] = (
     Rule("pp", lambda x, j: (not x.stages) & (x.stage_count > j.spec.layers),
          lambda x, j: (f"pp={x.pp} x {x.chunks} chunks = {x.stage_count} stages, the model has {j.spec.layers} layers",
                        f"at most {j.spec.layers} stages")),
-    Rule("ep", lambda x, j: (j.spec.experts is None) & (x.ep > 1),
-         lambda x, j: (f"ep={x.ep} needs a model with experts", "leave ep out")),
-    Rule("etp", lambda x, j: (j.spec.experts is None) & (x.etp > 1),
-         lambda x, j: (f"etp={x.etp} needs a model with experts", "leave etp out")),
-    Rule("ep", lambda x, j: j.spec.experts is not None and j.spec.experts.count % x.ep != 0,
-         lambda x, j: (f"ep={x.ep} does not divide {j.spec.experts.count} experts",
-                       f"one of {divisors(j.spec.experts.count)} does")),
-    Rule("etp", lambda x, j: j.spec.experts is not None and x.tp % x.expert_tensor != 0,
-         lambda x, j: (f"etp={x.etp} does not divide tp={x.tp}", f"one of {divisors(x.tp)} does")),
-    Rule("etp", lambda x, j: j.spec.experts is not None and x.expert_tensor > j.spec.experts.ffn,
-         lambda x, j: (f"etp={x.expert_tensor} exceeds an expert's {j.spec.experts.ffn} columns", "lower etp")),
+    Rule("ep", lambda x, j: (j.experts == 0) & (x.ep > 1),
+         lambda x, _: (f"ep={x.ep} needs a model with experts", "leave ep out")),
+    Rule("etp", lambda x, j: (j.experts == 0) & (x.etp > 1),
+         lambda x, _: (f"etp={x.etp} needs a model with experts", "leave etp out")),
+    Rule("ep", lambda x, j: j.experts % x.ep != 0,
+         lambda x, j: (f"ep={x.ep} does not divide {j.experts} experts", f"one of {divisors(j.experts)} does")),
+    Rule("etp", lambda x, j: (j.experts > 0) & (x.tp % x.expert_tensor != 0),
+         lambda x, _: (f"etp={x.etp} does not divide tp={x.tp}", f"one of {divisors(x.tp)} does")),
+    Rule("etp", lambda x, j: (j.experts > 0) & (x.expert_tensor > j.expert_columns),
+         lambda x, j: (f"etp={x.expert_tensor} exceeds an expert's {j.expert_columns} columns", "lower etp")),
     Rule("ep", lambda x, _: (x.dp * x.cp * x.tp) % (x.ep * x.expert_tensor) * (x.ep > 1) != 0,
          lambda x, _: (f"ep={x.ep} does not divide dp x cp x tp / etp = {x.dp} x {x.cp} x {x.tp} / {x.expert_tensor} = "
                        f"{x.dp * x.cp * x.tp // x.expert_tensor}", "make dp or cp a multiple of it, or set etp=1")),
@@ -187,7 +194,7 @@ _MODEL_RULES: tuple[Rule, ...] = (
                        "set cp_kind=gather, or lower cp")),
 )  # fmt: skip
 
-_BATCH_RULES: tuple[Rule, ...] = (
+_BATCH_RULES: tuple[Rule[_Job], ...] = (
     Rule("dp", lambda x, j: j.global_batch % x.dp != 0,
          lambda x, j: (f"dp={x.dp} does not divide a global batch of {j.global_batch} rows",
                        f"dp in {divisors(j.global_batch)} does")),
@@ -200,7 +207,7 @@ _BATCH_RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-def _not_yet(key: str) -> Rule:
+def _not_yet(key: str) -> Rule[_Job]:
     return Rule(
         key,
         lambda x, _: getattr(x, key) > 1,
@@ -208,7 +215,7 @@ def _not_yet(key: str) -> Rule:
     )
 
 
-_RUNTIME_RULES: tuple[Rule, ...] = (
+_RUNTIME_RULES: tuple[Rule[_Job], ...] = (
     _not_yet("cp"),
     _not_yet("ep"),
     _not_yet("etp"),

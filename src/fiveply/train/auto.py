@@ -7,16 +7,20 @@ device in general.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 
 from fiveply.parallel.data_parallel import Dtypes
-from fiveply.plan import explain, footprint, machine, table
+from fiveply.plan import cost, explain, footprint, machine, table
 from fiveply.plan.explain import TERMS, Answer, Ranked, interval_text
+from fiveply.plan.predict import Predictor
 from fiveply.plan.space import Limits
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError
+from fiveply.spec.layout import Layout
 from fiveply.world.device import Devices, find
 
 AUTO = "auto"
@@ -98,3 +102,61 @@ def _because(top: Ranked, other: Ranked) -> str:
     ours, theirs = dict(top.waterfall), dict(other.waterfall)
     name = max(TERMS, key=lambda term: theirs.get(term, 0.0) - ours.get(term, 0.0))
     return f", mostly by {TERMS[name]}" if theirs.get(name, 0.0) > ours.get(name, 0.0) else ""
+
+
+def predicted(
+    spec: ModelSpec, layout: Layout, dtypes: Dtypes, *, sequence: int, global_batch: int
+) -> dict[str, Any] | None:
+    """What the planner expects of a resolved layout on this machine, for the run's record; None on a device it does not know."""
+    try:
+        devices = cluster()
+    except InputError:
+        return None
+    sizes = [dtype.itemsize for dtype in (dtypes.compute, dtypes.reduce, dtypes.optimizer)]
+    job = explain.job_of(
+        spec, devices, layout.world, sequence=sequence, global_batch=global_batch, precision=precision(dtypes.compute),
+        system=footprint.runtime(*sizes),
+    )  # fmt: skip
+    found = Predictor(job).predict(layout)
+    return {
+        "seconds": msgspec.structs.asdict(found.seconds),
+        "shares": explain.shares(found.terms),
+        "terms": found.terms,
+        "memory_bytes": list(found.memory_bytes),
+        "cluster": str(devices),
+        "measured": bool(devices.measured),
+    }
+
+
+def recalibrate(measured: dict[str, float], expected: dict[str, float], world: int, path: Path = MEASURED) -> str:
+    """Change `path` (from what is known of this machine, where it isn't there) such that a step recorded on `world` ranks would
+    have been predicted: seconds by share, measured and expected. Returns what was changed."""
+    found = cluster()
+    values = dict(found.shared.get(str(world)) or found.measured) or msgspec.to_builtins(cost.machine(found))
+    slower = _ratio(measured, expected, "compute")
+    talking = _ratio(measured, expected, "communication")
+    for key in ("name", "count", "devices_per_node", "dollars_per_hour"):
+        values.pop(key, None)
+    values["peak"] = {name: flops / slower for name, flops in values["peak"].items()}
+    values["bandwidth"] = values["bandwidth"] / slower
+    values["launch"] = values["launch"] * slower
+    for link in (*values["link"].values(), values["network"]):
+        link["bandwidth"], link["start"], link["hop"] = (
+            link["bandwidth"] / talking,
+            link["start"] * talking,
+            link["hop"] * talking,
+        )
+    shared = found.shared | {str(world): values} if explain.is_cpu(found) else {}
+    rest = measured.get("rest", 0.0) + measured.get("data", 0.0)
+    ClusterSpec(
+        found.device, found.count, found.devices_per_node, found.memory_bytes, found.measured if shared else values, shared,
+        rest or found.step_seconds,
+    ).save(path)  # fmt: skip
+    return f"{path}: computing {1 / slower:.2f} times as fast, communication {1 / talking:.2f} times, {1e3 * rest:.1f} ms beside both"
+
+
+def _ratio(measured: dict[str, float], expected: dict[str, float], share: str) -> float:
+    """How many times longer it took, within 1/8 to 8; 1 for what was expected to be less than a hundredth of the step."""
+    if expected.get(share, 0.0) < 0.01 * sum(expected.values()) or not measured.get(share):
+        return 1.0
+    return min(8.0, max(0.125, measured[share] / expected[share]))

@@ -28,7 +28,7 @@ from fiveply.parallel.data_parallel import Segment
 from fiveply.report.terminal import Progress, layout_table, schedule_picture
 from fiveply.spec.errors import InputError
 from fiveply.spec.legality import resolve
-from fiveply.train import metrics, setup
+from fiveply.train import auto, metrics, setup
 from fiveply.train.job import Job, Sums
 from fiveply.train.observe import Observer, step_to_record
 from fiveply.train.optimizer import learning_rate
@@ -309,6 +309,9 @@ class _Trainer:
             "tokens_per_step": run.train.global_batch * run.data.sequence,
             "flops_per_token": self.flops_per_token,
             "ranks": ranks,
+            "predicted": auto.predicted(
+                spec, layout, self.dtypes, sequence=run.data.sequence, global_batch=run.train.global_batch
+            ),
         }  # fmt: skip
         path.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
 

@@ -155,6 +155,7 @@ class Call:
             if recording is not None:
                 recording.poll()
             return self
+        self.work = None
         self._done()
         return None
 
@@ -162,6 +163,7 @@ class Call:
         if self.work is not None:
             with Span(self.recorder, "wait", call=self):
                 self.work.wait()
+            self.work = None  # a recorded step keeps its calls, and would keep their tensors
         self._done()
 
     def is_completed(self) -> bool:
@@ -171,7 +173,6 @@ class Call:
         return done
 
     def _done(self) -> None:
-        self.work = None  # a recorded step keeps its calls, and would keep their tensors
         recording = self.recorder.recording
         if recording is not None and self.end is None:
             self.end = recording.now()

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import msgspec
 
@@ -47,7 +48,7 @@ def read(flags: str, devices: int = 0) -> Given:
         )
     spec = _model(facts)
     layout, global_batch = _layout(facts, spec, devices)
-    batch = {"sequence": _needed(facts, "sequence", "--seq-length"), "global_batch": global_batch}
+    batch: dict[str, Any] = {"sequence": _needed(facts, "sequence", "--seq-length"), "global_batch": global_batch}
     layout = resolve(layout, spec, **batch, where=WHERE, runtime=False)
     usual = written(dialect, facts_of(layout, spec, **batch, precision=facts["precision"]))
     overlaps = [flag.key for flag, _ in usual if "overlap" in flag.key and flag.key not in flags_given]
@@ -130,7 +131,7 @@ def _model(facts: dict[str, Any]) -> ModelSpec:
     return spec
 
 
-def _chosen(text: str, layers: int, key: str, every: Any) -> tuple[int, ...]:
+def _chosen(text: str, layers: int, key: str, every: Callable[[int, int], bool]) -> tuple[int, ...]:
     """Layers that a frequency N or a list expression chooses."""
     if text.isdecimal() and int(text) > 0:
         return tuple(layer for layer in range(layers) if every(layer, int(text)))
@@ -138,7 +139,7 @@ def _chosen(text: str, layers: int, key: str, every: Any) -> tuple[int, ...]:
         bits = _evaluate(ast.parse(text.strip("'\""), mode="eval").body)
     except (SyntaxError, TypeError, ValueError):
         bits = None
-    if not isinstance(bits, list) or len(bits) != layers:
+    if not isinstance(bits, list) or len(bits := cast(list[Any], bits)) != layers:
         raise InputError(f"'{text}' does not choose among {layers} layers", where=WHERE, key=key,
                          fix=f"give a number, or a list of {layers} zeros and ones such as ([0]*1+[1]*{layers - 1})")  # fmt: skip
     return tuple(layer for layer, bit in enumerate(bits) if bit)

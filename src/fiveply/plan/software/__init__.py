@@ -48,6 +48,10 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`recompute=selective` also computes every second product of a layer again (torchtitan's `op` mode)."""
     fused_products: bool = True
     """Queries, keys and values are one product, gate and up another."""
+    keeps_quantised: bool = False
+    """In 8 and 4 bits a product's input is kept as it is multiplied; else in 16 bits, and quantised again in backward."""
+    scales: Literal["output", "activation"] = "output"
+    """What a router's chances multiply: an expert's output, or what its down product reads."""
     mask_bytes: int = 1
     """Of one element of a dropout mask; 0: as wide as activations."""
     sequence_parallel: bool = True
@@ -80,6 +84,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlap_tensor: float = 0.0
     overlap_pipeline: float = 0.0
     overlap_experts: float = 0.0
+    dispatch_once: bool = False
+    """A token goes to each host with experts that it chose once, and is copied there (DeepEP, HybridEP); else once an expert."""
     scatter_transfers: bool = False
     """Without sequence parallel, tensor ranks hand on a part each of a pipeline's boundary and gather it on arrival."""
     network: float = 1.0

@@ -1,0 +1,173 @@
+"""The search against listing everything; stages against listing every division; limits; bounds that never exclude too much."""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fiveply.pipeline_schedule import Kind, build
+from fiveply.plan import explain, machine, space
+from fiveply.plan.fitting import Fitting, alive
+from fiveply.plan.predict import ORDERS, Job, Predictor
+from fiveply.plan.search import search
+from fiveply.plan.space import Limits
+from fiveply.plan.stages import Weights, balance, deal
+from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.errors import InputError
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve
+
+SMALL = ModelSpec(
+    family="llama", vocabulary=512, hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=704, positions=512
+)
+
+
+def job(memory: int = 0, devices: int = 4, rows: int = 4) -> Job:
+    gpu = machine.load("h100")
+    # Slow products and a fast link make layouts differ by what each of them splits, not by start-up times alone.
+    gpu = msgspec.structs.replace(gpu, count=devices, memory_bytes=memory or gpu.memory_bytes, devices_per_node=2)
+    return Job(SMALL, gpu, explain.software("bf16"), 512, rows)
+
+
+def everything(job: Job, world: int) -> list[tuple[float, Layout, str]]:
+    """Every legal layout that fits, with every division of the layers, priced one by one."""
+    found: list[tuple[float, Layout, str]] = []
+    chosen = space.splits(SMALL, world, sequence=job.sequence, global_batch=job.global_batch, limits=Limits())
+    predictors = {order: Predictor(msgspec.structs.replace(job, order=order)) for order in ORDERS}
+    capacity = Fitting(predictors[ORDERS[0]]).capacity
+    for row in range(len(chosen)):
+        split = chosen.layout(row)
+        for name, vp in space.pipelines(SMALL, split.pp, Limits()):
+            for zero, shard in space.states(split.dp, split.cp, Limits()):
+                layout = msgspec.structs.replace(split, schedule=name, vp=vp, zero=zero, dp_shard=shard)
+                for stages in divisions(layout.stage_count):
+                    one = msgspec.structs.replace(layout, stages=stages)
+                    if max(found.peak for found in predictors[ORDERS[0]].footprints(one)) > capacity:
+                        continue
+                    found += [(predictors[order].seconds(one), one, order) for order in ORDERS]
+    return sorted(found, key=lambda item: item[0])
+
+
+def divisions(stages: int) -> list[tuple[int, ...]]:
+    return [
+        each
+        for each in itertools.product(range(SMALL.layers + 1), repeat=stages)
+        if sum(each) == SMALL.layers and 0 not in each[1:-1] and (stages == 1 or len(each) > 1)
+    ]
+
+
+@pytest.mark.parametrize("memory", [0, 60_000_000])
+def test_the_best_of_everything_is_found(memory: int) -> None:
+    wanted = job(memory)
+    listed = everything(wanted, 4)
+    found = search(wanted, 4)
+    best = found.choices[0]
+    assert found.gap == 0
+    assert best.seconds == pytest.approx(listed[0][0], rel=1e-6), (best, listed[0])
+    assert found.fit <= found.legal
+    if memory:
+        assert found.fit < found.legal, "the case must exclude something"
+    for choice in found.choices:
+        resolve(choice.layout, SMALL, sequence=512, global_batch=4, runtime=False)
+
+
+def test_no_layout_that_fits_is_excluded_by_the_bound_of_memory() -> None:
+    wanted = job(40_000_000)
+    listed = {str(layout) for _, layout, _ in everything(wanted, 4)}
+    chosen = space.splits(SMALL, 4, sequence=512, global_batch=4, limits=Limits())
+    fitting = Fitting(Predictor(wanted))
+    first, place = chosen.alike("pp", "dp", "cp")
+    for number, row in enumerate(first.tolist()):
+        rows = np.flatnonzero(place == number)
+        one = chosen.layout(row)
+        orders, kinds = space.pipelines(SMALL, one.pp, Limits()), space.states(one.dp, one.cp, Limits())
+        fits, _ = fitting.may_fit(chosen, rows, orders, kinds)
+        for index, (name, vp) in enumerate(orders):
+            for which, split in enumerate(rows.tolist()):
+                layout = msgspec.structs.replace(chosen.layout(split), schedule=name, vp=vp)
+                some = any(
+                    str(msgspec.structs.replace(layout, zero=zero, dp_shard=shard, stages=stages)) in listed
+                    for zero, shard in kinds for stages in divisions(layout.stage_count)
+                )  # fmt: skip
+                assert fits[which, index] or not some, layout
+
+
+def evenly(layout: Layout, stages: tuple[int, ...]) -> bool:
+    """As the search deals the layers of a rank to its chunks."""
+    own = [[stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)] for rank in range(layout.pp)]
+    return all(held == sorted(held) and held[-1] - held[0] <= 1 for held in own)
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_no_division_has_a_shorter_slowest_path(data: st.DataObject) -> None:
+    layers = data.draw(st.integers(3, 8))
+    pp = data.draw(st.integers(2, min(4, layers)))
+    micro_batches, ahead = data.draw(st.sampled_from([1, 2, 3, 8, 50])), data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    seconds = st.floats(0.5, 2)
+    weights = Weights(
+        tuple(data.draw(st.lists(seconds, min_size=layers, max_size=layers))),
+        data.draw(seconds),
+        data.draw(st.floats(0, 3)),
+    )
+    most = data.draw(st.none() | st.lists(st.integers(1, layers), min_size=pp, max_size=pp))
+
+    def slowest(division: tuple[int, ...]) -> float:
+        before, worst, at = 0.0, 0.0, 0
+        for rank, held in enumerate(division):
+            own = sum(weights.layers[at : at + held]) + weights.first * (rank == 0) + weights.last * (rank == pp - 1)
+            worst = max(worst, ahead * before + micro_batches * own)
+            before += sum(weights.layers[at : at + held]) + weights.first * (rank == 0)
+            at += held
+        return worst
+
+    legal = [
+        each
+        for each in itertools.product(range(layers + 1), repeat=pp)
+        if sum(each) == layers
+        and 0 not in each[1:-1]
+        and (most is None or all(a <= b for a, b in zip(each, most, strict=True)))
+    ]
+    found = balance(weights, pp, micro_batches, ahead, most=most)
+    assert (found is None) == (not legal)
+    if found:
+        assert found in legal
+        assert slowest(found) <= min(map(slowest, legal)) * (1 + 1e-4)
+
+
+def test_layers_are_dealt_to_chunks_evenly_and_folded() -> None:
+    assert deal((5, 4), 2) == (2, 2, 3, 2)
+    assert deal((5, 4), 2, folded=True) == (2, 2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "vp"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb", 1), ("zbv", 2)]
+)
+@pytest.mark.parametrize("pp", [2, 3, 5])
+@pytest.mark.parametrize("micro_batches", [1, 2, 5, 6, 17])
+def test_what_is_alive_is_the_schedules_own(name: str, vp: int, pp: int, micro_batches: int) -> None:
+    """Until the input gradient; of an interleaved schedule's short rounds no more than that."""
+    for rank, actions in enumerate(build(name, pp, micro_batches, vp).ranks):
+        now = most = 0
+        for action in actions:
+            now += (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.INPUT))
+            most = max(most, now)
+        assert alive(name, pp, vp, micro_batches)[rank] * vp == pytest.approx(most)
+
+
+def test_limits_hold_and_contradict() -> None:
+    found = search(job(), 4, Limits.parse(["tp=2"], ["pp=1"]))
+    assert all(choice.layout.tp == 2 and choice.layout.pp == 1 for choice in found.choices)
+    with pytest.raises(InputError, match="contradict"):
+        Limits.parse(["tp=2", "tp=4"])
+    with pytest.raises(InputError, match="exceeds --max"):
+        Limits.parse(["tp=8"], ["tp=4"])
+    with pytest.raises(InputError, match="unknown key"):
+        Limits.parse(["width=2"])
+    with pytest.raises(InputError, match="not one key"):
+        Limits.parse(["tp=2,pp=2"])
