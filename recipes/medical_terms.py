@@ -5,7 +5,20 @@
 
 The classification lists, under many of its codes, other names of what they mean (its inclusion terms): those are the queries, and
 the right answer is the category that they stand under. Categories are ranked by three likenesses: of spelling (three-letter
-pieces, weighted by rarity), of meaning (/v1/embeddings of SmolLM2), and of both together. A look-up, not a diagnosis.
+pieces, weighted by rarity), of meaning (/v1/embeddings of SmolLM2), and of both together. A look-up, not a diagnosis. It prints, for 150 terms:
+
+    150 terms, 217 categories     first is right   right one among five
+    spelling                                41%                  67%
+    meaning                                  9%                  15%
+    both                                    47%                  63%
+    Moderate persistent asthma NOS -> J45 Asthma
+    Toxic liver disease with lupoid hepatitis -> K71 Toxic liver disease
+    Organizing pneumonia due to collagen vascular disease -> J16 Pneumonia due to other infectious organisms, not elsewhere
+    classified   (wrong: J84 Other interstitial pulmonary diseases)
+    Lateral (wall) NOS transmural (Q wave) infarction (acute) -> I63 Cerebral infarction   (wrong: I21 Acute myocardial infarction)
+
+Quality: spelling does most of it. The states of a small general model say little about medical terms; added to spelling they put
+the right category first more often (47% for 41%) and among the first five less often.
 """
 
 from __future__ import annotations
