@@ -5,7 +5,8 @@
 
 The classification lists, under many of its codes, other names of what they mean (its inclusion terms): those are the queries, and
 the right answer is the category that they stand under. Categories are ranked by three likenesses: of spelling (three-letter
-pieces, weighted by rarity), of meaning (/v1/embeddings of SmolLM2), and of both together. A look-up, not a diagnosis. It prints, for 150 terms:
+pieces, weighted by rarity), of meaning (/v1/embeddings of SmolLM2), and of both together. A look-up, not a
+diagnosis. It prints, for 150 terms:
 
     150 terms, 217 categories     first is right   right one among five
     spelling                                41%                  67%
