@@ -9,7 +9,8 @@ a rank stands on each axis; whether it fits a given model is `spec/legality.py`'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 import msgspec
 import numpy as np
@@ -214,7 +215,8 @@ class Layouts:
 Job = TypeVar("Job")
 
 
-class Rule(NamedTuple, Generic[Job]):
+@dataclass(frozen=True)
+class Rule(Generic[Job]):
     """Something no legal layout does. `broken` says whether: of a Layout, or of Layouts element by element (hence `&` and
     `|`); `said` gives the problem of a Layout, with its arithmetic, and the fix. The second argument is the job."""
 
