@@ -195,7 +195,7 @@ class Layouts:
 
     @property
     def shard_ranks(self) -> Any:
-        shared: Any = np.where(np.asarray(self.dp_shard) > 0, self.dp_shard, self.dp)
+        shared = self.dp_shard + (self.dp_shard == 0) * self.dp
         return np.where(np.asarray(self.zero) == 0, 1, shared)
 
     @property
@@ -204,8 +204,7 @@ class Layouts:
 
     @property
     def expert_tensor(self) -> Any:
-        found: Any = np.where(np.asarray(self.etp) > 0, self.etp, self.tp)
-        return found
+        return self.etp + (self.etp == 0) * self.tp
 
     @property
     def expert_data(self) -> Any:
