@@ -9,7 +9,8 @@ a rank stands on each axis; whether it fits a given model is `spec/legality.py`'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 import msgspec
 import numpy as np
@@ -194,7 +195,7 @@ class Layouts:
 
     @property
     def shard_ranks(self) -> Any:
-        shared: Any = np.where(np.asarray(self.dp_shard) > 0, self.dp_shard, self.dp)
+        shared = self.dp_shard + (self.dp_shard == 0) * self.dp
         return np.where(np.asarray(self.zero) == 0, 1, shared)
 
     @property
@@ -203,8 +204,7 @@ class Layouts:
 
     @property
     def expert_tensor(self) -> Any:
-        found: Any = np.where(np.asarray(self.etp) > 0, self.etp, self.tp)
-        return found
+        return self.etp + (self.etp == 0) * self.tp
 
     @property
     def expert_data(self) -> Any:
@@ -214,7 +214,8 @@ class Layouts:
 Job = TypeVar("Job")
 
 
-class Rule(NamedTuple, Generic[Job]):
+@dataclass(frozen=True)
+class Rule(Generic[Job]):
     """Something no legal layout does. `broken` says whether: of a Layout, or of Layouts element by element (hence `&` and
     `|`); `said` gives the problem of a Layout, with its arithmetic, and the fix. The second argument is the job."""
 

@@ -152,7 +152,7 @@ def _tensor_degrees(spec: ModelSpec) -> str:
     return f"{{{', '.join(str(d) for d in divisors(spec.heads) if _kv_splits(spec, d))}}}"
 
 
-def _most_columns(spec: ModelSpec) -> int:
+def _most_columns(spec: ModelSpec) -> float:
     """The least size, other than heads, that tensor ranks share."""
     experts = spec.experts
     dense = () if experts and len(experts.layers) == spec.layers else (spec.ffn,)
