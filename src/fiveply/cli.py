@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 import fiveply
 from fiveply.spec.errors import FiveplyError, InputError
+from fiveply.usage import finish, folded, print_json, spread_settings, toml
 from fiveply.world.allocator import keep_freed_memory
 
 Flag = FlagCreatePairsOff[bool]
@@ -116,7 +116,7 @@ def train(
     }
     if not run and not (model or init_from or data):
         raise InputError("nothing to train", where="fiveply train", fix="give a RUN.toml, or --model and --data")
-    settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value not in (None, ""))]
+    settings = [*set, *(f"{key}={toml(value)}" for key, value in given.items() if value not in (None, ""))]
     defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
     spec = RunSpec.load(run or None, settings, defaults)
     if dry_run:
@@ -124,12 +124,12 @@ def train(
 
         found = dry.of_run(spec, layout, ranks)
         if json:
-            _print_json(msgspec.to_builtins(found))
+            print_json(msgspec.to_builtins(found))
         else:
             dry.show(found)
         return
     ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
-    _finish(trainer.train(ready), json)
+    finish(trainer.train(ready), json)
 
 
 @command
@@ -171,7 +171,7 @@ def verify(
     )
     print(equality.table(result), file=sys.stderr if json else sys.stdout)
     if json:
-        _print_json(result)
+        print_json(result)
     if not result["pass"]:
         raise SystemExit(1)
 
@@ -227,7 +227,7 @@ def generate(
         **settings,
     )
     if json:
-        _print_json(result)
+        print_json(result)
         return
     for completion in result["completions"]:
         print(f"{prompt}{completion['text']}")
@@ -309,7 +309,7 @@ def convert(
         huggingface.export(store.Checkpoint.open(run if run.is_dir() else source), Path(folder))
     else:
         gguf.convert(Path(source), Path(folder))
-    _finish({"folder": folder}, json, f"wrote {folder}")
+    finish({"folder": folder}, json, f"wrote {folder}")
 
 
 @command
@@ -342,7 +342,7 @@ def report(
 
         changed = probing.recalibrate(Path(run))
         print(changed, file=sys.stderr)
-    _finish({"report": str(path), "recalibrated": changed}, json, f"wrote {path}")
+    finish({"report": str(path), "recalibrated": changed}, json, f"wrote {path}")
 
 
 @command
@@ -393,7 +393,7 @@ def plan(
 
     if explain_megatron:
         found = planning.megatron(explain_megatron, cluster, fix=fix, most=max)
-        _finish(found, json, found["text"])
+        finish(found, json, found["text"])
         return
     for flag, given in (("MODEL", model), ("--seq", seq), ("--batch-tokens", batch_tokens)):
         if not given:
@@ -403,7 +403,7 @@ def plan(
         most=max, wishes=why, emit=emit, out=out, html=html, json=json,
     )  # fmt: skip
     if json:
-        _print_json(values)
+        print_json(values)
 
 
 @command
@@ -422,7 +422,7 @@ def probe(*, out: str = "cluster.toml", backend: Literal["auto", "shm", "gloo"] 
     from fiveply import probe as probing
 
     found = probing.probe(out, transport=backend)
-    _finish(found, json, f"wrote {out} in {found['seconds']:.0f} s: {found['devices']} of {found['name']}")
+    finish(found, json, f"wrote {out} in {found['seconds']:.0f} s: {found['devices']} of {found['name']}")
 
 
 @command
@@ -449,7 +449,7 @@ def bench(
 
     found = score.score(table)
     if json:
-        _print_json(msgspec.to_builtins(found))
+        print_json(msgspec.to_builtins(found))
     else:
         benches.show(found, Console())
 
@@ -484,49 +484,16 @@ def _parse(args: list[str]) -> Callable[[], None]:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return app.cli(prog="fiveply", args=_spread_settings(args or ["--help"]), description=fiveply.__doc__)
+            return app.cli(prog="fiveply", args=spread_settings(args or ["--help"]), description=fiveply.__doc__)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [line.strip("│╭╮╰╯ \n") for line in box.getvalue().splitlines()]
-        problem = [line for line in lines[1:] if line]
-        end = next((index for index, line in enumerate(problem) if set(line) == {"─"}), len(problem))
-        text = re.sub(r"\s+", " ", " ".join(problem[:end])).rstrip(".")
         verb = f" {args[0]}" if args and args[0] in verbs() else ""
-        raise InputError(text, fix=f"see fiveply{verb} --help") from None
+        raise InputError(folded(box.getvalue()), fix=f"see fiveply{verb} --help") from None
 
 
 def verbs() -> list[str]:
     return ["train", "plan", "verify", "generate", "serve", "convert", "probe", "report", "bench"]
-
-
-def _spread_settings(args: list[str]) -> list[str]:
-    """`--set a=1 b=2` as `--set a=1 --set b=2`."""
-    spread: list[str] = []
-    inside = False
-    for value in args:
-        if inside and (value.startswith("-") or "=" not in value):
-            inside = False
-        if inside and spread[-1] != "--set":
-            spread.append("--set")
-        inside = inside or value == "--set"
-        spread.append(value)
-    return spread
-
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, (int, float)) else f'"{value}"'
-
-
-def _finish(result: dict[str, Any], json: bool, line: str = "") -> None:
-    if json:
-        _print_json(result)
-    elif line:
-        print(line)
-
-
-def _print_json(result: dict[str, Any]) -> None:
-    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
 
 
 if __name__ == "__main__":
