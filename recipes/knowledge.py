@@ -85,6 +85,15 @@ def written(entry: Entry) -> str:
     return json.dumps({"subject": entry.word, "relation": relation, "object": thing})
 
 
+def triple(url: str, solved: str, entry: Entry) -> dict[str, str]:
+    """What the model makes of a definition, after solved examples."""
+    told = serving.post(
+        url, "completions", prompt=f"{solved}Text: {entry.word}: {entry.definition}\nTriple:", max_tokens=60, temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+    )  # fmt: skip
+    return json.loads(told["choices"][0]["text"])
+
+
 def main() -> None:
     asked = serving.options(__doc__, entries=24)
     every = list(entries())
@@ -95,16 +104,9 @@ def main() -> None:
     shown, found = mixed[:EXAMPLES], mixed[EXAMPLES : EXAMPLES + asked.entries]
     solved = "".join(f"Text: {one.word}: {one.definition}\nTriple: {written(one)}\n\n" for one in shown)
 
-    def triple(entry: Entry) -> dict[str, str]:
-        told = serving.post(
-            url, "completions", prompt=f"{solved}Text: {entry.word}: {entry.definition}\nTriple:", max_tokens=60,
-            temperature=0, response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}},
-        )  # fmt: skip
-        return json.loads(told["choices"][0]["text"])
-
     with serving.served(serving.smollm2(), asked.layout) as url, ThreadPoolExecutor(AT_ONCE) as clients:
         clock = serving.Clock()
-        told = list(clients.map(triple, found))
+        told = list(clients.map(lambda entry: triple(url, solved, entry), found))
         rate = len(found) / clock.seconds
     subject = [one["subject"] == entry.word for one, entry in zip(told, found, strict=True)]
     thing = [one["object"] in set().union(*entry.related.values()) for one, entry in zip(told, found, strict=True)]

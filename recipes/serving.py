@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,12 +67,15 @@ def served(model: Path, layout: str, *flags: str) -> Iterator[str]:
 
 
 def post(url: str, path: str, **body: Any) -> dict[str, Any]:
-    """A request to the server at `url`, as any client would send it."""
+    """A request to the server at `url`, as any client would send it. A refusal ends the recipe with the server's words."""
     request = urllib.request.Request(
         f"{url}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{path}: HTTP {error.code}: {error.read().decode()}") from None
 
 
 def chat(url: str, question: str, tokens: int) -> tuple[str, int]:

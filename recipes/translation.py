@@ -28,6 +28,10 @@ import serving
 SWORD = Path("runs/sword/usr/share/sword/modules/texts/ztext")
 RUN, PAIRS = Path("runs/translation"), Path("runs/translation.jsonl")
 LONGEST = 160  # characters of a verse in either language
+SETTINGS = {
+    "model.overrides.vocab_size": 4096, "data.sequence": 256, "data.respect_documents": "true", "data.held_out": 0.01,
+    "train.global_batch": 32, "train.evaluate_every": 200, "optimizer.lr": "3e-3",
+}  # fmt: skip
 EACH, AT_ONCE, SHOWN = 10, 8, 3
 
 
@@ -60,9 +64,7 @@ def train(told: list[tuple[str, str]], steps: int) -> None:
         return
     PAIRS.parent.mkdir(exist_ok=True)
     PAIRS.write_text("".join(json.dumps({"text": f"{a}\n{b}"}) + "\n" for a, b in told), encoding="utf-8")
-    settings = {"data.tokenizer": '"train:4096"', "data.sequence": 256, "data.respect_documents": "true",
-                "data.held_out": 0.01, "train.global_batch": 32, "train.evaluate_every": 200, "optimizer.lr": "3e-3"}  # fmt: skip
-    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    flags = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
     command = [
         *serving.FIVEPLY,
         "train",
@@ -94,19 +96,21 @@ def chrf(told: str, wanted: str, most: int = 6, beta: float = 2.0) -> float:
     return float((1 + beta**2) * precision * recall / max(beta**2 * precision + recall, 1e-9))
 
 
+def translated(url: str, english: str) -> str:
+    """What the served model goes on with after a verse and a line break."""
+    told = serving.post(url, "completions", prompt=f"{english}\n", max_tokens=100, temperature=0, stop="\n")
+    return told["choices"][0]["text"].strip()
+
+
 def main() -> None:
     asked = serving.options(__doc__, steps=500, verses=40)
     known, held_out = pairs()
     train(known, asked.steps)
     chosen = held_out[:: max(1, len(held_out) // asked.verses)][: asked.verses]
 
-    def translated(english: str) -> str:
-        told = serving.post(url, "completions", prompt=f"{english}\n", max_tokens=100, temperature=0, stop="\n")
-        return told["choices"][0]["text"].strip()
-
     with serving.served(RUN, asked.layout) as url, ThreadPoolExecutor(AT_ONCE) as clients:
         clock = serving.Clock()
-        told = list(clients.map(translated, [english for english, _ in chosen]))
+        told = list(clients.map(lambda pair: translated(url, pair[0]), chosen))
         rate = len(told) / clock.seconds
     wanted = [spanish for _, spanish in chosen]
     ours = np.mean([chrf(a, b) for a, b in zip(told, wanted, strict=True)])

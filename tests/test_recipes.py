@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import struct
@@ -16,6 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fiveply.serve import protocol
+from fiveply.spec.run import RunSpec
+
+KINDS = {"completions": protocol.CompletionRequest, "chat/completions": protocol.ChatRequest,
+         "embeddings": protocol.EmbeddingRequest}  # fmt: skip
+TRIPLE = '{"subject": "oriel", "relation": "is a kind of", "object": "bay window"}'
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -118,6 +125,30 @@ def test_verses_are_read_from_their_modules(recipe: Any, tmp_path: Path) -> None
         for ending, content in (("bzz", packed), ("bzs", places), ("bzv", index)):
             (tmp_path / f"{part}.{ending}").write_bytes(content)
     assert list(recipe("translation").verses(tmp_path)) == ["In the beginning", "", "And God", "Amén."] * 2
+
+
+def test_what_the_recipes_ask_is_what_the_server_takes(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bodies as the server reads them, and the schema as it compiles it."""
+    asked: list[Any] = []
+
+    def read(url: str, path: str, **body: Any) -> dict[str, Any]:
+        asked.append(protocol.read(json.dumps(body).encode(), KINDS[path]))
+        return {"choices": [{"text": TRIPLE, "message": {"content": ""}}], "usage": {"completion_tokens": 0},
+                "data": [{"embedding": [1.0, 2.0]}]}  # fmt: skip
+
+    serving = recipe("serving")
+    monkeypatch.setattr(serving, "post", read)
+    serving.chat("", "a question", 5)
+    serving.embed("", ["a text"])
+    knowledge = recipe("knowledge")
+    entry = knowledge.Entry("oriel", "a bay window", {"is a kind of": {"bay window"}})
+    assert knowledge.triple("", "", entry) == json.loads(TRIPLE)
+    assert recipe("translation").translated("", "And God said.") == TRIPLE
+    assert len(asked) == 4
+    assert asked[2].sampling(0, 49152).grammar
+    assert (asked[3].stops, asked[3].prompt) == (["\n"], "And God said.\n")
+    settings = [f"{key}={value}" for key, value in recipe("translation").SETTINGS.items()]
+    assert RunSpec.load(None, settings, {"name": "translation"}).model.overrides == {"vocab_size": 4096}
 
 
 def test_chrf_of_known_pairs(recipe: Any) -> None:
