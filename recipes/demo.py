@@ -76,7 +76,9 @@ def planned(runs: list[dict[str, object]]) -> None:
         expected = auto.predicted(spec, Layout.parse(shown["layout"]), dtypes, **batch)
         took = run.data.sequence * run.train.global_batch / shown["tokens_per_second"]
         if expected:
-            print(f"                {shown['layout']}: {expected['seconds']['p50']:.2f} s a step expected, {took:.2f} s measured")
+            print(
+                f"                {shown['layout']}: {expected['seconds']['p50']:.2f} s a step expected, {took:.2f} s measured"
+            )
     if not auto.MEASURED.is_file():
         print("                by what is known of any CPU: `fiveply probe` measures this one")
 

@@ -157,7 +157,9 @@ def answer(
 def _rank_by(objective: Objective, one: Ranked) -> tuple[float, float]:
     """What is least for the best layout."""
     seconds = one.prediction.seconds.p50
-    return {"time": (seconds, 0.0), "cost": (seconds * one.world, seconds), "devices": (float(one.world), seconds)}[objective]
+    return {"time": (seconds, 0.0), "cost": (seconds * one.world, seconds), "devices": (float(one.world), seconds)}[
+        objective
+    ]
 
 
 def _worlds(cluster: ClusterSpec, objective: Objective) -> list[int]:
