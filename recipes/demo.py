@@ -57,8 +57,30 @@ def main() -> None:
     )
     print(f"layouts         {first['layout']} at {first['tokens_per_second']:,.0f} tokens/s, then")
     print(f"                {last['layout']} at {last['tokens_per_second']:,.0f} tokens/s")
+    planned([first, last])
     print(f"report          {report}")
     print(f"time            {time.perf_counter() - begun:.0f} s")
+
+
+def planned(runs: list[dict[str, object]]) -> None:
+    """The planner's own pick for this machine, and what it expected of the layouts that were shown beside what they took."""
+    from fiveply.spec.layout import Layout
+    from fiveply.spec.run import RunSpec
+    from fiveply.train import auto, setup
+
+    run = RunSpec.load(FILE)
+    spec, dtypes = run.model_spec(), setup.dtypes(run.precision)
+    batch = {"sequence": run.data.sequence, "global_batch": run.train.global_batch}
+    print(f"planner         {auto.reason(auto.plan(spec, auto.cluster(), dtypes, **batch))}")
+    for shown in runs:
+        expected = auto.predicted(spec, Layout.parse(shown["layout"]), dtypes, **batch)
+        took = run.data.sequence * run.train.global_batch / shown["tokens_per_second"]
+        if expected:
+            print(
+                f"                {shown['layout']}: {expected['seconds']['p50']:.2f} s a step expected, {took:.2f} s measured"
+            )
+    if not auto.MEASURED.is_file():
+        print("                by what is known of any CPU: `fiveply probe` measures this one")
 
 
 def fiveply(*args: str) -> dict[str, object]:

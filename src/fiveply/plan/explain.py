@@ -143,7 +143,7 @@ def answer(
     assert job is not None
     if not found:
         raise _nothing(spec, cluster, job, limits, searched)
-    found.sort(key=_KEYS[objective])
+    found.sort(key=lambda one: _rank_by(objective, one))
     total = Searched(
         (), sum(one.legal for one in searched), sum(one.fit for one in searched), sum(one.priced for one in searched),
         max(one.gap for one in searched),
@@ -154,11 +154,12 @@ def answer(
     return Answer(best, cluster, objective, tuple(found[:wanted]), total, time.perf_counter() - began)
 
 
-_KEYS: dict[Objective, Any] = {
-    "time": lambda one: one.prediction.seconds.p50,
-    "cost": lambda one: one.prediction.seconds.p50 * one.world,
-    "devices": lambda one: (one.world, one.prediction.seconds.p50),
-}
+def _rank_by(objective: Objective, one: Ranked) -> tuple[float, float]:
+    """What is least for the best layout."""
+    seconds = one.prediction.seconds.p50
+    return {"time": (seconds, 0.0), "cost": (seconds * one.world, seconds), "devices": (float(one.world), seconds)}[
+        objective
+    ]
 
 
 def _worlds(cluster: ClusterSpec, objective: Objective) -> list[int]:

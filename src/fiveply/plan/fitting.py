@@ -102,7 +102,9 @@ class Fitting:
         if self._degrees is None:
             self._degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
         first, place = self._degrees
-        states = {number: self.state(splits.layout(first[number]), kinds) for number in np.unique(place[rows]).tolist()}
+        states = {
+            number: self.state(splits.layout(int(first[number])), kinds) for number in np.unique(place[rows]).tolist()
+        }
         numbers, where = np.unique(place[rows], return_inverse=True)
         bytes_of = np.array([states[number] for number in numbers.tolist()])  # [degrees, state, unit]
         state = (bytes_of[:, :, self._layer] @ self._times[self._layer])[where]

@@ -169,11 +169,15 @@ class Predictor:
         found = self._parts.get(key)
         if found is None:
             job = self.job
-            how = {"sequence": job.sequence, "software": job.software, "precision": job.precision}
+            work = workload.work(
+                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
+            )
+            calls = traffic.part_traffic(
+                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
+            )
             found = self._parts[key] = cost.part_seconds(
-                workload.work(job.spec, layout, part, **how), traffic.part_traffic(job.spec, layout, part, **how),
-                job.machine, job.software, job.precision, self.strides(layout),
-            )  # fmt: skip
+                work, calls, job.machine, job.software, job.precision, self.strides(layout)
+            )
         return found
 
     def _part_key(self, layout: Layout, part: str) -> Hashable:

@@ -138,7 +138,8 @@ class _Search:
             else:
                 spent += EFFORT[level]
                 self._look(level, payload)
-        waiting = [(least, level, payload) for _, _, least, level, payload in self._queue] + self._later
+        waiting: list[tuple[float, Level, Any]] = [entry[2:] for entry in self._queue]
+        waiting += self._later
         self._queue = []
         self._haste = False
         best = min((choice.seconds for choice in self.choices.values()), default=math.inf)
@@ -245,9 +246,9 @@ class _Search:
         """Queue the splits of a bundle, in each order of ranks that makes a difference."""
         for row in rows:
             layout = self.splits.layout(row)
-            group, index = self._places[row].tolist()
-            all_orders, fits = self._pipelines[group]
-            orders = [one for one, fit in zip(all_orders, fits[index].tolist(), strict=True) if fit]
+            all_orders, fits = self._pipelines[int(self._places[row, 0])]
+            may: list[bool] = fits[int(self._places[row, 1])].tolist()
+            orders = [one for one, fit in zip(all_orders, may, strict=True) if fit]
             apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < self.job.machine.joined < self.world
             for order in ORDERS if apart else ORDERS[:1]:
                 weights = self._weights(layout, order)

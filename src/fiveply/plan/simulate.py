@@ -370,7 +370,7 @@ def memory(schedule: Schedule, simulated: Simulated, kept: Sequence[int]) -> lis
     curves: list[list[tuple[float, int]]] = []
     for of_rank in changes:
         of_rank.sort()
-        alive, curve = 0, []
+        alive, curve = 0, list[tuple[float, int]]()
         for time, change in of_rank:
             alive += change
             curve.append((time, alive))
