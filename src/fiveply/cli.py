@@ -257,7 +257,7 @@ def serve(
         most_waiting: Requests beyond those; more are refused with 429.
         step_tokens: Most tokens in one step; longer prompts are taken in chunks.
         no_prefix_cache: Do not reuse the cache of prompts that begin alike.
-        guess: Tokens guessed ahead for each answer, from what followed its latest tokens before: quicker where answers
+        guess: Tokens guessed ahead for each answer, from what followed its latest tokens before: fewer steps where answers
             repeat their prompts, the same text in any case.
         api_keys: A file with a key on each line; requests must bring one.
         backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
