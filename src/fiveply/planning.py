@@ -40,7 +40,7 @@ def plan(
         objective=objective, limits=limits, system=system,
     )  # fmt: skip
     reasons = [explain.why(found, wish, limits) for wish in wishes]
-    chosen = found.ranked[0] if emit else next((one for one in found.ranked if not one.runnable), found.ranked[0])
+    chosen = found.ranked[0] if emit else next((one for one in found.ranked if not one.refusal), found.ranked[0])
     values = explain.values(found) | {
         "why": {one.wish: one.reason for one in reasons},
         "sensitivities": explain.sensitivities(found),

@@ -49,7 +49,7 @@ SHARES = {
 
 
 class Ranked(msgspec.Struct, frozen=True):
-    """One layout of the table. `mfu`: of all devices' peak. `runnable`: "" or why the runtime can't run it yet."""
+    """One layout of the table. `mfu`: of all devices' peak. `refusal`: "" or why the runtime can't run it yet."""
 
     prediction: Prediction
     order: str
@@ -57,7 +57,7 @@ class Ranked(msgspec.Struct, frozen=True):
     tokens_per_second_per_device: float
     mfu: float
     bound_by: str
-    runnable: str
+    refusal: str
     ideal: float
     """Seconds of the model's own operations at the devices' peak."""
 
@@ -177,7 +177,7 @@ def rank(job: Job, layout: Layout, order: str) -> Ranked:
     ideal = workload.model_flops(job.spec, job.sequence) * job.global_batch / (world * job.machine.flops(job.precision))
     return Ranked(
         prediction, order, world, job.global_batch * job.sequence / seconds / world, ideal / seconds,
-        bound_by(prediction.terms), runnable(job, layout, order), ideal,
+        bound_by(prediction.terms), refusal(job, layout, order), ideal,
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def bound_by(terms: dict[str, float]) -> str:
     return name if seconds >= 0.1 * sum(terms.values()) else "products"
 
 
-def runnable(job: Job, layout: Layout, order: str) -> str:
+def refusal(job: Job, layout: Layout, order: str) -> str:
     """Why fiveply's runtime cannot run it yet; "" where it can."""
     if order != ORDERS[0]:
         return f"ranks are ordered {ORDERS[0]} by the runtime"
@@ -353,8 +353,8 @@ def _plan_values(answer: Answer, one: Ranked) -> dict[str, Any]:
         "layout": str(prediction.layout),
         "devices": one.world,
         "order": one.order,
-        "runnable": not one.runnable,
-        "reason": one.runnable,
+        "runnable": not one.refusal,
+        "reason": one.refusal,
         "step_seconds": msgspec.structs.asdict(prediction.seconds),
         "tokens_per_second_per_device": one.tokens_per_second_per_device,
         "mfu": one.mfu,

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import jinja2
-import msgspec
 from markupsafe import Markup, escape
 
 from fiveply.report import expected, figures, perfetto, timelines
 from fiveply.report.record import Facts, Record, Row, load, smoothed
+from fiveply.report.template import beside, embedded, environment
 from fiveply.report.text import bytes_text, count_text, duration_text, plural
 from fiveply.spec.errors import RunError
 from fiveply.timeline import RecordedStep
@@ -56,18 +54,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 def render(record: Record, steps: list[RecordedStep]) -> str:
     """The page's text; `steps`: those recorded, the first on top."""
     recorded = [timelines.drawn(step) | {"expected": expected.values(record.facts, step)} for step in steps]
-
-    def beside(name: str) -> str:
-        return files("fiveply.report").joinpath(name).read_text(encoding="utf-8")
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"bytes": bytes_text, "breakable": _breakable}
-    return environment.from_string(beside("page.html")).render(
+    pages = environment()
+    pages.filters |= {"bytes": bytes_text, "breakable": _breakable}
+    return pages.from_string(beside("page.html")).render(
         style=Markup(beside("page.css")),
         script=Markup(beside("page.js")),
-        data=_embedded(_curves(record)),
+        data=embedded(_curves(record)),
         name=record.run.name,
         facts=record.facts,
         run=record.run,
@@ -80,18 +72,13 @@ def render(record: Record, steps: list[RecordedStep]) -> str:
         schedule=figures.schedule(record),
         memory=figures.memory(record),
         recorded=recorded,
-        pictures=_embedded([step["picture"] for step in recorded]),
+        pictures=embedded([step["picture"] for step in recorded]),
         timeline_script=Markup(beside("timeline.js")),
         trace=record.directory / TRACE,
         log=_log_tail(record.directory / "logs" / "rank-00000.log"),
         resume=f"fiveply train {shlex.quote(str(record.directory / 'run.toml'))}",
         again=f"fiveply report {shlex.quote(str(record.directory))}",
     )
-
-
-def _embedded(value: Any) -> Markup:
-    """JSON for a script element, which only "<" could end early."""
-    return Markup(msgspec.json.encode(value).decode().replace("<", "\\u003c"))
 
 
 def _present(rows: list[Row], key: str) -> list[Any]:

@@ -99,7 +99,7 @@
     for (const other of body.rows) other.classList.toggle("chosen", other === row);
     place("chosen-number").textContent = String(Number(row.dataset.plan) + 1);
     place("chosen").textContent = plan.layout.replaceAll(",", ",\u200b");
-    place("chosen-note").textContent = plan.runnable ? `(not run by fiveply yet: ${plan.runnable})` : "";
+    place("chosen-note").textContent = plan.refusal ? `(not run by fiveply yet: ${plan.refusal})` : "";
     waterfall(plan);
     memory(plan);
     pipeline(plan);

@@ -6,10 +6,8 @@ Values go into the page as JSON; `plan.js` draws what follows the chosen row. No
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import msgspec
 from markupsafe import Markup
 
@@ -18,6 +16,7 @@ from fiveply.plan.explain import TERMS, Answer, Ranked, WhyNot, interval_text, s
 from fiveply.plan.predict import Predictor
 from fiveply.plan.simulate import simulate
 from fiveply.report.plan_text import compact, layout_text
+from fiveply.report.template import beside, embedded, environment
 from fiveply.report.text import bytes_text, count_text
 
 MOST_DRAWN, MOST_MICRO_BATCHES = 1200, 24  # actions of a pipeline that can be told apart
@@ -27,31 +26,28 @@ WORDS = {"ideal": "the model's operations at peak", "below peak": "products and 
 
 def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
     """The page's text."""
-
-    def beside(name: str) -> str:
-        return files("fiveply.report").joinpath(name).read_text(encoding="utf-8")
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     data = {"plans": [_plan(answer, one) for one in answer.ranked], "words": WORDS, "categories": CATEGORIES}
     job, top = answer.job, answer.ranked[0]
     helps = sorted(sensitivities(answer).items(), key=lambda item: -item[1])
-    return environment.from_string(beside("plan.html")).render(
-        style=Markup(beside("page.css") + beside("plan.css")),
-        script=Markup(beside("plan.js")),
-        data=Markup(msgspec.json.encode(data).decode().replace("<", "\\u003c")),
-        model=model,
-        lead=f"{count_text(job.global_batch * job.sequence)} tokens a step, in {job.global_batch:,} rows of {job.sequence:,}, on "
-        f"{answer.cluster.count:,} \N{MULTIPLICATION SIGN} {answer.cluster.device}, {job.precision}",
-        tiles=_tiles(answer, top),
-        rows=[_row(number, one, job.machine.memory_bytes) for number, one in enumerate(answer.ranked, start=1)],
-        searched=answer.searched,
-        seconds=answer.seconds,
-        helps=[(name, gain) for name, gain in helps if gain >= 0.001],
-        warnings=shape_warnings(answer),
-        reasons=[(one.wish, one.reason, layout_text(one.best) if one.best else "") for one in reasons],
-        unrunnable=any(one.runnable for one in answer.ranked),
+    return (
+        environment()
+        .from_string(beside("plan.html"))
+        .render(
+            style=Markup(beside("page.css") + beside("plan.css")),
+            script=Markup(beside("plan.js")),
+            data=embedded(data),
+            model=model,
+            lead=f"{count_text(job.global_batch * job.sequence)} tokens a step, in {job.global_batch:,} rows of {job.sequence:,}, on "
+            f"{answer.cluster.count:,} \N{MULTIPLICATION SIGN} {answer.cluster.device}, {job.precision}",
+            tiles=_tiles(answer, top),
+            rows=[_row(number, one, job.machine.memory_bytes) for number, one in enumerate(answer.ranked, start=1)],
+            searched=answer.searched,
+            seconds=answer.seconds,
+            helps=[(name, gain) for name, gain in helps if gain >= 0.001],
+            warnings=shape_warnings(answer),
+            reasons=[(one.wish, one.reason, layout_text(one.best) if one.best else "") for one in reasons],
+            unrunnable=any(one.refusal for one in answer.ranked),
+        )
     )
 
 
@@ -74,7 +70,7 @@ def _row(number: int, one: Ranked, capacity: int) -> dict[str, Any]:
         "number": number,
         "layout": compact(one.prediction.layout),
         "devices": one.world,
-        "runnable": one.runnable,
+        "refusal": one.refusal,
         "cells": [
             (interval_text(seconds), seconds.p50),
             (f"{one.tokens_per_second_per_device:,.0f}", one.tokens_per_second_per_device),
@@ -90,7 +86,7 @@ def _plan(answer: Answer, one: Ranked) -> dict[str, Any]:
     prediction = one.prediction
     return {
         "layout": str(prediction.layout),
-        "runnable": one.runnable,
+        "refusal": one.refusal,
         "waterfall": [(name, seconds) for name, seconds in one.waterfall if seconds],
         "seconds": prediction.seconds.p50,
         "memory": [[found.categories[name] for name in CATEGORIES] for found in prediction.footprints],

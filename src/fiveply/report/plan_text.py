@@ -25,7 +25,7 @@ def parts(answer: Answer, whys: list[WhyNot], width: int) -> list[RenderableType
     found: list[RenderableType] = [headline(answer), "", table(answer, width), ""]
     if width < WIDE:
         found += [*names(answer), Text("")]
-    if any(one.runnable for one in answer.ranked):
+    if any(one.refusal for one in answer.ranked):
         found.append(Text("* can be planned, and not run by fiveply yet", style="dim"))
     found += [waterfall(top), ""]
     gains = sensitivities(answer)
@@ -36,9 +36,9 @@ def parts(answer: Answer, whys: list[WhyNot], width: int) -> list[RenderableType
     found += [
         Text(f"Why not {one.wish}? {one.reason}" + (f" ({layout_text(one.best)})" if one.best else "")) for one in whys
     ]
-    if top.runnable:
-        found.append(Text(f"fiveply's runtime does not run the first layout yet: {top.runnable}", style="yellow"))
-        first = next((one for one in answer.ranked if not one.runnable), None)
+    if top.refusal:
+        found.append(Text(f"fiveply's runtime does not run the first layout yet: {top.refusal}", style="yellow"))
+        first = next((one for one in answer.ranked if not one.refusal), None)
         if first:
             share = first.prediction.seconds.p50 / top.prediction.seconds.p50 - 1
             found.append(Text(f"the first that it runs takes {share:.1%} longer: {layout_text(first)}"))
@@ -91,7 +91,7 @@ def table(answer: Answer, width: int) -> Table:
         seconds = one.prediction.seconds
         name = layout_text(one) + (f"  on {one.world} devices" if len(worlds) > 1 else "")
         drawn.add_row(
-            f"{number}{'*' if one.runnable else ' '}", interval_text(seconds), f"{one.tokens_per_second_per_device:,.0f}",
+            f"{number}{'*' if one.refusal else ' '}", interval_text(seconds), f"{one.tokens_per_second_per_device:,.0f}",
             f"{one.mfu:.1%}", f"{bytes_text(one.worst)} {one.worst / capacity:.0%}", f"{one.prediction.p_oom:.1%}",
             one.bound_by, *([name] if wide else []),
         )  # fmt: skip
@@ -102,7 +102,7 @@ def names(answer: Answer) -> list[Text]:
     """The layouts by number, for a terminal too narrow to hold them in the table."""
     worlds = {one.world for one in answer.ranked}
     return [
-        Text(f"{number:>2}{'*' if one.runnable else ' '} {layout_text(one)}"
+        Text(f"{number:>2}{'*' if one.refusal else ' '} {layout_text(one)}"
              + (f"  on {one.world} devices" if len(worlds) > 1 else ""))
         for number, one in enumerate(answer.ranked, start=1)
     ]  # fmt: skip
