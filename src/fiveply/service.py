@@ -16,9 +16,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -101,7 +101,8 @@ def run(
     while problem is None and loop.working:
         engines = loop.driver.engines
         try:
-            launch(worker.work, served.layout.world, job, timeout_seconds=COLLECTIVE_SECONDS, apart=apart)
+            launch(worker.work, served.layout.world, job, timeout_seconds=COLLECTIVE_SECONDS, apart=apart,
+                   others_still=loop.still())  # fmt: skip
             break  # the driver sent the ranks home
         except FiveplyError as error:
             if not loop.working or stop_requested():
@@ -185,6 +186,24 @@ class _Loop(Generic[Result]):
         """Call it in the driver's loop, if that still runs."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The driver does nothing meanwhile. A fork while it imports can wait forever: the fork holds the lock of logging and
+        wants that of imports, a collection of garbage within the import wants the first; and copies hold what it held."""
+        standing, go_on = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            standing.set()
+            go_on.wait()
+
+        self.tell(stand)
+        while self._thread.is_alive() and not standing.wait(0.1):
+            pass
+        try:
+            yield
+        finally:
+            go_on.set()
 
     def result(self) -> Result:
         self._thread.join()

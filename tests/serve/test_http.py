@@ -403,6 +403,33 @@ def test_a_stuck_rank_is_lost_ended_and_replaced(speaking: Path) -> None:
     assert tokens == whole
 
 
+def test_the_driver_stands_still_while_ranks_are_forked(speaking: Path) -> None:
+    """Else an import in its thread and the fork wait for each other, now and then (`service._Loop.still`)."""
+    turns, moved = [0], list[int]()
+
+    def before_a_fork() -> None:
+        if len(moved) < 4:
+            begun = turns[0]
+            time.sleep(0.05)
+            moved.append(turns[0] - begun)
+
+    async def work(driver: Driver) -> int:
+        for _ in range(2):  # also while a lost engine's ranks are replaced, below
+            while driver.state != "ready":
+                turns[0] += 1
+                await asyncio.sleep(0)
+            if driver.engines == 1:
+                os.kill(driver.pids[0], signal.SIGKILL)
+                while driver.state == "ready":
+                    await asyncio.sleep(0.01)
+        return driver.engines
+
+    os.register_at_fork(before=before_a_fork)
+    assert service.run(service.Served.load(speaking, "pp=2", "float32"), Settings(), work, restarts=True) == 2
+    assert moved == [0, 0, 0, 0]
+    assert turns[0] > 100
+
+
 def test_strangers_at_the_ranks_door_are_turned_away(speaking: Path) -> None:
     async def work(driver: Driver) -> list[bytes]:
         server, host, port = await driver.listen()  # another door of the same house

@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -116,6 +116,7 @@ def launch(
     timeout_seconds: float = 600.0,
     shared_memory: bool = True,
     apart: bool = False,
+    others_still: AbstractContextManager[Any] | None = None,
 ) -> Any:
     """Run `function(*args)` on `ranks` ranks, each within a default process group; return rank 0's value.
 
@@ -127,6 +128,7 @@ def launch(
     `log_folder` gets what each rank prints as `rank-00003.log`; rank 0 prints to the terminal as well, the others
     only there. `timeout_seconds` bounds each collective and the start. `shared_memory`: whether CPU ranks may talk
     through it, for which its library is then made ready. `apart`: a single rank gets a process of its own too.
+    `others_still` is entered while ranks are forked: a caller with threads of its own must let them do nothing meanwhile.
 
     Raises InputError if the world does not have `ranks` ranks; the FiveplyError that a rank raised first; RunError
     naming the rank that failed first otherwise (the traceback of a defect goes to standard error and the rank's log).
@@ -150,7 +152,7 @@ def launch(
         return _run_here(job, place)
     if shared_memory and "nccl" not in backend:
         shm.build()  # before there are ranks that would each compile or load it
-    return _start(job)
+    return _start(job, others_still or nullcontext())
 
 
 def _run_here(job: _Job, place: own.Place | None) -> Any:
@@ -238,7 +240,7 @@ def _leave(patience_seconds: float | None = None) -> None:
         leaving.join(patience_seconds)
 
 
-def _start(job: _Job) -> Any:
+def _start(job: _Job, others_still: AbstractContextManager[Any]) -> Any:
     # CUDA can't be used in a forked process once its parent has; elsewhere than on Linux system libraries can't either.
     forks = sys.platform == "linux" and "nccl" not in job.backend and not torch.cuda.is_initialized()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
@@ -251,14 +253,15 @@ def _start(job: _Job) -> Any:
         try:
             # Until a rank has its own handlers, signals wait: the mask is inherited, by fork and by spawn.
             signal.pthread_sigmask(signal.SIG_BLOCK, own.STOP_SIGNALS)
-            for rank in range(job.ranks):
-                receiver, sender = context.Pipe(duplex=False)
-                ranks.append(context.Process(target=_rank_main, args=(job, rank, port, sender, os.getpid())))
-                with warnings.catch_warnings():  # Python 3.12 warns of threads in the parent; `_rank_main` avoids them
-                    warnings.simplefilter("ignore", DeprecationWarning)
+            with others_still, warnings.catch_warnings():
+                # Python 3.12 warns of threads in the parent; `_rank_main` and `others_still` avoid what it warns of.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                for rank in range(job.ranks):
+                    receiver, sender = context.Pipe(duplex=False)
+                    ranks.append(context.Process(target=_rank_main, args=(job, rank, port, sender, os.getpid())))
                     ranks[-1].start()
-                sender.close()
-                pipes.append(receiver)
+                    sender.close()
+                    pipes.append(receiver)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, own.STOP_SIGNALS)
             # Threads of the store start after the forks; it outlives every rank, whichever dies.
             listening = listener.detach()
