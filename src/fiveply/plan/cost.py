@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import msgspec
 
 from fiveply.plan import machine as machines
-from fiveply.plan.machine import Link, Machine
+from fiveply.plan.machine import Machine
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
 from fiveply.plan.workload import Operation, Work
@@ -177,41 +178,90 @@ def collective_seconds(collective: Collective, machine: Machine, stride: int) ->
 def call_seconds(
     operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int, *, copies: int = 1
 ) -> float:
-    """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host. An
-    exchange sends `copies` of each row to ranks drawn alike, and those for one host cross to it once."""
+    """One call over `ranks` ranks, `stride` apart; `copies` as in `wire`."""
     if ranks < 2 and operation not in ("send", "receive"):
         return 0.0
+    return wire(operation, ranks, machine, stride, copies=copies).seconds(size_bytes)
+
+
+class Wire(NamedTuple):
+    """What a call costs by its bytes: seconds = start + v + sqrt(half x v), where v = bytes x each."""
+
+    start: float
+    each: float
+    half: float = 0.0
+
+    def seconds(self, size_bytes: Any) -> Any:
+        """Of a number of bytes, or of an array of them."""
+        moving = self.each * size_bytes
+        return self.start + moving + (self.half * moving) ** 0.5
+
+
+def wire(operation: str, ranks: int, machine: Machine, stride: int, *, copies: int = 1) -> Wire:
+    """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host. An
+    exchange sends `copies` of each row to ranks drawn alike, and those for one host cross to it once."""
+    network = machine.network
     if operation in ("send", "receive"):
-        link = machine.link["send"] if stride < machine.joined else machine.network
-        return link.start + size_bytes / link.bandwidth
+        link = machine.link["send"] if stride < machine.joined else network
+        return Wire(link.start, 1 / link.bandwidth)
     together = max(1, min(ranks, machine.joined // stride)) if stride < machine.joined else 1
+    inner = machine.link[operation]
+    share = _FACTORS[operation] * (ranks - 1) / ranks
     if together >= ranks:
-        return _over(machine.link[operation], operation, size_bytes, ranks)
-    network, inner = machine.network, machine.link[operation]
+        return Wire(inner.start + inner.hop * ranks, share / (inner.bandwidth * (1 - inner.loss / ranks)), inner.half)
     reached = network.bandwidth * NETWORK
     if operation == "all-to-all":  # each rank sends to every other; what leaves the domain leaves through its own card
         hosts = ranks / together
-        crossing = (
-            (hosts - 1) * (1 - (1 - 1 / hosts) ** copies) / copies
-        )  # other hosts that a row goes to, by its copies
-        outside = size_bytes * crossing / reached
-        inside = size_bytes * (1.0 if copies > 1 else together / ranks) / inner.bandwidth
-        return network.start + network.hop * ranks / together + max(outside, inside) + math.sqrt(network.half * outside)
+        # Other hosts that a row goes to, by its copies.
+        outside = (hosts - 1) * (1 - (1 - 1 / hosts) ** copies) / copies / reached
+        inside = (1.0 if copies > 1 else together / ranks) / inner.bandwidth
+        each = max(outside, inside)
+        return Wire(network.start + network.hop * hosts, each, network.half * outside / each)
     hosts = math.ceil(ranks / together)
-    bandwidth = min(reached * together, inner.bandwidth)
-    moving = _FACTORS[operation] * (ranks - 1) / ranks * size_bytes / bandwidth
     start = network.start + inner.hop * together + network.hop * hosts * (2 if operation == "all-reduce" else 1)
     if operation == "all-reduce":  # trees: latency grows with the logarithm
         start = min(start, network.start * (1 + math.log2(hosts)) + inner.hop * together)
-    return start + moving + math.sqrt(network.half * moving)
-
-
-def _over(link: Link, operation: str, size_bytes: int, ranks: int) -> float:
-    moving = _FACTORS[operation] * (ranks - 1) / ranks * size_bytes / (link.bandwidth * (1 - link.loss / ranks))
-    return link.start + link.hop * ranks + moving + math.sqrt(link.half * moving)
+    return Wire(start, share / min(reached * together, inner.bandwidth), network.half)
 
 
 # --- parts ---
+
+
+class Computed(msgspec.Struct, frozen=True):
+    """The computation of one micro-batch of one part: seconds by phase, by term, and what the host launches by phase."""
+
+    phases: dict[str, float]
+    terms: dict[str, float]
+    kernels: dict[str, float]
+    stall: float
+    """Seconds of each of forward and backward that the device waits for a router's counts."""
+
+
+def computed(
+    work: Work,
+    machine: Machine,
+    software: Software,
+    precision: str,
+    known: dict[Hashable, float] | None = None,
+) -> Computed:
+    """`known` remembers operations of the same shape across parts (of one machine, software and precision)."""
+    phases: dict[str, float] = {"forward": 0.0, "input": 0.0, "weight": 0.0}
+    terms: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = defaultdict(float)
+    known = {} if known is None else known
+    for operation in work.operations:
+        phase = operation.phase
+        if phase == "step":
+            continue
+        key = (operation.shape, operation.flops, operation.bytes, operation.count, phase, operation.again)
+        seconds = known.get(key)
+        if seconds is None:
+            seconds = known[key] = operation_seconds(operation, machine, software, precision)
+        phases[phase] += seconds
+        terms[_term(operation)] += seconds
+        kernels[phase] += operation.count * software.kernels
+    routed = any(operation.module == "router" for operation in work.operations)
+    return Computed(phases, terms, kernels, software.experts_stall / 2 if routed else 0.0)
 
 
 def part_seconds(
@@ -222,56 +272,63 @@ def part_seconds(
     precision: str,
     strides: Mapping[str, int],
 ) -> PartSeconds:
-    """One micro-batch of a part. `strides`: ranks between neighbours on each axis.
+    """One micro-batch of a part. `strides`: ranks between neighbours on each axis."""
+    return exchanged(computed(work, machine, software, precision), collectives, machine, software, strides)
+
+
+def exchanged(
+    part: Computed,
+    collectives: Sequence[Collective],
+    machine: Machine,
+    software: Software,
+    strides: Mapping[str, int],
+) -> PartSeconds:
+    """A part's computation with its collectives.
 
     What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
     share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
     """
-    phases: dict[str, float] = {"forward": 0.0, "input": 0.0, "weight": 0.0}
-    terms: dict[str, float] = defaultdict(float)
-    kernels: dict[str, float] = defaultdict(float)
-    for operation in work.operations:
-        if operation.phase == "step":
-            continue
-        seconds = operation_seconds(operation, machine, software, precision)
-        phases[operation.phase] += seconds
-        terms[_term(operation)] += seconds
-        kernels[operation.phase] += operation.count * software.kernels
-    computing = dict(phases)
+    computing, phases, terms = part.phases, dict(part.phases), defaultdict(float, part.terms)
     for collective in collectives:
         if collective.phase not in phases:
             continue
         seconds = collective.count * collective_seconds(collective, machine, strides[collective.axis])
-        share = _overlap(collective, software)
+        share = overlap(collective.axis, collective.operation, software)
         beside = computing["weight" if collective.hides == "weight" else collective.phase]
-        hidden = min(seconds * share, beside / software.contention)
-        exposed = seconds - hidden + hidden * (software.contention - 1)
-        phases[collective.phase] += exposed
-        terms[AXES.get(collective.axis, collective.axis)] += exposed
-    if software.experts_stall and any(operation.module == "router" for operation in work.operations):
+        seconds = exposed(seconds, beside, share, software.contention)
+        phases[collective.phase] += seconds
+        terms[AXES.get(collective.axis, collective.axis)] += seconds
+    if part.stall:
         for phase in ("forward", "input"):
-            phases[phase] += software.experts_stall / 2
-            terms["experts"] += software.experts_stall / 2
+            phases[phase] += part.stall
+            terms["experts"] += part.stall
     if not software.graphs:  # the device waits where the host launches more slowly than it computes and exchanges
-        for phase, count in kernels.items():
+        for phase, count in part.kernels.items():
             late = max(0.0, count * machine.host - phases[phase])
             phases[phase] += late
             terms["launch"] += late
     return PartSeconds(phases["forward"], phases["input"], phases["weight"], dict(terms))
 
 
+def exposed(seconds: float, beside: float, share: float, contention: float) -> float:
+    """What of a collective is not hidden by `beside` seconds of computation, with what it slows that down by."""
+    hidden = min(seconds * share, beside / contention)
+    return seconds - hidden + hidden * (contention - 1)
+
+
 AXES = {"kv": "tp", "shard": "zero", "replica": "dp", "etp": "ep"}
 """Under which term an axis's exposed seconds stand, where not under its own name."""
 
 
-def _overlap(collective: Collective, software: Software) -> float:
-    axis = AXES.get(collective.axis, collective.axis)
+def overlap(axis: str, operation: str, software: Software) -> float:
+    """The share of a collective that may hide."""
+    axis = AXES.get(axis, axis)
     if axis == "tp":
         return software.overlap_tensor
     if axis == "ep":
         return software.overlap_experts
     if axis in ("zero", "dp"):
-        return software.overlap_parameters if collective.operation == "all-gather" else software.overlap_gradients
+        return software.overlap_parameters if operation == "all-gather" else software.overlap_gradients
     return 0.5 if axis == "cp" else 0.0
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Iterable
 from functools import lru_cache
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,8 +26,6 @@ from fiveply.spec.placement import stage_units
 
 RISK = 0.05
 """A layout fits where the probability of running out of memory is at most this."""
-CHUNKS = {"interleaved": 2, "zbv": 2}
-"""Of a rank, where `vp` is left to its default."""
 GROUPS = 2
 """Of ranks, in the bound over arrays."""
 WORST = 3
@@ -36,10 +34,11 @@ WORST = 3
 
 class Divided(NamedTuple):
     """How many of each kind: `parts` [pipeline rank, kind of part] in all its chunks, `passing` in its first one; `units`
-    [rank, kind of unit] held; `first` by kind of unit, of the first stage."""
+    [rank, kind of unit] held; `first` by kind of unit, of the first stage. `crossings`: what each rank sends of a micro-batch."""
 
     parts: NDArray[np.int64]
     passing: NDArray[np.int64]
+    crossings: NDArray[np.int64]
     units: NDArray[np.int64]
     first: NDArray[np.int64]
 
@@ -59,6 +58,7 @@ class Fitting:
         self._place = {name: self.units.index(first) for name, first in self._unit_of.items()}
         self._layer = np.array([unit.startswith("layers") for unit in self.units])
         self._times = self._count(self._unit_of)
+        self._layers = int(self._times[self._layer].sum())
         self._head = "embed" if self.spec.tied else "head"
         kinds = workload.kinds(self.spec)
         first = {kind: part for part, kind in reversed(kinds.items())}
@@ -84,59 +84,68 @@ class Fitting:
     # many at once
 
     def may_fit(
-        self, splits: Splits, rows: NDArray[np.int64], orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
-    ) -> tuple[NDArray[np.bool_], int]:
-        """[split, pipeline]: whether in some state the layers of these splits, all of one pp, dp and cp, could be dealt to ranks
-        such that all fit; and for how many splits, pipelines and states.
+        self, splits: Splits, rows: NDArray[np.int64], kinds: list[tuple[int, int]]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """[split, state]: whether the layers of these splits, all of one pp, dp and cp, could be dealt to ranks such that all fit;
+        and by split how many the busiest rank must take at least, in any state.
 
-        A rank r with n(r) layers holds n(r) (s + a(r) k) and what one layer needs to work: s is a layer's state, k what it
-        keeps of a micro-batch, a(r) the micro-batches alive. So it can take as many layers as its memory, less the embedding's
-        or the head's state at the ends, is a multiple of s + a(r) k. Ranks between the ends are taken in a few groups, each at
-        its least a(r). Layers that its chunks do not share evenly are dealt to those that are alive most briefly: they are not
-        counted.
+        Of every pipeline one of these two keeps least: 1F1B has the fewest micro-batches alive; a V has as few on its last ranks
+        and an odd layer in the chunk that is alive more briefly. Ranks between the ends are taken in a few groups, each at its
+        least number alive.
         """
         pp, dp = splits.columns["pp"][rows[0]].item(), splits.columns["dp"][rows[0]].item()
-        inside, outside, working = (
-            self._kept_of(splits)[rows].T[:, :, None] * splits.columns["micro_batch"][rows][:, None]
-        )
+        micro_batch = splits.columns["micro_batch"][rows]
+        inside, outside, working = self._kept_of(splits)[rows].T[:, :, None] * micro_batch[:, None]
         if self._degrees is None:
             self._degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
         first, place = self._degrees
-        states = {
-            number: self.state(splits.layout(int(first[number])), kinds) for number in np.unique(place[rows]).tolist()
-        }
         numbers, where = np.unique(place[rows], return_inverse=True)
-        bytes_of = np.array([states[number] for number in numbers.tolist()])  # [degrees, state, unit]
-        state = (bytes_of[:, :, self._layer] @ self._times[self._layer])[where]
+        bytes_of = np.array([self.state(splits.layout(int(first[number])), kinds) for number in numbers.tolist()])
+        state = (bytes_of[:, :, self._layer] @ self._times[self._layer])[where]  # [split, state]
         if pp == 1:
             beside = (bytes_of[:, :, ~self._layer] @ self._times[~self._layer])[where]
             fits = inside + outside + working + state + beside <= self.capacity
-            return np.repeat(fits.any(axis=1)[:, None], len(orders), axis=1), int(fits.sum()) * len(orders)
-        layers = int(self._times[self._layer].sum())
-        kept, held = inside / layers, state / layers
-        room = np.maximum(0.0, self.capacity - working)
-        opening = np.maximum(0.0, room - bytes_of[:, :, self._place["embed"]][where])
-        closing = np.maximum(0.0, room - bytes_of[:, :, self._place[self._head]][where])
-        micro_batches = self.job.global_batch // dp // splits.columns["micro_batch"][rows]
-        may, count = np.zeros((len(rows), len(orders)), bool), 0
-        for each in np.unique(micro_batches).tolist():
-            here = micro_batches == each
-            done: dict[bytes, tuple[NDArray[np.bool_], int]] = {}
-            for index, (name, vp) in enumerate(orders):
-                chunks = vp or CHUNKS.get(name, 1)
-                rounds = alive(name, pp, chunks, each)
-                key = rounds.tobytes() + bytes((name == "zbv", chunks > 1))
-                if key not in done:
-                    end = (opening if name == "zbv" else closing)[here]
-                    takes = np.floor(opening[here] / (held[here] + rounds[0] * kept[here]))
-                    takes += np.floor(end / (held[here] + rounds[-1] * kept[here]))
-                    for ranks in np.array_split(rounds[1:-1], min(GROUPS, pp - 2)) if pp > 2 else ():
-                        takes += len(ranks) * np.floor(room[here] / (held[here] + ranks.min() * kept[here]))
-                    fits = takes + (chunks - 1) * pp >= layers
-                    done[key] = fits.any(axis=1), int(fits.sum())
-                may[here, index] = done[key][0]
-                count += done[key][1]
-        return may, count
+            return fits, np.full(len(rows), self.spec.layers)
+        kept, held, room = inside / self._layers, state / self._layers, self.capacity - working
+        embed, head = (bytes_of[:, :, self._place[unit]][where] for unit in ("embed", self._head))
+        micro_batches = (self.job.global_batch // dp // micro_batch)[:, None]
+        groups = [np.array([0]), *np.array_split(np.arange(1, pp - 1), min(GROUPS, pp - 2) or 1), np.array([pp - 1])]
+        groups = [ranks for ranks in groups if len(ranks)]
+        fits, busiest = np.zeros(state.shape, bool), np.full(len(rows), self._layers)
+        for name, chunks, beside in (("1f1b", 1, (embed, head)), ("zbv", 2, (embed + head, 0.0))):
+            if chunks * pp > self._layers:
+                continue
+            takes = np.zeros((len(groups), *state.shape))
+            for index, ranks in enumerate(groups):
+                taken = beside[index > 0] if index in (0, len(groups) - 1) else 0.0
+                least = np.minimum(*(alive_at(name, pp, micro_batches, ranks[end]) for end in (0, -1)))
+                takes[index] = _most_layers(room - taken, held, kept, least * chunks, chunks)
+            sizes = np.array([len(ranks) for ranks in groups])
+            fits |= np.tensordot(sizes, takes, 1) >= self._layers
+            busiest = np.minimum(busiest, _busiest(takes.max(axis=2).T, sizes, self._layers))
+        return fits, busiest - (self._layers - self.spec.layers)
+
+    def busiest(
+        self, layout: Layout, orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
+    ) -> NDArray[np.int64]:
+        """[state, pipeline] of one split, each rank for itself: how many layers the busiest rank must take at least; more than there
+        are where they don't fit."""
+        state, each = self.state(layout, kinds), self._part_bytes(layout) * layout.micro_batch
+        layer = self._kind_times * self._kind_layer
+        kept, held = layer @ each[:, 0] / self._layers, (state @ (self._times * self._layer) / self._layers)[:, None]
+        room = self.capacity - each[self._kind_layer, 1].min()
+        micro_batches = self.job.global_batch // layout.dp // layout.micro_batch
+        takes = np.zeros((len(orders), len(kinds), layout.pp))
+        for index, (name, vp) in enumerate(orders):
+            chunks = msgspec.structs.replace(layout, schedule=name, vp=vp).chunks
+            left = np.full((len(kinds), layout.pp), room)
+            left[:, 0] -= state[:, self._place["embed"]]
+            left[:, 0 if name == "zbv" else -1] -= state[:, self._place[self._head]]
+            instances = alive(name, layout.pp, chunks, micro_batches) * chunks
+            takes[index] = _most_layers(left, held, kept, instances, chunks)
+        found = _busiest(takes.reshape(-1, layout.pp), np.ones(layout.pp, np.int64), self._layers)
+        found -= (found <= self._layers) * (self._layers - self.spec.layers)
+        return found.reshape(len(orders), -1).T
 
     def _kept_of(self, splits: Splits) -> NDArray[np.float64]:
         """[split, (kept by all layers, by all other parts, least that a layer needs beside)] of one row."""
@@ -180,8 +189,16 @@ class Fitting:
                     passing[rank, self.kind_of[part]] += 1
             held = np.array([self._count(traffic.held_units(self.spec, layout, rank)) for rank in range(layout.pp)])
             first = self._count(stage_units(self.spec, layout.stages, 0))
-            self._divided[key] = Divided(parts, passing, held, first)
+            crossings = np.full(layout.pp, 2 * layout.chunks)
+            crossings[0] -= 1
+            crossings[0 if layout.schedule == "zbv" else -1] -= 1
+            crossings[-1] -= 2 * (layout.schedule == "zbv")  # the turn of the V
+            self._divided[key] = Divided(parts, passing, crossings * (layout.pp > 1), held, first)
         return self._divided[key]
+
+    def unit_of(self, part: str) -> str:
+        """The first unit like the one that a part's parameters are of."""
+        return self._unit_of["embed" if part == "head" and self.spec.tied else part]
 
     def _count(self, names: Iterable[str]) -> NDArray[np.int64]:
         """By kind of unit."""
@@ -233,6 +250,24 @@ class Fitting:
         return self._bytes[key]
 
 
+def _most_layers(room: Any, state: Any, kept: Any, instances: Any, chunks: int) -> Any:
+    """Of a rank with `room` bytes where each layer has `state`, and `instances` of micro-batches of a chunk are alive, each of which
+    keeps `kept` a layer. A chunk has the floor of its share of the layers at least."""
+    whole = np.floor(np.maximum(0.0, room) / (chunks * state + instances * kept))
+    return np.minimum(whole * chunks + chunks - 1, np.floor(np.maximum(0.0, room - instances * whole * kept) / state))
+
+
+def _busiest(takes: NDArray[np.float64], sizes: NDArray[np.int64], layers: int) -> NDArray[np.int64]:
+    """[case]: the fewest layers n such that ranks that take n each, but no more than `takes` [case, group of `sizes` ranks], take
+    all; one more than there are where they can't."""
+    low, high = np.full(len(takes), -(-layers // int(sizes.sum())) - 1), np.full(len(takes), layers + 1)
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        enough = np.minimum(takes, middle[:, None]) @ sizes >= layers
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return high
+
+
 @lru_cache(maxsize=64)
 def _moments(schedule: str, pp: int, vp: int, micro_batches: int) -> NDArray[np.float64]:
     """[rank, moment, (alive until their input gradient, then until their weight gradient)]: chunks of micro-batches, at the
@@ -262,9 +297,14 @@ def alive(schedule: str, pp: int, vp: int, micro_batches: int) -> NDArray[np.flo
     ranks = np.arange(pp)
     if schedule == "gpipe":
         return np.full(pp, float(micro_batches))
-    if schedule == "zbv" and pp > 1:
-        return (np.minimum(micro_batches, 2 * pp - 1 - ranks) + np.minimum(micro_batches, ranks + 1)) / 2
     if schedule == "interleaved" and pp > 1:
         longest = -(-micro_batches // max(1, micro_batches // pp))
         return np.minimum(micro_batches * vp, 2 * (pp - 1 - ranks) + (vp - 1) * longest + 1) / vp
-    return np.minimum(micro_batches, pp - ranks).astype(float)
+    return np.asarray(alive_at(schedule, pp, micro_batches, ranks), float)
+
+
+def alive_at(schedule: str, pp: int, micro_batches: Any, rank: Any) -> Any:
+    """The same of `zbv` or of `1f1b` (and `zb`), for arrays."""
+    if schedule == "zbv" and pp > 1:
+        return (np.minimum(micro_batches, 2 * pp - 1 - rank) + np.minimum(micro_batches, rank + 1)) / 2
+    return np.minimum(micro_batches, pp - rank)

@@ -6,6 +6,7 @@ kind once for all layouts that split them alike.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
@@ -15,7 +16,7 @@ import msgspec
 
 from fiveply.pipeline_schedule import Schedule, build
 from fiveply.plan import cost, footprint, traffic, workload
-from fiveply.plan.cost import PartSeconds
+from fiveply.plan.cost import Computed, PartSeconds
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
 from fiveply.plan.simulate import Ends, Simulated, StageSeconds, ends, simulate
@@ -96,8 +97,17 @@ class Predictor:
         self._kinds = {part: number for number, part in enumerate(dict.fromkeys(workload.kinds(job.spec).values()))}
         self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
         self._parts: dict[Hashable, PartSeconds] = {}
+        self._computed: dict[Hashable, Computed] = {}
+        self._operations: dict[Hashable, float] = {}
         self._ranks: dict[Hashable, Rank] = {}
         self._ends: dict[Layout, Ends] = {}
+
+    def ordered(self, order: str) -> Predictor:
+        """Of the same job with another order of ranks; what computation takes is remembered in common."""
+        other = copy.copy(self)
+        other.job = msgspec.structs.replace(self.job, order=order)
+        other._parts, other._ranks, other._ends = {}, {}, {}
+        return other
 
     def predict(self, layout: Layout) -> Prediction:
         job = self.job
@@ -159,7 +169,7 @@ class Predictor:
     def simulate(self, layout: Layout) -> Simulated:
         """Every event of the step."""
         seconds = [stage.seconds for stage in self.stages(layout)]
-        return simulate(self.schedule(layout), seconds, blocking=self._blocking)
+        return simulate(self.schedule(layout), seconds, blocking=self.blocking)
 
     # parts, stages, ranks
 
@@ -169,22 +179,36 @@ class Predictor:
         found = self._parts.get(key)
         if found is None:
             job = self.job
-            work = workload.work(
-                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
-            )
             calls = traffic.part_traffic(
                 job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
             )
-            found = self._parts[key] = cost.part_seconds(
-                work, calls, job.machine, job.software, job.precision, self.strides(layout)
+            found = self._parts[key] = cost.exchanged(
+                self.computed(layout, part), calls, job.machine, job.software, self.strides(layout)
             )
         return found
 
+    def computed(self, layout: Layout, part: str) -> Computed:
+        """The same without collectives."""
+        key = self._work_key(layout, part)
+        found = self._computed.get(key)
+        if found is None:
+            job = self.job
+            work = workload.work(
+                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
+            )
+            found = self._computed[key] = cost.computed(
+                work, job.machine, job.software, job.precision, self._operations
+            )
+        return found
+
+    def _work_key(self, layout: Layout, part: str) -> tuple[Hashable, ...]:
+        """All that a part's computation depends on."""
+        key = (self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.micro_batch)
+        return (*key, layout.cp_kind, layout.recompute, layout.ep, layout.etp) if part.startswith("layers") else key
+
     def _part_key(self, layout: Layout, part: str) -> Hashable:
         """All that a part's seconds depend on."""
-        key = (self._kind_of[part], layout.tp, layout.sp, layout.cp, layout.micro_batch, layout.zero > 1)
-        if part.startswith("layers"):
-            key = (*key, layout.cp_kind, layout.recompute, layout.ep, layout.etp, self._expert_stride(layout))
+        key = (*self._work_key(layout, part), self._expert_stride(layout) if layout.ep > 1 else 0)
         return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
 
     def stages(self, layout: Layout) -> list[Stage]:
@@ -270,7 +294,7 @@ class Predictor:
                 else:
                     reduced += seconds * call.count
         beside = sum(self.part(layout, part).forward for parts in held for part in parts)
-        exposed = _exposed(gathered, beside, software.overlap_parameters, software.contention)
+        exposed = cost.exposed(gathered, beside, software.overlap_parameters, software.contention)
         terms["dp"] = reduced + (max(largest, exposed) if gathered else 0.0)
         return terms
 
@@ -297,7 +321,7 @@ class Predictor:
     # the step
 
     @property
-    def _blocking(self) -> bool:
+    def blocking(self) -> bool:
         return self.job.software.overlap_pipeline < 0.5
 
     def _simulated(self, layout: Layout, stages: list[StageSeconds]) -> float:
@@ -309,7 +333,7 @@ class Predictor:
 
     def _pipeline(self, layout: Layout, stages: list[StageSeconds]) -> Ends:
         shape = layout.schedule, layout.pp, layout.chunks
-        return ends(*shape, self.micro_batches(layout), stages, blocking=self._blocking)
+        return ends(*shape, self.micro_batches(layout), stages, blocking=self.blocking)
 
     def _step(self, layout: Layout, ranks: list[Rank]) -> tuple[float, dict[str, float]]:
         """The middle estimate and its terms: of the rank that computes longest, and what it waits for."""
@@ -336,8 +360,3 @@ class Predictor:
         terms["residual"] += cost.residual(step, self.job.machine, self.job.software, layout)
         return step + terms["residual"], {name: value for name, value in terms.items() if value}
 
-
-def _exposed(seconds: float, beside: float, share: float, contention: float) -> float:
-    """What of a collective is not hidden by `beside` seconds of computation, with what it slows that down by."""
-    hidden = min(seconds * share, beside / contention)
-    return seconds - hidden + hidden * (contention - 1)

@@ -2,13 +2,14 @@
 
 Bounds are tightened step by step, and always the most promising choice is looked at next:
 
-1. a split (`space.py`): the seconds of its products, attention and elementwise operations, shared perfectly;
-2. its collectives as well;
-3. with a pipeline and a division of the layers (`stages.py`): the slowest path through the ranks;
+1. a family of splits (`space.py`) that compute a micro-batch alike: priced at a large micro-batch, then at its own ones from the
+   largest down, each of which bounds the smaller; with every pipeline's bubble over any division of the layers (`bounds.py`);
+2. a split, with each order of ranks and the collectives of that;
+3. a pipeline with its divisions of the layers (`stages.py`): before what its schedule cannot end;
 4. with a state of the data-parallel ranks: what of their reductions and update nothing hides;
 5. that layout, simulated.
 
-The search ends once no bound left in the queue is below the best layout found, which is then proven best. Where its budget ends
+The search ends once no bound left in the queue is below the best layout found, which is then proven best. Where its effort ends
 first, the least bound left says how much better anything else could be at most (`gap`). What can't fit is dropped by a bound of
 its memory before it is priced (`fitting.py`).
 """
@@ -17,8 +18,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import time
-from collections.abc import Hashable
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -26,29 +25,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fiveply.plan import cost, traffic
-from fiveply.plan.fitting import Fitting
-from fiveply.plan.predict import ORDERS, Job, Predictor
-from fiveply.plan.simulate import least_end
+from fiveply.plan.bounds import Model
+from fiveply.plan.floors import Floors
+from fiveply.plan.predict import ORDERS, Job
 from fiveply.plan.space import Limits, pipelines, splits, states
-from fiveply.plan.stages import Weights, balance, deal, every
+from fiveply.plan.stages import balance, deal, every
 from fiveply.spec.layout import Layout
 
-BUDGET = 40_000
-"""Of EFFORT."""
-SECONDS = 4.0
-"""Of processor time, after which the best so far is given with its proven gap."""
-WAIT = 0.3
-"""A guess: the share of a 1F1B pipeline's bubble that the best schedule leaves."""
+BUDGET = 30_000
+"""Of EFFORT, about three seconds of a core."""
 FEW = 20
 """Divisions of the layers that are all tried."""
-LARGE = 4096
-"""Rows of a micro-batch that bounds the efficiency of all smaller ones."""
 ROUGHLY, SURELY = 1.02, 0.95
 """An estimate of memory above the first share of what there is excludes a layout before the exact walk; one below the second
 needs none."""
-SURE = 0.999
-"""Against rounding of shares in a bound."""
+FAMILY = ("tp", "sp", "cp", "cp_kind", "ep", "etp", "offload")
+"""What splits have in common that differ in micro-batch, recomputation, pipeline and data ranks."""
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -75,105 +67,120 @@ def degrees(layout: Layout) -> tuple[int, ...]:
     return (layout.dp, layout.tp, layout.pp, layout.cp, layout.ep)
 
 
-def search(
-    job: Job, world: int, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET, seconds: float = SECONDS
-) -> Searched:  # fmt: skip
-    """Layouts of exactly `world` ranks, within `budget` and `seconds` of processor time. Raises InputError for a batch that no
-    layout can have."""
-    return _Search(job, world, limits or Limits()).run(wanted, budget, seconds)
-
-
-Level = Literal["bundle", "split", "division", "state", "found"]
-EFFORT: dict[Level, int] = {"bundle": 4, "split": 8, "division": 2, "state": 30, "found": 10}
+Level = Literal["family", "split", "pipeline", "state", "found"]
+EFFORT: dict[Level, int] = {"family": 12, "split": 7, "pipeline": 5, "state": 20, "found": 30}
 """About what it costs to look at one, in tenths of a millisecond."""
-HASTE: dict[Level, float] = {"bundle": 1.15, "split": 1.12, "division": 1.05, "state": 1.0, "found": 1.0}
+HASTE: dict[Level, float] = {
+    "family": 1.25, "split": 1.1, "pipeline": 1.05, "state": 1.0, "found": 1.0,
+}  # fmt: skip
 """By how much bounds are expected to grow, so that at first what is nearly known goes before what is hardly known."""
 
 
-class _Shared(NamedTuple):
-    """What a step costs data-parallel ranks beside its micro-batches, by state (zero, dp_shard) and kind of unit: elements
-    that the optimiser owns, seconds of reductions that may hide, of those that may not, of gathers, of the longest gather."""
-
-    owned: NDArray[np.float64]
-    early: NDArray[np.float64]
-    late: NDArray[np.float64]
-    gather: NDArray[np.float64]
-    longest: NDArray[np.float64]
+def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
+    """One search of a job (`Search.run`)."""
+    return Search(job, world).run(limits, wanted=wanted, budget=budget)
 
 
-class _Search:
-    def __init__(self, job: Job, world: int, limits: Limits) -> None:
-        self.job, self.world, self.limits, self.spec = job, world, limits, job.spec
-        self.splits = splits(self.spec, world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
-        self.predictors = {order: Predictor(msgspec.structs.replace(job, order=order)) for order in ORDERS}
-        self.fitting = Fitting(self.predictors[ORDERS[0]])
-        self._numbers = count()
-        self._queue: list[tuple[float, int, float, Level, Any]] = []
-        self._later: list[tuple[float, Level, Any]] = []
-        self._haste = True
-        self._priced = 0
-        self._pipelines: list[tuple[list[tuple[str, int]], NDArray[np.bool_]]] = []
-        """By (pp, dp, cp): all pipelines, and [split, pipeline] which may fit."""
-        self._places = np.zeros((len(self.splits), 2), np.int64)
-        """By split, its place in that."""
+class Pipeline(NamedTuple):
+    """A schedule and its chunks a rank for a layout, with the least end of a step in it."""
+
+    least: float
+    name: str
+    vp: int
+
+
+class Search:
+    """Of one job on `world` ranks. Prices are remembered from one `run` to the next."""
+
+    def __init__(self, job: Job, world: int) -> None:
+        self.job, self.world, self.spec = job, world, job.spec
+        self.floors = Floors(job, world)
+        self.fitting = self.floors.fitting
+        self.predictors = self.floors.predictors
+        self._divisions: dict[Any, tuple[int, ...] | None] = {}
+
+    def run(self, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
+        """Layouts of exactly `world` ranks, within `budget`: first in haste, until each of `wanted` combinations of degrees has a
+        layout; then what could beat the best of them. Raises InputError for a batch that no layout can have."""
+        self.limits = limits or Limits()
         self.choices: dict[tuple[int, ...], Choice] = {}
-        self._seconds: dict[Hashable, NDArray[np.float64]] = {}
-        self._weighed: dict[Hashable, Weights] = {}
-        self._shared: dict[Hashable, _Shared] = {}
-        self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
-
-    def run(self, wanted: int, budget: int, seconds: float) -> Searched:
-        """First in haste, until each of `wanted` combinations of degrees has a layout; then what could beat the best of them."""
-        until = time.process_time() + seconds
+        self._queue: list[tuple[float, int, float, Level, Any]] = []
+        self._numbers, self._haste, self._spent, self._priced = count(), True, 0, 0
+        self._best = math.inf
+        later: list[tuple[float, Level, Any]] = []
         legal, fit = self._open()
-        spent = 0
-        while (
-            self._queue
-            and len(self.choices) < wanted
-            and (not self.choices or (spent < budget and time.process_time() < until))
-        ):  # until there is one at all
+        while self._queue and len(self.choices) < wanted and (not self.choices or self._spent < budget):
             _, _, least, level, payload = heapq.heappop(self._queue)
-            if level != "bundle" and degrees(payload[0]) in self.choices:
-                self._later.append((least, level, payload))
+            if level not in ("family", "split") and degrees(payload[0]) in self.choices:
+                later.append((least, level, payload))
             else:
-                spent += EFFORT[level]
                 self._look(level, payload)
-        waiting: list[tuple[float, Level, Any]] = [entry[2:] for entry in self._queue]
-        waiting += self._later
-        self._queue = []
-        self._haste = False
-        best = min((choice.seconds for choice in self.choices.values()), default=math.inf)
-        for least, level, payload in waiting:
-            if least < best:
-                self._push(least, level, payload)
-        while self._queue and self._queue[0][0] < best and spent < budget and time.process_time() < until:
+        later += [entry[2:] for entry in self._queue]
+        self._queue, self._haste = [], False
+        for least, level, payload in later:
+            self._push(least, level, payload)
+        while self._queue and self._queue[0][0] < self._best and self._spent < budget:
             _, _, _, level, payload = heapq.heappop(self._queue)
-            spent += EFFORT[level]
             self._look(level, payload)
-            best = min((choice.seconds for choice in self.choices.values()), default=math.inf)
         left = self._queue[0][0] if self._queue else math.inf
         ordered = tuple(sorted(self.choices.values(), key=lambda choice: choice.seconds))
-        return Searched(ordered[:wanted], legal, fit, self._priced, max(0.0, best / left - 1) if ordered else 0.0)
+        gap = max(0.0, self._best / left - 1) if ordered else 0.0
+        return Searched(ordered[:wanted], legal, fit, self._priced, gap)
 
     def _look(self, level: Level, payload: Any) -> None:
-        if level == "bundle":
-            self._price_bundle(payload)
+        self._spent += EFFORT[level]
+        if level == "family":
+            self._price_family(*payload)
         elif level == "split":
+            self._open_split(payload)
+        elif level == "pipeline":
             self._divide(*payload)
-        elif level == "division":
-            self._share(*payload)
         elif level == "state":
             self._price(*payload)
         elif self.fitting.fits(payload[0]):
             choice = Choice(*payload)
+            self._best = min(self._best, choice.seconds)
             known = self.choices.get(degrees(choice.layout))
             if known is None or choice.seconds < known.seconds:
                 self.choices[degrees(choice.layout)] = choice
 
-    def _push(self, least: float, level: Level, payload: Any, guess: float = 0.0) -> None:
-        """`least`: a bound of all that may come of it; `guess`: what is likely to."""
-        key = max(least, guess) * HASTE[level] if self._haste else least
-        heapq.heappush(self._queue, (key, next(self._numbers), least, level, payload))
+    def _push(self, least: float, level: Level, payload: Any) -> None:
+        """`least`: a bound of all that may come of it."""
+        if self._haste or least < self._best:
+            key = least * HASTE[level] if self._haste else least
+            heapq.heappush(self._queue, (key, next(self._numbers), least, level, payload))
+
+    # 1. families
+
+    def _open(self) -> tuple[int, int]:
+        """Queue every family of which a split may fit; how many layouts are legal, and how many may fit."""
+        job, limits = self.job, self.limits
+        self.splits = splits(self.spec, self.world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
+        self._orders = {
+            pp: pipelines(self.spec, pp, limits) for pp in np.unique(self.splits.columns["pp"]).tolist()
+        }
+        self._chunks: dict[str, NDArray[np.int64]] = {}
+        """By schedule, the most chunks a rank by pp; 0 where it is none."""
+        for pp, orders in self._orders.items():
+            for name, vp in orders:
+                most = self._chunks.setdefault(name, np.zeros(max(self._orders) + 1, np.int64))
+                most[pp] = max(most[pp], Layout(schedule=name, vp=vp).chunks)
+        self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
+        self._busiest = np.zeros(len(self.splits), np.int64)
+        """By split, layers that its busiest rank must take at least."""
+        first, place = self.splits.alike("pp", "dp", "cp")
+        for number, row in enumerate(first.tolist()):
+            pp, dp, cp = (self.splits.columns[key][row].item() for key in ("pp", "dp", "cp"))
+            rows = np.flatnonzero(place == number)
+            orders, kinds = len(self._orders[pp]), self._kinds(dp, cp)
+            legal += len(rows) * orders * len(kinds)
+            if orders and kinds:
+                fits, self._busiest[rows] = self.fitting.may_fit(self.splits, rows, kinds)
+                fit += int(fits.sum()) * orders
+                may[rows] = fits.any(axis=1)
+        self._queue_families(np.flatnonzero(may))
+        return legal, fit
 
     def _kinds(self, dp: int, cp: int) -> list[tuple[int, int]]:
         """The states of so many data-parallel and context ranks."""
@@ -181,156 +188,107 @@ class _Search:
             self._states[dp, cp] = states(dp, cp, self.limits)
         return self._states[dp, cp]
 
-    # 1. splits
-
-    def _open(self) -> tuple[int, int]:
-        """Queue every bundle of splits of which one may fit; how many layouts are legal, and how many may fit."""
-        splits, legal, fit = self.splits, 0, 0
-        first, place = splits.alike("pp", "dp", "cp")
-        may = np.zeros(len(splits), bool)
-        for number, row in enumerate(first.tolist()):
-            pp, dp, cp = (splits.columns[key][row].item() for key in ("pp", "dp", "cp"))
-            rows = np.flatnonzero(place == number)
-            orders, kinds = pipelines(self.spec, pp, self.limits), self._kinds(dp, cp)
-            legal += len(rows) * len(orders) * len(kinds)
-            if orders and kinds:
-                fits, found = self.fitting.may_fit(splits, rows, orders, kinds)
-                fit += found
-                may[rows] = fits.any(axis=1)
-                self._pipelines.append((orders, fits))
-            else:
-                self._pipelines.append((orders, np.zeros((len(rows), 0), bool)))
-            self._places[rows, 0], self._places[rows, 1] = number, np.arange(len(rows))
-        self._bundle(np.flatnonzero(may))
-        return legal, fit
-
-    def _bundle(self, rows: NDArray[np.int64]) -> None:
-        """Queue splits that differ in pp and dp alone together: their parts cost the same."""
-        splits, job = self.splits, self.job
+    def _queue_families(self, rows: NDArray[np.int64]) -> None:
         if not len(rows):
             return
-        first, family = splits.alike("tp", "sp", "cp", "cp_kind", "ep", "etp")
-        _, bundle = splits.alike("tp", "sp", "cp", "cp_kind", "ep", "etp", "micro_batch", "recompute", "offload")
-        per_row = np.zeros((len(first), 2))
-        for one in np.unique(family[rows]).tolist():
-            layout = splits.layout(int(first[one]))
-            per_row[one] = self._row_seconds(layout, LARGE) * SURE, self._row_seconds(layout, 1)
-        columns = {key: splits.columns[key][rows] for key in ("tp", "cp", "pp", "dp", "micro_batch", "recompute")}
-        share = job.global_batch * columns["tp"] * columns["cp"] / self.world
-        least, single = per_row[family[rows]].T
-        again = np.select([columns["recompute"] == "full", columns["recompute"] == "selective"], [1.3, 1.05], 1.0)
-        count = job.global_batch // columns["dp"] // columns["micro_batch"]
-        guess = (
-            share
-            * (least + (single - least) / columns["micro_batch"])
-            * again
-            * (1 + WAIT * (columns["pp"] - 1) / count)
-        )
-        order = np.argsort(bundle[rows], kind="stable")
-        starts = np.flatnonzero(np.diff(bundle[rows][order], prepend=-1))
-        least_of, guess_of = (share * least)[order][starts], np.minimum.reduceat(guess[order], starts)
-        members = np.split(rows[order], starts[1:])
-        for bound_of, likely, own in zip(least_of.tolist(), guess_of.tolist(), members, strict=True):
-            self._push(bound_of, "bundle", own.tolist(), likely)
+        first, family = self.splits.alike(*FAMILY)
+        family = family[rows]
+        large = np.zeros((len(first), 2, len(Model._fields)))
+        for one in np.unique(family).tolist():
+            large[one] = self.floors.large(self.splits.layout(int(first[one])))
+        full = (self.splits.columns["recompute"][rows] == "full").astype(int)
+        least = self._least(rows, large[family, full] * self.splits.columns["micro_batch"][rows][:, None])
+        order = np.lexsort((-self.splits.columns["micro_batch"][rows], family))
+        starts = np.flatnonzero(np.diff(family[order], prepend=-1))[1:]
+        for some, bounds in zip(np.split(rows[order], starts), np.split(least[order], starts), strict=True):
+            self._push(float(bounds.min()), "family", (some, bounds))
 
-    def _row_seconds(self, layout: Layout, micro_batch: int) -> float:
-        """Seconds of a row through the whole model in such a micro-batch, nothing computed again. In a large one, the least of
-        all: neither launches nor latencies nor incomplete waves count then."""
-        whole = msgspec.structs.replace(layout, micro_batch=micro_batch, recompute="none")
-        predictor = self.predictors[ORDERS[0]]
-        return sum(times * _busy(predictor.part(whole, part)) for part, times in self.fitting.parts) / micro_batch
+    def _least(self, rows: NDArray[np.int64], models: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The least end of a step of each split, in any pipeline with any division, transfers left out; `models`: [split, field of
+        Model]."""
+        columns, model = self.splits.columns, models.T
+        pp, busiest = columns["pp"][rows], self._busiest[rows]
+        micro_batches = self.job.global_batch // columns["dp"][rows] // columns["micro_batch"][rows]
+        least = np.full(len(rows), np.inf)
+        for name, chunks in self._chunks.items():
+            some = chunks[pp] > 0
+            if some.any():
+                bound = self.floors.any_division(
+                    name, chunks[pp][some], pp[some], micro_batches[some], busiest[some], Model(*model[:, some]), 0.0
+                )
+                least[some] = np.minimum(least[some], bound)
+        return least
 
-    # 2. their collectives and micro-batches
+    def _price_family(self, rows: NDArray[np.int64], least: NDArray[np.float64]) -> None:
+        """Queue the splits of the largest micro-batch, and the others with what that says of them."""
+        rows = rows[least < self._best]
+        if not len(rows):
+            return
+        micro_batch, recompute = (self.splits.columns[key][rows] for key in ("micro_batch", "recompute"))
+        largest, layout = micro_batch[0].item(), self.splits.layout(int(rows[0]))
+        models = np.zeros((len(rows), len(Model._fields)))
+        for name in np.unique(recompute).tolist():
+            priced = self.floors.model(msgspec.structs.replace(layout, recompute=name))
+            models[recompute == name] = priced
+        least, here = self._least(rows, models * (micro_batch / largest)[:, None]), micro_batch == largest
+        for bound, row in zip(least[here].tolist(), rows[here].tolist(), strict=True):
+            self._push(bound, "split", row)
+        if not here.all():
+            self._push(float(least[~here].min()), "family", (rows[~here], least[~here]))
 
-    def _price_bundle(self, rows: list[int]) -> None:
-        """Queue the splits of a bundle, in each order of ranks that makes a difference."""
-        for row in rows:
-            layout = self.splits.layout(row)
-            all_orders, fits = self._pipelines[int(self._places[row, 0])]
-            may: list[bool] = fits[int(self._places[row, 1])].tolist()
-            orders = [one for one, fit in zip(all_orders, may, strict=True) if fit]
-            apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < self.job.machine.joined < self.world
-            for order in ORDERS if apart else ORDERS[:1]:
-                weights = self._weights(layout, order)
-                whole = sum(weights.layers) + weights.first + weights.last
-                busiest = max(whole / layout.pp, min(weights.layers) * -(-self.spec.layers // layout.pp))
-                least = max(self._micro_batches(layout) * busiest, self._once(layout, order))
-                wait = WAIT * (layout.pp - 1) / self._micro_batches(layout)
-                self._push(least * SURE, "split", (layout, order, orders), least * (1 + wait))
+    # 2. splits
 
-    def _once(self, layout: Layout, order: str) -> float:
-        """One micro-batch through the whole model, forward and back: no pipeline is faster."""
-        each = self._part_seconds(layout, order)
-        return float(each[:, :2].sum(axis=1) @ np.array([times for _, times in self.fitting.parts]))
+    def _open_split(self, row: int) -> None:
+        """Queue its pipelines, in each order of ranks that makes a difference."""
+        layout, machine = self.splits.layout(row), self.job.machine
+        orders, kinds = self._orders[layout.pp], self._kinds(layout.dp, layout.cp)
+        apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < machine.joined < self.world
+        for order in ORDERS if apart else ORDERS[:1]:
+            least = self.floors.pipelines(layout, order, kinds, orders).tolist()
+            found = [Pipeline(bound, *one) for bound, one in zip(least, orders, strict=True) if bound < math.inf]
+            self._queue_pipelines(layout, order, sorted(found))
+
+    def _queue_pipelines(self, layout: Layout, order: str, found: list[Pipeline]) -> None:
+        if found:
+            self._push(found[0].least, "pipeline", (layout, order, found))
 
     def _micro_batches(self, layout: Layout) -> int:
         return self.job.global_batch // layout.dp // layout.micro_batch
 
     # 3. divisions
 
-    def _divide(self, layout: Layout, order: str, orders: list[tuple[str, int]]) -> None:
-        """Queue each pipeline with its divisions of the layers: evenly by rank, and for one chunk by the slowest path."""
-        weights, micro_batches = self._weights(layout, order), self._micro_batches(layout)
-        found: dict[tuple[float, int, bool], tuple[int, ...] | None] = {}
-        for name, vp in orders:
-            chosen = msgspec.structs.replace(layout, schedule=name, vp=vp)
-            chunks, folded = chosen.chunks, name == "zbv"
-            divisions = set(every(self.spec.layers, chosen.stage_count, FEW))
-            for ahead in (0.0, 1.0) if layout.pp > 1 and chunks == 1 else (0.0,):
-                for least in (0 if chunks == 1 else 1, chunks):  # mostly each rank gets enough for its chunks unasked
-                    key = ahead, least, folded
-                    if key not in found:
-                        found[key] = balance(weights, layout.pp, micro_batches, ahead, least=least, folded=folded)
-                    ranks = found[key]
-                    if ranks and (chunks == 1 or min(ranks) >= chunks):
-                        divisions.add(deal(ranks, chunks, folded=folded))
-                        break
-            if "stages" in self.limits.fixed:
-                divisions = {self.limits.fixed["stages"]}
-            for stages in divisions:
-                if len(stages) == chosen.stage_count:
-                    divided = msgspec.structs.replace(chosen, stages=stages)
-                    self._push(float(self._pipeline_end(divided, order)) * SURE, "division", (divided, order))
+    def _divide(self, layout: Layout, order: str, found: list[Pipeline]) -> None:
+        """Queue the first pipeline with its divisions of the layers, evenly by rank, and for one chunk by the slowest path; and the
+        other pipelines."""
+        self._queue_pipelines(layout, order, found[1:])
+        chosen = msgspec.structs.replace(layout, schedule=found[0].name, vp=found[0].vp)
+        chunks, folded = chosen.chunks, chosen.schedule == "zbv"
+        divisions = set(every(self.spec.layers, chosen.stage_count, FEW))
+        for ahead in (0.0, 1.0) if layout.pp > 1 and chunks == 1 else (0.0,):
+            for least in (0 if chunks == 1 else 1, chunks):  # mostly each rank gets enough for its chunks unasked
+                ranks = self._balanced(layout, order, ahead, least, folded)
+                if ranks and (chunks == 1 or min(ranks) >= chunks):
+                    divisions.add(deal(ranks, chunks, folded=folded))
+                    break
+        if "stages" in self.limits.fixed:
+            divisions = {self.limits.fixed["stages"]}
+        for stages in divisions:
+            if len(stages) == chosen.stage_count:
+                divided = msgspec.structs.replace(chosen, stages=stages)
+                self._share(divided, order)
 
-    def _weights(self, layout: Layout, order: str) -> Weights:
-        key = self._key(layout, order)
-        if key not in self._weighed:
-            busy = self._part_seconds(layout, order).sum(axis=1).tolist()
-            parts = [(part, busy[kind]) for part, kind in self.fitting.kind_of.items()]
-            layers = [seconds for part, seconds in parts if part.startswith("layers.")][: self.spec.layers]
-            first = sum(seconds for part, seconds in parts if part in ("embed", "positions"))
-            self._weighed[key] = Weights(
-                tuple(layers), first, sum(seconds for _, seconds in parts) - sum(layers) - first
-            )
-        return self._weighed[key]
-
-    def _key(self, layout: Layout, order: str) -> tuple[Hashable, ...]:
-        """All that the seconds of parts depend on, what every micro-batch gathers and reduces left out."""
-        apart = (layout.pp, order) if self.spec.experts and order != ORDERS[0] else ()
-        return (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch, layout.recompute,
-            layout.offload, *apart,
-        )  # fmt: skip
-
-    def _part_seconds(self, layout: Layout, order: str) -> NDArray[np.float64]:
-        """[kind of part, (forward, input, weight)] of one micro-batch, what every micro-batch gathers and reduces left out."""
-        key = self._key(layout, order)
-        if key not in self._seconds:
-            plain = msgspec.structs.replace(layout, zero=0, dp_shard=0)
-            priced = [self.predictors[order].part(plain, part) for part in self.fitting.kinds]
-            self._seconds[key] = np.array([(one.forward, one.input, one.weight) for one in priced])
-        return self._seconds[key]
-
-    def _pipeline_end(self, layout: Layout, order: str, more: NDArray[np.float64] | float = 0.0) -> NDArray[np.float64]:
-        """The least end of the pipeline's part of a step. `more`: [case, kind of part] seconds by which each takes longer."""
-        each, divided = self._part_seconds(layout, order), self.fitting.divided(layout)
-        busy = (each.sum(axis=1) + more) @ divided.parts.T
-        forward, input_gradient, weight = each.T @ divided.passing[:-1].T
-        send = self.predictors[order].transfer(layout)
-        return least_end(
-            layout.schedule if layout.pp > 1 else "1f1b", self._micro_batches(layout), busy, forward + send,
-            input_gradient + weight + send,
-        )  # fmt: skip
+    def _balanced(
+        self, layout: Layout, order: str, ahead: float, least: int, folded: bool, most: list[int] | None = None
+    ) -> tuple[int, ...] | None:
+        weights = self.floors.weights(layout, order)
+        count = self._micro_batches(layout) if ahead else 1
+        key = (weights, layout.pp, count, ahead, least, folded)
+        if most is not None or key not in self._divisions:
+            found = balance(weights, layout.pp, count, ahead, least=least, folded=folded, most=most)
+            if most is not None:
+                return found
+            self._divisions[key] = found
+        return self._divisions[key]
 
     # 4. states
 
@@ -348,7 +306,7 @@ class _Search:
     ) -> None:
         rows = np.flatnonzero((held <= ROUGHLY).all(axis=1)).tolist()
         if rows:
-            ends = self._ends(layout, order, kinds, rows)
+            ends = self.floors.states(layout, order, kinds, rows)
             found = sorted(
                 ((end, msgspec.structs.replace(layout, zero=kinds[row][0], dp_shard=kinds[row][1]))
                  for end, row in zip(ends, rows, strict=True)), key=lambda item: item[0],
@@ -367,60 +325,9 @@ class _Search:
         ]
         most = np.floor(np.maximum(layers, 1) * SURELY / of_rank).astype(int).tolist()
         least, folded = 0 if layout.chunks == 1 else layout.chunks, layout.schedule == "zbv"
-        ranks = balance(self._weights(layout, order), layout.pp, self._micro_batches(layout), least=least, folded=folded,
-                        most=most)  # fmt: skip
+        ranks = self._balanced(layout, order, 0.0, least, folded, most)
         stages = None if ranks is None else deal(ranks, layout.chunks, folded=folded)
         return None if stages in (None, layout.stages) else msgspec.structs.replace(layout, stages=stages)
-
-    def _ends(self, layout: Layout, order: str, kinds: list[tuple[int, int]], rows: list[int]) -> list[float]:
-        """For some of the states, the least end of a step: after the pipeline's, what of the first stage's reductions and of
-        each rank's update nothing can hide."""
-        software, machine = self.job.software, self.job.machine
-        shared, divided = self._tables(layout, order, kinds), self.fitting.divided(layout)
-        each = self._part_seconds(layout, order)
-        _, back, weight = divided.passing[0] @ each
-        early = software.overlap_gradients * (back + weight) * (1 - 1 / divided.passing[0].sum())
-        exposed = np.maximum((shared.early + shared.late) @ divided.first - early, shared.late @ divided.first)
-        if layout.pp > 1 and layout.schedule in ("zb", "zbv"):  # the first rank need not be the last to end
-            exposed = np.zeros_like(exposed)
-        after = shared.owned @ divided.units.T * (cost.optimizer_seconds(10**9, machine, software) / 1e9)
-        gathered = shared.gather @ divided.units.T
-        hidden = np.minimum(gathered * software.overlap_parameters, divided.parts @ each[:, 0] / software.contention)
-        after += gathered - hidden + hidden * (software.contention - 1)
-        more = np.array([
-            self._more(msgspec.structs.replace(layout, zero=kinds[row][0], dp_shard=kinds[row][1]), order) for row in rows
-        ])  # fmt: skip
-        found = (self._pipeline_end(layout, order, more) + exposed[rows] + after[rows].max(axis=1)) * SURE
-        return [end + cost.residual(end, machine, software, layout) for end in found.tolist()]
-
-    def _more(self, layout: Layout, order: str) -> NDArray[np.float64]:
-        """By kind of part, seconds by which the gathers and reductions of every micro-batch delay it (zero 2 and 3)."""
-        if layout.zero < 2:
-            return np.zeros(len(self.fitting.kinds))
-        key = (*self._key(layout, order), order, layout.pp, layout.dp, layout.zero, layout.dp_shard)
-        if key not in self._seconds:
-            predictor = self.predictors[order]
-            busy = np.array([_busy(predictor.part(layout, part)) for part in self.fitting.kinds])
-            self._seconds[key] = np.maximum(0.0, busy - self._part_seconds(layout, order).sum(axis=1))
-        return self._seconds[key]
-
-    def _tables(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> _Shared:
-        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, layout.offload, order)
-        if key not in self._shared:
-            predictor, names = self.predictors[order], self.fitting.units
-            table = np.zeros((4, len(kinds), len(names)))
-            for row, (zero, shard) in enumerate(kinds):
-                chosen = msgspec.structs.replace(layout, zero=zero, dp_shard=shard)
-                for column, unit in enumerate(names):
-                    for call in traffic.unit_step_traffic(self.spec, chosen, unit, software=self.job.software):
-                        seconds = predictor.call(call, chosen) * call.count
-                        if call.phase != "step":
-                            table[0 if call.hides else 1, row, column] += seconds
-                        else:
-                            table[2, row, column] += seconds
-                            table[3, row, column] = max(table[3, row, column], seconds)
-            self._shared[key] = _Shared(self.fitting.owned(layout, kinds), *table)
-        return self._shared[key]
 
     # 5. layouts
 
@@ -431,7 +338,3 @@ class _Search:
         seconds = self.predictors[order].seconds(layout)
         self._priced += 1
         self._push(seconds, "found", (layout, order, seconds))
-
-
-def _busy(part: cost.PartSeconds) -> float:
-    return part.forward + part.input + part.weight

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiveply.pipeline_schedule import COMPUTE, Action, Kind, Schedule, ScheduleError, build
+from fiveply.plan.bounds import Lanes, least_end
 from fiveply.timeline import Event
 
 
@@ -182,7 +183,7 @@ def ends(
             found = found if fitting == short else run(fitting)[0]
             left = (micro_batches - fitting) // step
             end = float(found.ranks.max())
-            low = max(end + left * fastest, bound(name, pp, vp, micro_batches, stages))
+            low = max(end + left * fastest, bound(name, pp, vp, micro_batches, stages, blocking=blocking))
             if end + left * slowest <= low * (1 + tolerance):
                 return later(found, low - end)
         count *= 2
@@ -212,31 +213,28 @@ def _period(trajectory: NDArray[np.float64], step: int, pp: int) -> tuple[int, f
     return None
 
 
-def bound(name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds]) -> float:
-    """A step cannot end earlier: each rank must wait for its first input, compute, and pass its last gradient back."""
-    busy = [sum(stages[stage_of(name, pp, rank, chunk)].busy for chunk in range(vp)) for rank in range(pp)]
-    passing = [(stage.forward + stage.send, stage.input + stage.weight) for stage in stages[: pp - 1]]
-    forward, backward = np.array(passing).reshape(-1, 2).T
-    back = backward + np.array([stage.send_back for stage in stages[1:pp]])
-    return float(least_end(name, micro_batches, np.array(busy), forward, back))
-
-
-def least_end(
-    name: str,
-    micro_batches: int,
-    busy: NDArray[np.float64],
-    forward: NDArray[np.float64],
-    backward: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """`bound` from what it depends on: seconds of one micro-batch on each rank, and of passing it on, and back, through the
-    first chunk of each rank but the last. Ranks in the last dimension, any number of cases before it.
-
-    Under split backwards what a rank puts off may outlast the way back, so it is left out.
-    """
-    passing = forward if name in ("zb", "zbv") else forward + backward
-    ends = micro_batches * busy
-    ends[..., 1:] += np.cumsum(passing, axis=-1)
-    return ends.max(axis=-1)
+def bound(
+    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False
+) -> float:
+    """A step cannot end earlier (`bounds.least_end`)."""
+    last, split = pp * vp - 1, name in ("zb", "zbv")
+    turn = pp - 1 if name == "zbv" else -1
+    busy = np.zeros(pp)
+    for rank in range(pp):
+        for chunk in range(vp):
+            number = stage_of(name, pp, rank, chunk)
+            one = stages[number]
+            sent = one.send * (number < last and number != turn) + one.send_back * (number > 0 and number != turn + 1)
+            busy[rank] += one.busy + (sent if blocking and pp > 1 else 0.0)
+    first = stages[:pp]
+    lanes = Lanes(
+        busy,
+        np.array([one.forward for one in first]),
+        np.array([one.input + (0.0 if split else one.weight) for one in first]),
+        np.array([*(one.send for one in first[:-1]), 0.0]),
+        np.array([0.0, *(one.send_back for one in first[1:])]),
+    )
+    return float(least_end(name, micro_batches, lanes, blocking=blocking))
 
 
 @lru_cache(maxsize=256)

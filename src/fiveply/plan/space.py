@@ -8,7 +8,6 @@ and every state goes with every split, so that counting and pruning need not lis
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import product
 from typing import Any
 
 import msgspec
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
-from fiveply.spec.layout import Layout, Layouts, divisors
+from fiveply.spec.layout import CHOICES, Layout, Layouts, divisors
 from fiveply.spec.legality import legal
 
 SPLIT = ("tp", "cp", "pp", "dp", "micro_batch", "sp", "cp_kind", "ep", "etp", "recompute", "offload")
@@ -101,30 +100,41 @@ class Splits(msgspec.Struct, frozen=True):
 
 
 def splits(spec: ModelSpec, world: int, *, sequence: int, global_batch: int, limits: Limits) -> Splits:
-    """All of `world` ranks. Raises InputError for a batch that no layout can have."""
-    rows: list[tuple[Any, ...]] = []
+    """All of `world` ranks. Offloading is among them where it is asked for. Raises InputError for a batch that no layout can
+    have."""
+    blocks: list[NDArray[np.int64]] = []
     heads, experts = spec.heads, spec.experts
+    words = {
+        "cp_kind": limits.choose("cp_kind", CHOICES["cp_kind"]),
+        "recompute": limits.choose("recompute", CHOICES["recompute"]),
+        "offload": [limits.fixed.get("offload", "none")],
+    }
     for tp in limits.choose("tp", (d for d in divisors(world) if heads % d == 0)):
         for cp in limits.choose("cp", (d for d in divisors(world // tp) if 2 * d <= sequence or d == 1)):
             for pp in limits.choose("pp", (d for d in divisors(world // tp // cp) if d <= spec.layers)):
                 dp = world // tp // cp // pp
                 if global_batch % dp or not limits.allows("dp", dp):
                     continue
-                choices = (
+                kinds = len(words["cp_kind"]) if cp > 1 else int("gather" in words["cp_kind"])
+                rest = np.meshgrid(
+                    [tp], [cp], [pp], [dp],
                     limits.choose("micro_batch", divisors(global_batch // dp)),
                     (limits.choose("sp", (-1, 0)) or limits.choose("sp", (1,))) if tp > 1 else (-1,),
-                    limits.choose("cp_kind", ("gather", "ulysses") if cp > 1 else ("gather",)),
+                    range(kinds),
                     limits.choose("ep", divisors(experts.count) if experts else (1,)),
                     limits.choose("etp", (0, *(d for d in divisors(tp) if d < tp)) if experts else (0,)),
-                    limits.choose("recompute", ("none", "selective", "full")),
-                    limits.choose("offload", ("none",)),
-                )
-                rows += ((tp, cp, pp, dp, *rest) for rest in product(*choices))
-    columns = {key: np.array([row[index] for row in rows]) for index, key in enumerate(SPLIT)}
-    if not rows:
+                    range(len(words["recompute"])),
+                    [0],
+                )  # fmt: skip
+                blocks.append(np.array(rest, np.int64).reshape(len(SPLIT), -1))
+    table = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(SPLIT), 0), np.int64)
+    columns: dict[str, NDArray[Any]] = dict(zip(SPLIT, table, strict=True))
+    read = {key: np.array(names)[columns[key]] if names else columns[key] for key, names in words.items()}
+    if not table.size:
         return Splits(columns)
-    keep = legal(Layouts(**columns), spec, sequence=sequence, global_batch=global_batch)
-    return Splits({key: column[keep] for key, column in columns.items()})
+    keep = legal(Layouts(**columns | read), spec, sequence=sequence, global_batch=global_batch)
+    codes = {key: (columns[key][keep], len(names)) for key, names in words.items()}
+    return Splits({key: column[keep] for key, column in (columns | read).items()}, codes)
 
 
 def pipelines(spec: ModelSpec, pp: int, limits: Limits) -> list[tuple[str, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -233,13 +233,17 @@ def _of_state_each(spec: ModelSpec, layout: Layout, part: str, software: Softwar
         if layout.zero == 3:
             bytes_ = round(size * shards * software.gather_bytes)
             found.append(Collective(axis, "all-gather", bytes_, shards, 1, "forward", hides="block"))
-            if part not in ("embed", "positions") and (part != "head" or software.loss != "chunked"):
-                # The gradients of an embedding need no weights, and the runtime's head forms its own in forward.
+            if gathers_again(part, software):
                 found.append(Collective(axis, "all-gather", bytes_, shards, 1, "input", hides="block"))
         if reduces:
             bytes_ = round(size * shards * software.reduce_bytes)
             found.append(Collective(axis, "reduce-scatter", bytes_, shards, 1, "weight", hides="backward"))
     return tuple(found)
+
+
+def gathers_again(part: str, software: Software) -> bool:
+    """Whether backward needs its weights: an embedding's gradients need none, and the runtime's head forms its own in forward."""
+    return part not in ("embed", "positions") and (part != "head" or software.loss != "chunked")
 
 
 def held_units(spec: ModelSpec, layout: Layout, pp_rank: int) -> dict[str, int]:
@@ -259,18 +263,37 @@ def unit_step_traffic(
     micro-batch, and gathers after the optimiser."""
     found: list[Collective] = []
     for axis, replica_axis, shards, replicas, size in _buffers(spec, layout, unit, tp_rank):
-        reduce, gather = round(size * shards * software.reduce_bytes), round(size * shards * software.gather_bytes)
-        if layout.zero == 0 and replicas > 1:
-            dp = "dp" if axis == "shard" else axis
-            found.append(Collective(dp, "all-reduce", reduce, replicas, 1, "weight", unit, "backward"))
-        if layout.zero == 1 and shards > 1:
-            found.append(Collective(axis, "reduce-scatter", reduce, shards, 1, "weight", unit, "backward"))
-        if layout.zero >= 1 and replicas > 1:
-            part = round(size * software.reduce_bytes)
-            found.append(Collective(replica_axis, "all-reduce", part, replicas, 1, "weight", unit))
-        if layout.zero in (1, 2) and shards > 1:
-            found.append(Collective(axis, "all-gather", gather, shards, 1, "step", unit))
+        for call in step_calls(layout.zero, shards, replicas, size, software):
+            if call.made:
+                over = axis if call.shards else "dp" if layout.zero == 0 and axis == "shard" else replica_axis
+                ranks = shards if call.shards else replicas
+                found.append(
+                    Collective(over, call.operation, round(call.bytes), ranks, 1, call.phase, unit, call.hides)
+                )
     return tuple(found)
+
+
+class StepCall(NamedTuple):
+    """A call that one flat buffer may make once a step, over the ranks that share it (`shards`) or those that have the same;
+    `made`: whether it does. Numbers, or arrays of states."""
+
+    operation: Operation
+    shards: bool
+    bytes: Any
+    phase: Phase
+    hides: Literal["", "backward"]
+    made: Any
+
+
+def step_calls(zero: Any, shards: Any, replicas: Any, size: Any, software: Software) -> tuple[StepCall, ...]:
+    """Of a buffer whose parts have `size` elements."""
+    reduce, gather = size * shards * software.reduce_bytes, size * shards * software.gather_bytes
+    return (
+        StepCall("all-reduce", False, reduce, "weight", "backward", (zero == 0) & (replicas > 1)),
+        StepCall("reduce-scatter", True, reduce, "weight", "backward", (zero == 1) & (shards > 1)),
+        StepCall("all-reduce", False, size * software.reduce_bytes, "weight", "", (zero >= 1) & (replicas > 1)),
+        StepCall("all-gather", True, gather, "step", "", (zero >= 1) & (zero <= 2) & (shards > 1)),
+    )
 
 
 def sums(
