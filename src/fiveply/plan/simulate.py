@@ -4,7 +4,8 @@ Each rank has a lane that computes, in the order of its actions, and one that ga
 takes its seconds between the end of what it sends and the start of what needs it, and holds the sender up only where the
 system sends synchronously (`blocking`).
 
-`simulate` executes every action and says all that happened. `step_seconds` finds the same end of the step in milliseconds
+`simulate` executes every action and says all that happened; it also replays a step of which each action's seconds are
+known. `step_seconds` finds the same end of the step in milliseconds
 for any number of micro-batches: with constant seconds a schedule becomes periodic (it is a linear system over maximum and
 plus; Baccelli et al. 1992, Synchronization and Linearity), so a short step and its increment are enough.
 """
@@ -91,14 +92,16 @@ _OTHERS = (Kind.GATHER, Kind.REDUCE, Kind.FINISH)
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
-    """Execute the schedule event by event; `stages` by global stage. Raises ScheduleError if it deadlocks."""
+    """Execute the schedule event by event. `stages` by global stage, or where micro-batches differ, by stage and micro-batch
+    (all of a stage stand together). Raises ScheduleError if it deadlocks."""
     entries = _entries(schedule)
-    ended, finish, exposed = _run(_program(schedule, entries), schedule.pp, stages, blocking)
+    each = len(stages) // schedule.stages
+    ended, finish, exposed = _run(_program(schedule, entries, each), schedule.pp, stages, blocking)
     busy = [0.0] * schedule.pp
     events: list[Event] = []
     for entry, end in zip(entries, ended, strict=True):
         kind, chunk, micro_batch, _ = entry.action
-        one = stages[entry.stage] if entry.stage >= 0 else EMPTY
+        one = stages[_place(entry, each)] if entry.stage >= 0 else EMPTY
         if kind in COMPUTE:
             seconds = (one.forward, one.input + one.weight, one.input, one.weight)[COMPUTE.index(kind)]
             busy[entry.rank] += seconds
@@ -293,12 +296,17 @@ def _entries(schedule: Schedule) -> list[_Entry]:
     return entries
 
 
-def _program(schedule: Schedule, entries: list[_Entry]) -> _Program:
-    count = schedule.stages
+def _place(entry: _Entry, each: int) -> int:
+    """Of an entry's seconds, where each stage has `each` of them; what is about all micro-batches counts as the first."""
+    return entry.stage * each + (max(0, entry.action.micro_batch) if each > 1 else 0)
+
+
+def _program(schedule: Schedule, entries: list[_Entry], each: int = 1) -> _Program:
+    count = schedule.stages * each
     gathered: set[int] = set()
     steps: list[tuple[int, int, int, int, int]] = []
     for entry in entries:
-        kind, stage = entry.action.kind, entry.stage
+        kind, stage = entry.action.kind, _place(entry, each)
         if kind in _OTHERS:
             steps.append(
                 (entry.rank, -1 - stage - count * _OTHERS.index(kind) if stage >= 0 else -1 - 2 * count, 0, 1, 0)
@@ -310,7 +318,7 @@ def _program(schedule: Schedule, entries: list[_Entry]) -> _Program:
             code = len(COMPUTE)  # the first forward, which waits for its parameters
         travel = 0 if not entry.crosses else 1 + stage + (count if code in (1, 2) else 0)
         steps.append((entry.rank, code * count + stage, entry.need, entry.out, travel))
-    return _Program(tuple(steps), 2 + 2 * count * schedule.micro_batches)
+    return _Program(tuple(steps), 2 + 2 * schedule.stages * schedule.micro_batches)
 
 
 def _run(
