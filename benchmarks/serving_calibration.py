@@ -22,7 +22,14 @@ from fiveply.plan.software import Serving
 
 FIELDS = ("products", "experts", "attention", "launch", "collectives", "host", "requests", "prefill")
 """Terms of a prediction and fields of `Serving`."""
-GENERATIONS = {"a100-80": "Ampere", "h100": "Hopper", "h200": "Hopper", "b200": "Blackwell", "b300": "Blackwell", "gb200": "Blackwell"}
+GENERATIONS = {
+    "a100-80": "Ampere",
+    "h100": "Hopper",
+    "h200": "Hopper",
+    "b200": "Blackwell",
+    "b300": "Blackwell",
+    "gb200": "Blackwell",
+}
 
 
 def case(row: Row) -> Case:
@@ -31,7 +38,9 @@ def case(row: Row) -> Case:
     plain = msgspec.structs.replace(row, served=msgspec.structs.replace(row.served, software=software, machine=machine))
     factors = {term: (term, f"{software.name} {term}") for term in FIELDS}
     factors["experts"] += (f"{GENERATIONS[machine.name]} experts",)
-    return Case(inference_score.predicted(plain).terms, row.seconds, factors, f"{software.name}: {row.source.split(' on ')[0]}")
+    return Case(
+        inference_score.predicted(plain).terms, row.seconds, factors, f"{software.name}: {row.source.split(' on ')[0]}"
+    )
 
 
 def fit(cases: Sequence[Case]) -> dict[str, float]:

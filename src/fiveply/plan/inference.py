@@ -29,12 +29,10 @@ from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
 
-BLOCK = 16
-"""Tokens of a block of the cache, as `serve/messages.py` has it."""
+BLOCK, CHUNK = 16, 512
+"""Tokens of a block of the cache and of a step that takes a prompt in, as serve/ has them (`messages.BLOCK`, `Settings.step_tokens`)."""
 HOST_SHARE, GPU_SHARE = 0.3, 0.85
-"""What caches take: of a host's memory all together, and of what the weights leave on a GPU."""
-CHUNK = 512
-"""Tokens of a step that takes a prompt in (`fiveply serve --step-tokens`)."""
+"""What caches take where no size is given: of a host's memory all together, and of what the weights leave on a GPU."""
 PLACES = 4096
 """Most requests of a replica that are considered."""
 STEP_SECONDS, REQUEST_SECONDS = 1e-3, 1e-5
@@ -165,9 +163,9 @@ def _streamed(served: Served, layout: Layout, part: Part, operation: Operation, 
     machine, precision = served.machine, precision_of(served, operation)
     groups, (m, n, k) = 1.0, operation.shape[-3:]
     if operation.kind == "grouped" and part.experts is not None:
-        chance = 1 - (1 - part.experts.per_token / part.experts.count) ** (rows * layout.dp)
-        groups = max(1.0, operation.shape[0] * chance)
-        m = max(1, math.ceil(m * operation.shape[0] / groups))
+        chosen, count = rows * layout.dp * part.experts.per_token, part.experts.count
+        share = 1 - (1 - part.experts.per_token / count) ** (rows * layout.dp)
+        groups, m = max(1.0, operation.shape[0] * share), math.ceil(chosen / (count * share) - 1e-9)
     width = WIDTHS.get(precision, cost.BYTES[precision])
     speed = machine.product(precision)
     read = groups * (width * n * k + ELEMENT_BYTES[served.precision] * m * (n + k))
