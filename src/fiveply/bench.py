@@ -1,11 +1,15 @@
-"""What `fiveply bench` prints: the planner's score on a table of published measurements."""
+"""What `fiveply bench` prints: the planner's score on a table of published measurements, of training or of serving."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from fiveply.plan import inference_score
 from fiveply.plan.score import RULES, Errors, Score
+from fiveply.plan.table import Skipped
 
 
 def show(score: Score, console: Console) -> None:
@@ -30,10 +34,25 @@ def show(score: Score, console: Console) -> None:
         console.print(
             f"out of memory: Brier score {risk.brier:.3f} on {risk.n} rows that all ran, {risk.wrong} thought not to fit"
         )
-    console.print(f"{score.rows} rows, {len(score.skipped)} skipped. Rows are skipped where")
-    for rule in RULES:
+    _skipped(score.rows, score.skipped, RULES, console)
+
+
+def show_serving(score: inference_score.Score, console: Console) -> None:
+    """Errors of the time per token by stratum and source, and what was skipped by which rule."""
+    title = "time per output token"
+    table = Table("", "rows", "median", "MAPE", "bias", box=None, title=title, title_justify="left")
+    whole = {"all": score.tpot} if score.tpot else {}
+    for name, one in {**whole, **score.by_stratum, **score.by_source}.items():
+        table.add_row(name, str(one.n), f"{one.median:.1%}", f"{one.mape:.1%}", f"{one.bias:+.1%}")
+    console.print(table)
+    _skipped(score.rows, score.skipped, inference_score.RULES, console)
+
+
+def _skipped(rows: int, skipped: Sequence[Skipped], rules: Sequence[str], console: Console) -> None:
+    console.print(f"{rows} rows, {len(skipped)} skipped. Rows are skipped where")
+    for rule in rules:
         console.print(f"- {rule}")
-    for skip in score.skipped:
+    for skip in skipped:
         console.print(f"  row {skip.row}: {skip.reason}", style="dim")
 
 

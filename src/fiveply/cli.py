@@ -194,7 +194,7 @@ def generate(
         top_k: Sample among the k likeliest tokens; 0 for all.
         top_p: Sample among the likeliest tokens that together have this probability.
         seed: Of the sampling.
-        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages.
+        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages; auto plans for the devices found.
         out: A .jsonl file that completions are added to as they end; what it has already is not made again.
         json: Print the result as one JSON object on standard output.
     """
@@ -225,13 +225,14 @@ def serve(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     /,
     *,
-    layout: str = "dp=1",
+    layout: str = "",
+    plan: str = "",
     port: int = 8000,
     host: str = "127.0.0.1",
     name: str = "",
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto",
     cache_tokens: int = 0,
-    most_running: int = 64,
+    most_running: int = 0,
     most_waiting: int = 256,
     step_tokens: int = 512,
     no_prefix_cache: Flag = False,
@@ -247,13 +248,15 @@ def serve(
 
     Args:
         model: A run's directory, a checkpoint, or a Hugging Face directory.
-        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages.
+        layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages; auto plans for the devices found. One rank by
+            default.
+        plan: A file that fiveply plan --serve wrote: its layout, and its requests as --most-running.
         port: Where to listen; 0 takes a free one.
         host: Loopback by default: only this machine can reach it.
         name: What the API calls the model; its directory's name by default.
         dtype: Of weights and cache; auto is bfloat16 where this machine is fast at it, else float32.
         cache_tokens: Tokens that each replica's key-value cache holds; by default what memory allows.
-        most_running: Requests that a replica decodes together.
+        most_running: Requests that a replica decodes together; the plan's, or 64.
         most_waiting: Requests beyond those; more are refused with 429.
         step_tokens: Most tokens in one step; longer prompts are taken in chunks.
         no_prefix_cache: Do not reuse the cache of prompts that begin alike.
@@ -264,9 +267,15 @@ def serve(
     """
     from fiveply import service
     from fiveply.serve.driver import Settings
+    from fiveply.spec.plan import Plan
 
+    if plan and layout:
+        raise InputError("both --plan and --layout", where="serve", fix="give one of them")
+    given = Plan.load(plan) if plan else None
+    layout = given.layout if given else layout or "dp=1"
+    together = most_running or (given.requests if given else 0) or Settings().most_running
     settings = Settings(
-        most_running=most_running, most_waiting=most_waiting, step_tokens=step_tokens, reuse=not no_prefix_cache,
+        most_running=together, most_waiting=most_waiting, step_tokens=step_tokens, reuse=not no_prefix_cache,
         guesses=guess,
     )  # fmt: skip
     served = service.Served.load(model, layout, dtype, cache_tokens, backend)

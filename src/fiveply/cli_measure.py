@@ -32,6 +32,12 @@ def plan(
     explain_megatron: str = "",
     out: str = "run.plan",
     html: str = "",
+    serve: Flag = False,
+    prompt: int = 0,
+    output: int = 0,
+    ttft: float = 0.0,
+    tpot: float = 0.0,
+    rate: float = 0.0,
     json: Flag = False,
 ) -> None:
     """Find the best layout of a model on a cluster: ranked, with its step time, memory, and the reasons.
@@ -41,6 +47,8 @@ def plan(
     fiveply plan path/to/config.json --cluster cluster.toml --seq 4096 --batch-tokens 1M --fix tp=8 --max pp=4 --why tp=2
 
     fiveply plan llama-3.1-70b --cluster h100:64 --seq 8192 --batch-tokens 4M --emit megatron
+
+    fiveply plan llama-3.1-8b --cluster h100:8 --serve --prompt 1024 --output 256 --ttft 0.5 --tpot 0.03
 
     Args:
         model: A preset, a config.json, or a Hugging Face directory.
@@ -57,6 +65,12 @@ def plan(
             within --fix and --max.
         out: The plan file to write, which every verb takes where it takes a layout.
         html: A self-contained page to write.
+        serve: Plan for serving: layout, replicas and requests together within a bound on latency.
+        prompt: Tokens of a prompt, with --serve.
+        output: Tokens of an answer, with --serve.
+        ttft: Most seconds to the first token, waiting included, with --serve.
+        tpot: Most seconds for each token after it, with --serve.
+        rate: Requests that arrive each second, with --serve: the fewest devices that do; else all answer as many as they can.
         json: Print the result as one JSON object on standard output.
     """
     from fiveply import planning
@@ -65,9 +79,24 @@ def plan(
         found = planning.megatron(explain_megatron, cluster, fix=fix, most=max)
         finish(found, json, found["text"])
         return
-    for flag, given in (("MODEL", model), ("--seq", seq), ("--batch-tokens", batch_tokens)):
+    asked = {"--prompt": prompt, "--output": output, "--ttft": ttft, "--tpot": tpot, "--rate": rate}
+    trained = {"--seq": seq, "--batch-tokens": batch_tokens}
+    strange = {**trained, "--emit": emit, "--html": html} if serve else asked
+    for flag in (flag for flag, given in strange.items() if given):
+        raise InputError(f"{flag} is not for plans {'of' if serve else 'without'} --serve", where="fiveply plan",
+                         fix="leave one of them out")  # fmt: skip
+    needed = {"--prompt": prompt, "--output": output} if serve else trained
+    for flag, given in {"MODEL": model, **needed}.items():
         if not given:
             raise InputError(f"{flag} is missing", where="fiveply plan", fix="see fiveply plan --help")
+    if serve:
+        found = planning.serving(
+            model, cluster, prompt=prompt, output=output, ttft=ttft, tpot=tpot, rate=rate, precision=precision, fix=fix,
+            most=max, wishes=why, out=out, json=json,
+        )  # fmt: skip
+        if json:
+            print_json(found)
+        return
     values = planning.plan(
         model, cluster, sequence=seq, batch_tokens=batch_tokens, precision=precision, objective=objective, fix=fix,
         most=max, wishes=why, emit=emit, out=out, html=html, json=json,
@@ -106,19 +135,25 @@ def bench_plan(
     fiveply bench plan --table measurements.csv
 
     Args:
-        table: A CSV with the columns of the shipped table (src/fiveply/plan/published.csv), which is the default.
+        table: A CSV with the columns of the shipped table (src/fiveply/plan/published.csv), which is the default; or one of
+            serving measurements, known by its tpot_ms: then the time per token is scored.
         json: Print the score, with one prediction a row, as one JSON object on standard output.
     """
     from rich.console import Console
 
     from fiveply import bench as benches
-    from fiveply.plan import score
+    from fiveply.plan import inference_score, score
 
-    found = score.score(table)
+    if table and inference_score.is_table(table):
+        found = inference_score.score(table)
+        show = benches.show_serving
+    else:
+        found = score.score(table)
+        show = benches.show
     if json:
         print_json(msgspec.to_builtins(found))
     else:
-        benches.show(found, Console())
+        show(found, Console())
 
 
 @functools.partial(command, of=bench, name="serve")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
 from fiveply.plan import explain
+from fiveply.plan import serving as serve_plan
 from fiveply.plan import software as systems
 from fiveply.plan.explain import Answer, Objective, WhyNot
+from fiveply.plan.inference import Load
 from fiveply.plan.space import Limits
-from fiveply.report import plan_page, plan_text
+from fiveply.report import plan_page, plan_text, serving_text
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError, RunError
+from fiveply.spec.plan import Plan
 
 LETTERS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
@@ -72,6 +77,49 @@ def _say(
         for comment in values["comments"]:
             print(f"# {comment}", file=sys.stderr)
         print(emitted, end="")
+
+
+def serving(
+    model: str, cluster: str, *, prompt: int, output: int, ttft: float = 0.0, tpot: float = 0.0, rate: float = 0.0,
+    precision: str = "bf16", fix: tuple[str, ...] = (), most: tuple[str, ...] = (), wishes: tuple[str, ...] = (),
+    out: str = "run.plan", json: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Plan for serving, print, and write `out`; returns what `--json` prints. Raises InputError where nothing keeps the bound,
+    with the least that is attainable."""
+    for flag, given in (("--ttft", ttft), ("--tpot", tpot), ("--rate", rate)):
+        if not 0 <= given < math.inf:
+            raise InputError(f"{given} is no bound", where=flag, fix="give a number above 0, or leave it out")
+    devices, limits = ClusterSpec.parse(cluster), Limits.parse(fix, most)
+    bound = serve_plan.Bound(ttft or math.inf, tpot or math.inf, rate)
+
+    def ask(limits: Limits) -> serve_plan.Answer:
+        load = Load(prompt, output)
+        return serve_plan.answer(ModelSpec.load(model), devices, load, bound, precision=precision, limits=limits)
+
+    found = ask(limits)
+    if not found.ranked:
+        raise InputError(f"no layout keeps the bound: {serve_plan.unmet(found)}", where="--serve",
+                         fix="allow more time, or give more or faster devices")  # fmt: skip
+    reasons: dict[str, str] = {}
+    for wish in wishes:
+        fixed = limits.fixed | Limits.parse([piece for piece in wish.split(",") if piece]).fixed
+        other = ask(msgspec.structs.replace(limits, fixed=fixed))
+        reasons[wish] = (
+            serving_text.line(other.ranked[0]) if other.ranked else f"beyond the bound: {serve_plan.unmet(other)}"
+        )
+    chosen = next((one for one in found.ranked if not one.refusal), found.ranked[0])
+    plan = Plan(
+        serve_plan.plain(chosen.layout), model, devices, prompt + output, chosen.layout.dp * chosen.requests, precision,
+        requests=chosen.requests,
+    )  # fmt: skip
+    _write(out, plan.save)
+    console = Console(file=sys.stderr if json else sys.stdout, highlight=False)
+    serving_text.show(found, console)
+    for wish, reason in reasons.items():
+        console.print(f"Why not {wish}? {reason}", soft_wrap=True)
+    which = "the first layout" if chosen is found.ranked[0] else "the first that fiveply serves"
+    console.print(f"wrote {out} ({which}); fiveply serve MODEL --plan {out}", soft_wrap=True)
+    return serve_plan.values(found) | {"why": reasons, "plan": out}
 
 
 def megatron(flags: str, cluster: str, *, fix: tuple[str, ...] = (), most: tuple[str, ...] = ()) -> dict[str, Any]:

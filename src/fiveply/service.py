@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import tokenizers
+import torch
 
 from fiveply.checkpoint.huggingface import HuggingFaceSource
 from fiveply.corpus.chat import ChatTemplate
@@ -33,6 +34,10 @@ from fiveply.engine import worker
 from fiveply.engine.paged_attention import kernels
 from fiveply.engine.products import few_rows
 from fiveply.engine.weights import Source, open_source
+from fiveply.plan import serving
+from fiveply.plan.inference import Load
+from fiveply.plan.serving import Bound
+from fiveply.report import serving_text
 from fiveply.serve.driver import Driver, Settings
 from fiveply.serve.http import Model, Server
 from fiveply.serve.text import Text
@@ -40,6 +45,7 @@ from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import FiveplyError, InputError, RunError
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve_for_inference
+from fiveply.train import auto
 from fiveply.world import device
 from fiveply.world.launch import joined, launch, stop_requested
 from fiveply.world.mesh import Transport
@@ -49,6 +55,8 @@ Result = TypeVar("Result")
 COLLECTIVE_SECONDS = 120.0  # until ranks that wait for another give up
 STUCK_SECONDS = 3.0  # after a loss, until ranks that have not ended by themselves are killed
 PAUSE_SECONDS = 1.0  # before new ranks are started
+LENGTH = 256  # tokens of a prompt and of an answer that `auto` plans for
+TTFT_SECONDS, TPOT_SECONDS = 1.0, 0.1  # a reader's patience: what `auto` keeps to where it can
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,30 @@ class Served:
         cls, path: str | Path, layout: str = "dp=1", dtype: str = "auto", cache_tokens: int = 0,
         transport: Transport = "auto",
     ) -> Served:  # fmt: skip
-        """Raises InputError for what can't be served, before anything is started."""
-        asked = Layout.parse(layout, "--layout")
+        """`layout`: "auto" plans for this machine's devices. Raises InputError for what can't be served, before anything is
+        started."""
+        asked = Layout() if layout == auto.AUTO else Layout.parse(layout, "--layout")
         source = open_source(Path(path))
         if dtype == "auto":
             dtype = "bfloat16" if device.find().fast_bf16 else "float32"
+        if layout == auto.AUTO:
+            asked = planned(source.spec, dtype)
         resolved = resolve_for_inference(asked, source.spec, "--layout")
         return cls(source.path, source.spec, text_of(source), resolved, dtype, cache_tokens, transport)
+
+
+def planned(spec: ModelSpec, dtype: str) -> Layout:
+    """The layout that answers most here with prompts and answers of ordinary length; one line says why."""
+    half, devices = spec.positions // 2, auto.cluster()
+    load, bound = Load(min(LENGTH, half), min(LENGTH, half)), Bound(TTFT_SECONDS, TPOT_SECONDS)
+    found = serving.answer(
+        spec, devices, load, bound, precision=auto.precision(getattr(torch, dtype)), places=Settings().most_running,
+        runnable=True,
+    )  # fmt: skip
+    ranked = found.ranked or found.least  # beyond the bound, the quickest
+    lines = [serving_text.line(one) for one in ranked[:2]]
+    print(f"fiveply: planned for {devices}: {'; next '.join(lines)}", file=sys.stderr, flush=True)
+    return ranked[0].layout
 
 
 def run(

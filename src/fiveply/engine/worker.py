@@ -21,6 +21,7 @@ from fiveply.engine.constrain import Grammars
 from fiveply.engine.paged_attention import PagedAttention
 from fiveply.engine.runner import Runner
 from fiveply.engine.wire import Wire
+from fiveply.plan.inference import GPU_SHARE, HOST_SHARE
 from fiveply.serve.messages import BLOCK, Begin, Heartbeat, Hello, Ready, Shutdown, StepBatch
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import RunError
@@ -30,8 +31,6 @@ from fiveply.world.mesh import Groups, Mesh, Transport
 
 BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 30.0
-HOST_SHARE = 0.3  # of a machine's memory that all caches take together, where no size is given
-GPU_SHARE = 0.85  # of what the weights leave
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds of the host's time to launch one kernel."""
     host_bandwidth: float = 25e9
     """Bytes/s between a device and its host's memory, one direction: PCIe 4.0 x16 as reached."""
+    experts: float = 1.0
+    """Time of experts' products when few rows are decoded, relative to streaming the weights that were chosen."""
     clock: float = 1.0
     """Sustained over the speed of isolated kernels, under the power of a whole step."""
     workspace_bytes: int = 0

@@ -33,7 +33,8 @@ class Predicted(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was planned, and for what; `model` is a preset's name or a path."""
+    """What was planned, and for what; `model` is a preset's name or a path. `requests`: those that a replica serves together, of
+    a plan for serving, whose `sequence` is prompt and answer."""
 
     layout: str
     model: str
@@ -42,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     global_batch: int
     precision: str = "bf16"
     predicted: Predicted | None = None
+    requests: int = 0
 
     def save(self, path: str | Path) -> None:
         Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))

@@ -13,6 +13,27 @@ from fiveply.spec.errors import InputError
 FIVEPLY = "fiveply"
 
 
+class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a serving system makes of its kernels and its host: factors on the terms of `plan/inference.py`."""
+
+    products: float = 1.0
+    """Dense products of few rows, on their bytes and FLOPs."""
+    experts: float = 1.0
+    """The same of experts' products."""
+    attention: float = 1.0
+    """Attention over the cache."""
+    launch: float = 1.0
+    """Between kernels, for each operation of the count."""
+    collectives: float = 1.0
+    """Small collectives, relative to NCCL's: kernels of one's own are quicker."""
+    host: float = 1.0
+    """Once a step: scheduling, sampling (`inference.STEP_SECONDS`)."""
+    requests: float = 1.0
+    """For each request of a step (`inference.REQUEST_SECONDS`)."""
+    prefill: float = 1.0
+    """Prompts, relative to the planner's forward pass."""
+
+
 class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A training system's habits. The first group decides what is computed and kept, the second what state a parameter
     costs, the third what runs beside what, the last how fast kernels follow one another."""
@@ -111,6 +132,8 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of a step lost for each doubling of the hosts: all wait for the slowest."""
     step_seconds: float = 0.0
     """What is left once a step: data loading, logging, norms' synchronisation."""
+
+    serving: Serving = Serving()
 
     # How sure one may be: standard deviations of log(measured / predicted) on rows that the fit did not see.
     spread: float = 0.08
