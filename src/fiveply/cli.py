@@ -238,6 +238,7 @@ def serve(
     no_prefix_cache: Flag = False,
     guess: int = 0,
     api_keys: str = "",
+    origins: str = "",
     backend: Literal["auto", "shm", "gloo"] = "auto",
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it, with a chat page at /.
@@ -263,6 +264,7 @@ def serve(
         guess: Tokens guessed ahead for each answer, from what followed its latest tokens before: fewer steps where answers
             repeat their prompts, the same text in any case.
         api_keys: A file with a key on each line; requests must bring one.
+        origins: Sites whose pages may ask from a browser, as https://a.example,https://b.example; the server's own may always.
         backend: What CPU ranks talk through; auto is shared memory between those of one host, and gloo else.
     """
     from fiveply import service
@@ -280,7 +282,9 @@ def serve(
     )  # fmt: skip
     served = service.Served.load(model, layout, dtype, cache_tokens, backend)
     keys = Path(api_keys) if api_keys else None
-    service.serve(served, settings, name=name or Path(model).resolve().name, host=host, port=port, keys=keys)
+    name = name or Path(model).resolve().name
+    others = [one.strip() for one in origins.split(",") if one.strip()]
+    service.serve(served, settings, name=name, host=host, port=port, keys=keys, origins=others)
 
 
 @command

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -149,9 +150,13 @@ def run(
 
 def serve(
     served: Served, settings: Settings, *, name: str, host: str = "127.0.0.1", port: int = 8000,
-    keys: Path | None = None,
+    keys: Path | None = None, origins: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """The verb: until Ctrl-C or SIGTERM. `keys`: a file with an API key on each line. Raises as `run`."""
+    """The verb: until Ctrl-C or SIGTERM. `keys`: a file with an API key on each line. `origins`: as `Server` has them. Raises as
+    `run`."""
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/*]+", origin):
+            raise InputError(f"'{origin}' is no site", where="--origins", fix="give it as https://a.example")
     try:
         admitted = (
             [line.strip() for line in keys.read_text(encoding="utf-8").splitlines() if line.strip()] if keys else []
@@ -180,7 +185,7 @@ def serve(
             holds = f"{served.layout}, {served.dtype}, {driver.capacity:,} tokens of cache"
             print(f"fiveply: {model.name} is ready at {address} ({holds})", file=sys.stderr, flush=True)
 
-        await Server(driver, model, admitted).run(listener, ready)
+        await Server(driver, model, admitted, origins=origins).run(listener, ready)
 
     with listener:
         run(served, settings, work, apart=True, restarts=True)

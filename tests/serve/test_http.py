@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +222,18 @@ def test_models(client: openai.OpenAI) -> None:
         ("chat/completions", b'{"messages": []}', 400, "messages", "Expected `array` of length >= 1"),
         (
             "chat/completions",
-            b'{"messages": [{"role": "user"}], "tools": []}',
+            b'{"messages": [{"role": "user"}], "tools": [{"type": "function", "function": {"name": "f"}}]}',
             400,
             "tools",
-            "'tools' is not supported",
+            "the model's chat template has no tools",
+        ),
+        ("chat/completions", b'{"messages": [{"role": "tool"}]}', 400, "messages", "chat template has no tools"),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user"}], "functions": []}',
+            400,
+            "functions",
+            "'functions' is not supported",
         ),
         ("completions", b'{"prompt": "a", "regex": "a("}', 400, "regex", "can't be used: "),
         ("completions", b'{"prompt": "a", "regex": "a", "grammar": "b"}', 400, "regex", "stands beside grammar"),
@@ -328,11 +336,11 @@ def test_answers_are_finished_before_the_end(speaking: Path) -> None:
 
 def against(
     folder: Path, settings: Settings, limits: Limits, keys: list[str],
-    test: Callable[[httpx2.AsyncClient, Driver], Awaitable[None]], cache_tokens: int = 0,
+    test: Callable[[httpx2.AsyncClient, Driver], Awaitable[None]], cache_tokens: int = 0, origins: Sequence[str] = (),
 ) -> None:  # fmt: skip
     async def work(driver: Driver) -> None:
         await driver.ready.wait()
-        app = Server(driver, Model("m", 258, 512), keys, limits).app
+        app = Server(driver, Model("m", 258, 512), keys, limits, origins).app
         async with httpx2.AsyncClient(
             transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60
         ) as client:
@@ -358,6 +366,27 @@ def test_keys(speaking: Path) -> None:
         assert (await client.get("/")).status_code == 200
 
     against(speaking, Settings(), Limits(), ["one", "two"], test)
+
+
+def test_pages_of_other_sites_are_refused(speaking: Path) -> None:
+    """What a browser would send from them without asking first: a body of plain text."""
+
+    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
+        async def status(origin: str | None) -> int:
+            headers = {"Content-Type": "text/plain"} | ({"Origin": origin} if origin is not None else {})
+            body = b'{"prompt": "a", "max_tokens": 1}'
+            return (await client.post("/v1/completions", headers=headers, content=body)).status_code
+
+        assert [await status(one) for one in (None, "http://test", "https://test", "https://a.example")] == [200] * 4
+        others = ("http://b.example", "http://test:81", "http://test.a.example", "null", "http://a.example", "test")
+        assert [await status(one) for one in others] == [403] * 6
+        assert driver.metrics.requests._value.get() == 4
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        for origin, allowed in (("https://a.example", "https://a.example"), ("http://b.example", None)):
+            answer = await client.options("/v1/completions", headers=asks | {"Origin": origin})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+
+    against(speaking, Settings(), Limits(), [], test, origins=["https://a.example"])
 
 
 def test_too_much_is_refused_with_a_time_to_come_back(speaking: Path) -> None:

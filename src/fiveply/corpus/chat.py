@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from fiveply.spec.errors import InputError
 class ChatTemplate:
     """Renders messages, each with a `role` and a `content`."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str = "chat template") -> None:
-        """Raises InputError where `source` is no template. `special_tokens`: by name, as bos_token."""
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], where: str = "chat template", for_tools: str = ""
+    ) -> None:
+        """Raises InputError where `source` is no template. `special_tokens`: by name, as bos_token. `for_tools`: the template of
+        conversations with tools, where it is another."""
         self._names = dict(special_tokens)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -27,9 +31,10 @@ class ChatTemplate:
             "raise_exception": _refuse,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         }
-        environment.filters["tojson"] = lambda value, **_: msgspec.json.encode(value).decode()
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
+            self._for_tools = environment.from_string(for_tools) if for_tools else self._template
         except jinja2.TemplateError as error:
             raise InputError(f"not a template ({error})", where=where, fix="mend or delete it") from None
 
@@ -43,8 +48,10 @@ class ChatTemplate:
             raise InputError(f"not a JSON object ({error})", where=str(file), fix="mend or delete it") from None
         own = folder / "chat_template.jinja"
         source = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+        for_tools = ""
         if isinstance(source, list):  # several, by name
-            source = next((one["template"] for one in source if one.get("name") == "default"), None)
+            named = {one.get("name"): one.get("template") for one in source}
+            source, for_tools = named.get("default"), named.get("tool_use") or ""
         if not isinstance(source, str):
             return None
         tokens = {key: value for key, value in config.items() if key.endswith("_token")}
@@ -53,14 +60,26 @@ class ChatTemplate:
             source,
             {key: value for key, value in names.items() if isinstance(value, str)},
             str(own if own.is_file() else file),
+            for_tools,
         )
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text up to where the model's answer begins. Raises ValueError with what the template says against it."""
+        template = self._for_tools if tools else self._template
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._names)
+            return template.render(
+                messages=list(messages), tools=list(tools) or None, add_generation_prompt=True, **self._names
+            )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from None
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:  # fmt: skip
+    """As `transformers` has it, spaces included: models have seen tools written so."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -18,10 +18,12 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -32,6 +34,7 @@ from fiveply.serve.event_stream import EventStream, Gone, together, unless_gone
 from fiveply.serve.generation import Generation, Piece
 from fiveply.serve.messages import Sampling, Score
 from fiveply.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, RequestError
+from fiveply.serve.tools import CallReader
 from fiveply.spec.errors import RunError
 
 LONG_TEXT = 32_768  # characters that take a tokenizer longer than a step
@@ -60,12 +63,16 @@ class Model:
 
 
 class Server:
-    """An ASGI application over `driver`. `keys`: any of them admits to /v1 and /metrics; none: everyone."""
+    """An ASGI application over `driver`. `keys`: any of them admits to /v1 and /metrics; none: everyone. `origins`: other sites
+    whose pages may ask, as https://a.example."""
 
-    def __init__(self, driver: Driver, model: Model, keys: Sequence[str] = (), limits: Limits | None = None) -> None:
+    def __init__(
+        self, driver: Driver, model: Model, keys: Sequence[str] = (), limits: Limits | None = None,
+        origins: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.driver, self.model, self.limits = driver, model, limits or Limits()
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._started = int(time.time())
+        self._origins, self._started = origins, int(time.time())
         self.app = Starlette(
             routes=[
                 Route("/", self._page),
@@ -77,6 +84,8 @@ class Server:
                 Route("/v1/embeddings", self._guarded(self._embeddings), methods=["POST"]),
             ]
         )
+        if origins:
+            self.app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
 
     async def run(self, listener: socket.socket, ready: Callable[[], None]) -> None:
         """Until an end is asked for; `ready` is called when the first engine is."""
@@ -104,10 +113,11 @@ class Server:
         ready()
 
     def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Keys before anything else; mistakes and refusals as answers."""
+        """Sites and keys before anything else; mistakes and refusals as answers."""
 
         async def guarded(request: Request) -> Response:
             try:
+                self._check_origin(request)
                 self._check_key(request)
                 return await handler(request)
             except RequestError as error:
@@ -122,6 +132,14 @@ class Server:
                 return Response(status_code=499)  # nobody reads it
 
         return guarded
+
+    def _check_origin(self, request: Request) -> None:
+        """Browsers send a page's site with what it asks of another one, and a loopback address is as near to them as any."""
+        origin = request.headers.get("origin")
+        if origin and origin not in self._origins and urlsplit(origin).netloc != request.headers.get("host"):
+            raise RequestError(
+                f"a page of {origin} may not ask here; --origins admits it", status=403, kind="permission_error"
+            )
 
     def _check_key(self, request: Request) -> None:
         if not self._keys:
@@ -190,8 +208,10 @@ class Server:
         text = self.driver.text
         if text.chat is None or text.tokenizer is None:
             raise RequestError("the model has no chat template; use /v1/completions", "messages")
+        tools = asked.offered(text)
         try:
-            prompt = text.tokenizer.encode(text.chat.render([message.plain() for message in asked.messages])).tolist()
+            messages = [message.plain() for message in asked.messages]
+            prompt = text.tokenizer.encode(text.chat.render(messages, [one.plain() for one in tools])).tolist()
         except ValueError as error:
             raise RequestError(str(error), "messages") from None
         if asked.top_logprobs is not None and not asked.logprobs:
@@ -199,31 +219,35 @@ class Server:
         room = min(self.model.positions, self.driver.capacity or self.model.positions) - len(prompt)
         max_tokens = asked.max_completion_tokens or asked.max_tokens or max(1, room)
         sampling = asked.sampling((asked.top_logprobs or 0) if asked.logprobs else -1, self.model.vocabulary)
+        if tools and sampling.grammar:
+            raise RequestError("stands beside what constrains the answer, which leaves no room for a call", "tools")
+        if grammar := asked.call_grammar(text):
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
         generations = self._submit([prompt], asked.n or 1, max_tokens, sampling, asked)
+        readers = [CallReader(bool(tools)) for _ in generations]
 
-        def logprobs(pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        def read(index: int, pieces: Sequence[Piece]) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+            """Content and calls of an answer, or of a part, and what both forms have in common."""
+            finish, reader = pieces[-1].finish, readers[index]
+            content, calls = reader.add("".join(piece.text for piece in pieces), last=bool(finish))
             tokens, scores = _flat(pieces)
-            return (
-                protocol.chat_logprobs(text, tokens, [score for score in scores if score]) if asked.logprobs else None
-            )
+            found = [score for score in scores if score]
+            logprobs = protocol.chat_logprobs(text, tokens, found) if asked.logprobs else None
+            reason = "tool_calls" if reader.calls and finish == "stop" else finish or None
+            return content, calls, {"index": index, "logprobs": logprobs, "finish_reason": reason}
 
         def whole(index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-            message = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
-            return {
-                "index": index,
-                "message": message,
-                "logprobs": logprobs(pieces),
-                "finish_reason": pieces[-1].finish,
-            }
+            content, calls, common = read(index, pieces)
+            message = {"content": content or None, "tool_calls": calls} if calls else {"content": content}
+            return common | {"message": {"role": "assistant"} | message}
 
         def part(index: int, pieces: Sequence[Piece], first: bool) -> dict[str, Any]:
-            delta = {"content": pieces[0].text} | ({"role": "assistant"} if first else {})
-            return {
-                "index": index,
-                "delta": delta,
-                "logprobs": logprobs(pieces),
-                "finish_reason": pieces[0].finish or None,
-            }
+            content, calls, common = read(index, pieces)
+            delta: dict[str, Any] = {"content": content} | ({"role": "assistant"} if first else {})
+            if calls:
+                before = readers[index].calls - len(calls)
+                delta["tool_calls"] = [{"index": before + n} | call for n, call in enumerate(calls)]
+            return common | {"delta": delta}
 
         return await self._answer(request, asked, generations, "chat.completion", "chat.completion.chunk", whole, part)
 

@@ -20,6 +20,7 @@ from msgspec import Meta
 from fiveply.serve.grammar import compile_grammar
 from fiveply.serve.messages import Sampling, Score
 from fiveply.serve.text import Text
+from fiveply.serve.tools import Call, Choice, Tool, grammar_of
 
 Count = Annotated[int, Meta(ge=1, le=128)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -153,18 +154,55 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
 
     def plain(self) -> dict[str, Any]:
+        """As templates take it. Raises ValueError for calls whose arguments are no JSON object."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+        more = {"name": self.name, "tool_call_id": self.tool_call_id,
+                "tool_calls": [call.plain() for call in self.tool_calls or []]}  # fmt: skip
+        return {"role": self.role, "content": content} | {key: value for key, value in more.items() if value}
 
 
 class ChatRequest(_Common, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
+    tools: Annotated[list[Tool], Meta(min_length=1)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+    def offered(self, text: Text) -> list[Tool]:
+        """The tools that the model is told of. Raises RequestError where its template has none."""
+        needed = (
+            "tools"
+            if self.tools
+            else "messages"
+            if any(m.tool_calls or m.role == "tool" for m in self.messages)
+            else ""
+        )
+        if needed and not text.has_tools:
+            raise RequestError("the model's chat template has no tools", needed)
+        return (self.tools or []) if self.tool_choice != "none" else []
+
+    def call_grammar(self, text: Text) -> str:
+        """What keeps an answer to calls, or its calls to their schemas; empty where nothing does. Raises RequestError."""
+        choice, tools = self.tool_choice, self.tools or []
+        free = choice in (None, "auto")
+        if choice == "none" or (free and not any(one.function.strict for one in tools)):
+            return ""
+        if isinstance(choice, Choice):
+            tools = [one for one in tools if one.function.name == choice.function.name]
+        if not tools or text.tokenizer is None:
+            raise RequestError("is not among the tools" if self.tools else "there are no tools", "tool_choice")
+        if self.ignore_eos:
+            raise RequestError("would go on after the call's end", "ignore_eos")
+        try:
+            return compile_grammar("lark", grammar_of(tools, text.tokenizer, text=free, several=choice == "required"))
+        except ValueError as error:
+            raise RequestError(str(error), "tools" if free else "tool_choice") from None
 
 
 class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fiveply.corpus.chat import ChatTemplate
 from fiveply.corpus.tokenizer import Tokenizer
+from fiveply.serve import tools
 
 _CONTEXT = 8  # tokens before the answer that its first piece is decoded with: some tokenizers drop a text's first space
 _BROKEN = "�"  # what an unfinished character reads as
@@ -40,6 +42,11 @@ class Text:
         if not (tokens or self.beginning):
             raise ValueError("is empty, and the model names no token to begin with; give a token")
         return list(tokens or self.beginning)
+
+    @cached_property
+    def has_tools(self) -> bool:
+        """Whether conversations can have tools."""
+        return self.chat is not None and self.tokenizer is not None and tools.speaks(self.chat, self.tokenizer)
 
     def whole(self, tokens: Sequence[int]) -> str:
         """A prompt that was given as token ids, as text."""
