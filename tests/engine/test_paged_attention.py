@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fiveply.engine.paged_attention import PagedAttention, Span, kernels
+from fiveply.engine import kernels
+from fiveply.engine.paged_attention import PagedAttention, Span
 from fiveply.model.attention import RowsAttention
 from fiveply.serve.messages import BLOCK
 from fiveply.world import compiled
@@ -118,7 +119,7 @@ def test_large_scores_keep_their_place() -> None:
     torch.testing.assert_close(out.double(), exact, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.skipif(isinstance(kernels(), str), reason=str(kernels()))
+@pytest.mark.skipif(isinstance(kernels.library(), str), reason=str(kernels.library()))
 def test_a_rows_bits_do_not_depend_on_chunks_or_company() -> None:
     lengths = [400, 77]
     sequences = make(lengths, 4, 2, 32, torch.float32, 2)
