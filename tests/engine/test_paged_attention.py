@@ -91,8 +91,8 @@ def test_any_chunks_give_what_the_whole_gives(
     sequences = make(lengths, *heads, size, torch.float64, seed)
     blocks, total = tables(lengths, seed)
     attention = PagedAttention([0], *heads, size, total, torch.float64, CPU, compiled_kernels=compiled)
-    attention._keys_NKdB[0].fill_(torch.nan)  # what was never written must not be read
-    attention._values_NKBP[0].fill_(torch.nan)
+    attention.keys_NKdB[0].fill_(torch.nan)  # what was never written must not be read
+    attention.values_NKBP[0].fill_(torch.nan)
     outs = run_in_steps(sequences, [cut(n, at) for n in lengths], attention, blocks, window)
     for out, sequence in zip(outs, sequences, strict=True):
         torch.testing.assert_close(out, whole(*sequence, window), atol=1e-12, rtol=1e-12)

@@ -63,7 +63,7 @@ def test_compiled_blocks_compute_what_the_decoder_does(family: str, dtype: torch
 
 
 @needs_kernels
-@pytest.mark.parametrize(("family", "layout"), [("llama", "tp=2,pp=2"), ("qwen2", "tp=2"), ("qwen3", "pp=2")])
+@pytest.mark.parametrize(("family", "layout"), [("llama", "tp=3,pp=2"), ("qwen2", "tp=2"), ("qwen3", "pp=2")])
 def test_a_split_model_answers_as_transformers(family: str, layout: str, tmp_path: Path) -> None:
     model = save_random(family, tmp_path / "hf")
     prompts = ragged(model.config.vocab_size)

@@ -12,14 +12,12 @@ ATTENTION(attend_bfloat16, bfloat16, float)
 
 #define PRODUCTS(TYPE, T)                                                                                                  \
   extern "C" void pack_##TYPE(const T* from, T* to, int64_t inner, int64_t outer) { pack(from, to, inner, outer); }       \
-  extern "C" void product_##TYPE(const T* x, const T* w, T* y, int64_t rows, int64_t inner, int64_t outer, int64_t stride) { \
+  extern "C" void product_##TYPE(const float* x, const T* w, T* y, int64_t rows, int64_t inner, int64_t outer, int64_t stride) { \
     _Pragma("omp parallel if (rows * inner * outer > (1 << 18))") product(x, w, y, rows, inner, outer, stride);           \
   }                                                                                                                        \
   extern "C" void parts_##TYPE(const Model* model, const Block* blocks, int64_t first, int64_t end, const Step* step,      \
-                               const float* cos, const float* sin, T* x, T* out, T* scratch) {                             \
+                               const float* cos, const float* sin, T* x, T* out, float* scratch) {                         \
     parts(*model, blocks, first, end, *step, cos, sin, x, out, scratch);                                                   \
   }
 PRODUCTS(float32, float)
-#ifdef __AVX512BF16__  // elsewhere a library is quicker
 PRODUCTS(bfloat16, bfloat16)
-#endif

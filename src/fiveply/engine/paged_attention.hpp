@@ -65,8 +65,8 @@ struct Shape {
 // Tokens [first, first + count) of one sequence, at positions from `position` on; `row` of the tables is its own.
 struct Tile { int64_t first, count, position, row; };
 
-template <class T, class A>
-void attend(const Shape& s, const Tile& tile, int64_t kv_head, const T* q, T* out, const T* keys, const T* values,
+template <class Q, class T, class A>
+void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* out, const T* keys, const T* values,
             const int32_t* table, double scale, std::vector<A>& scratch) {
   typedef typename Vector<A>::type V;
   const int64_t group = s.heads / s.kv_heads, rows = tile.count * group, d = s.head_dim, padded = s.padded;
@@ -74,7 +74,7 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const T* q, T* ou
   scratch.resize(rows * (d + padded + 2) + KEYS);
   A *query = scratch.data(), *sums = query + rows * d, *most = sums + rows * padded, *total = most + rows, *p = total + rows;
   for (int64_t m = 0; m < rows; m++) {
-    const T* from = q + (tile.first + m / group) * s.q_stride + (kv_head * group + m % group) * d;
+    const Q* from = q + (tile.first + m / group) * s.q_stride + (kv_head * group + m % group) * d;
     for (int64_t i = 0; i < d; i++) query[m * d + i] = number(from[i]) * A(scale);
     for (int64_t i = 0; i < padded; i++) sums[m * padded + i] = 0;
     most[m] = -std::numeric_limits<A>::infinity();
@@ -133,7 +133,7 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const T* q, T* ou
     }
   }
   for (int64_t m = 0; m < rows; m++) {
-    T* to = out + ((tile.first + m / group) * s.heads + kv_head * group + m % group) * d;
+    Q* to = out + ((tile.first + m / group) * s.heads + kv_head * group + m % group) * d;
     for (int64_t i = 0; i < d; i++) store(to + i, sums[m * padded + i] / total[m]);
   }
 }
@@ -156,24 +156,24 @@ inline int64_t work_of(const Shape& s, const Step& step) {  // products of all t
   return products;
 }
 
-template <class T>
-void keep(const Shape& s, int64_t slot, int64_t kv_head, const T* k, const T* v, T* keys, T* values) {
+template <class Q, class T>
+void keep(const Shape& s, int64_t slot, int64_t kv_head, const Q* k, const Q* v, T* keys, T* values) {
   const int64_t block = slot / BLOCK * s.kv_heads + kv_head, at = slot % BLOCK, d = s.head_dim;
-  for (int64_t i = 0; i < d; i++) keys[(block * d + i) * BLOCK + at] = k[i];
+  for (int64_t i = 0; i < d; i++) store(keys + (block * d + i) * BLOCK + at, number(k[i]));
   T* to = values + (block * BLOCK + at) * s.padded;
-  for (int64_t i = 0; i < d; i++) to[i] = v[i];
+  for (int64_t i = 0; i < d; i++) store(to + i, number(v[i]));
   for (int64_t i = d; i < s.padded; i++) to[i] = T{};
 }
 
 // On each thread of a team: its part of the tiles.
-template <class T, class A>
-void attend_all(const Shape& s, const Step& step, const T* q, T* out, const T* keys, const T* values) {
+template <class Q, class T, class A>
+void attend_all(const Shape& s, const Step& step, const Q* q, Q* out, const T* keys, const T* values) {
   std::vector<A> scratch;
   const double scale = 1 / std::sqrt(double(s.head_dim));
 #pragma omp for schedule(dynamic)
   for (int64_t item = 0; item < step.tile_count * s.kv_heads; item++) {
     const Tile& tile = step.tiles[item / s.kv_heads];
-    attend<T, A>(s, tile, item % s.kv_heads, q, out, keys, values, step.tables + tile.row * step.table_stride, scale, scratch);
+    attend<Q, T, A>(s, tile, item % s.kv_heads, q, out, keys, values, step.tables + tile.row * step.table_stride, scale, scratch);
   }
 }
 
@@ -185,7 +185,7 @@ void run(const Shape& s, const Step& step, const T* q, const T* k, const T* v, T
     for (int64_t t = 0; t < step.tokens; t++)
       for (int64_t h = 0; h < s.kv_heads; h++)
         keep(s, step.slots[t], h, k + t * s.k_stride + h * s.head_dim, v + t * s.v_stride + h * s.head_dim, keys, values);
-    attend_all<T, A>(s, step, q, out, keys, values);
+    attend_all<T, T, A>(s, step, q, out, keys, values);
   }
 }
 

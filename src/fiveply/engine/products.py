@@ -1,8 +1,8 @@
 """The matrix products of inference on a rank: no gradients, matrices of one input multiplied as one, few rows done well.
 
 Notable: decoding multiplies a handful of rows, where what counts is how each weight is read. On CPUs matrices are packed once,
-for compiled code that is quick at any number of rows (`products.hpp`). In bfloat16 that takes a processor with its
-instructions; one with tiles (AMX) is left to oneDNN, which has them, and its own order of a packed matrix.
+for compiled code that is quick at any number of rows (`products.hpp`). bfloat16 on a processor with tiles (AMX) is left to
+oneDNN, which has them, and its own order of a packed matrix.
 
 It knows matrices, not layers.
 
@@ -71,9 +71,9 @@ class FusedProducts(Products):
     def _multiplied(self, x_TI: Tensor, weight_OI: Tensor, outer: int) -> Tensor:
         whole_OI, packs = self._whole_of[id(weight_OI)]
         if packs and self._product is not None:
+            (rows, inner), y_TO = x_TI.shape, x_TI.new_empty(x_TI.shape[0], outer)
+            x_TI = x_TI.float()
             x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
-            rows, inner = x_TI.shape
-            y_TO = x_TI.new_empty(rows, outer)
             self._product(x_TI.data_ptr(), whole_OI.data_ptr(), y_TO.data_ptr(), rows, inner, outer, x_TI.stride(0))
             return y_TO
         if self._onednn:

@@ -43,7 +43,7 @@ class Stage:
         self._kept: list[Tensor] = []
         self._blocks = (kernels.Block * len(blocks))(*(self._block(block, products) for block in blocks))
         self._numbers = spec.hidden + (attention.heads * 2 + attention.kv_heads * 2) * spec.head_dim + 2 * ffn
-        self._scratch = torch.empty(0, dtype=weight.dtype)
+        self._scratch = torch.empty(0)
         assert spec.rope is not None
         self._frequencies = rotary.inverse_frequencies(spec.rope, spec.head_dim)
 
@@ -58,7 +58,7 @@ class Stage:
             return decoder(input_T, positions_T, self.attention)
         x_TD = decoder.embed(input_T, positions_T, None) if decoder.first else input_T
         if self._scratch.numel() < tokens * self._numbers + PANEL:
-            self._scratch = torch.empty(tokens * self._numbers + PANEL, dtype=x_TD.dtype)
+            self._scratch = torch.empty(tokens * self._numbers + PANEL)
         out_TD = torch.empty_like(x_TD)
         inverse_h, factor = self._frequencies
         angles_Th = positions_T[:, None].float() * inverse_h
