@@ -27,7 +27,9 @@ lint: .venv/test.stamp
 
 bench: .venv/test.stamp
 	-$(PIP) install -q -c constraints.txt -e '.[bench]'
+	-$(PIP) install -q -c constraints.txt -e '.[bench-source]'
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/serving.py
 
 install: .venv/demo.stamp
 

@@ -31,9 +31,7 @@ import torch
 from fiveply.checkpoint.huggingface import HuggingFaceSource
 from fiveply.corpus.chat import ChatTemplate
 from fiveply.corpus.tokenizer import Tokenizer
-from fiveply.engine import worker
-from fiveply.engine.paged_attention import kernels
-from fiveply.engine.products import few_rows
+from fiveply.engine import kernels, worker
 from fiveply.engine.weights import Source, open_source
 from fiveply.plan import serving
 from fiveply.plan.inference import Load
@@ -115,8 +113,7 @@ def run(
         raise InputError("torchrun or Slurm has started this process as one of several", where="launch",
                          fix="start it once, by itself: it starts its ranks")  # fmt: skip
     if device.find().kind == "cpu":
-        kernels()  # compiled once, before there are ranks that need them
-        few_rows()
+        kernels.library()  # compiled once, before there are ranks that need it
     loop = _Loop(served, settings, work)
     host, port, secret = loop.start()
     job = worker.Job(

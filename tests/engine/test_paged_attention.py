@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fiveply.engine.paged_attention import PagedAttention, Span, kernels
+from fiveply.engine import kernels
+from fiveply.engine.paged_attention import PagedAttention, Span
 from fiveply.model.attention import RowsAttention
 from fiveply.serve.messages import BLOCK
 from fiveply.world import compiled
@@ -90,8 +91,8 @@ def test_any_chunks_give_what_the_whole_gives(
     sequences = make(lengths, *heads, size, torch.float64, seed)
     blocks, total = tables(lengths, seed)
     attention = PagedAttention([0], *heads, size, total, torch.float64, CPU, compiled_kernels=compiled)
-    attention._keys_NKdB[0].fill_(torch.nan)  # what was never written must not be read
-    attention._values_NKBP[0].fill_(torch.nan)
+    attention.keys_NKdB[0].fill_(torch.nan)  # what was never written must not be read
+    attention.values_NKBP[0].fill_(torch.nan)
     outs = run_in_steps(sequences, [cut(n, at) for n in lengths], attention, blocks, window)
     for out, sequence in zip(outs, sequences, strict=True):
         torch.testing.assert_close(out, whole(*sequence, window), atol=1e-12, rtol=1e-12)
@@ -118,7 +119,7 @@ def test_large_scores_keep_their_place() -> None:
     torch.testing.assert_close(out.double(), exact, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.skipif(isinstance(kernels(), str), reason=str(kernels()))
+@pytest.mark.skipif(isinstance(kernels.library(), str), reason=str(kernels.library()))
 def test_a_rows_bits_do_not_depend_on_chunks_or_company() -> None:
     lengths = [400, 77]
     sequences = make(lengths, 4, 2, 32, torch.float32, 2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fiveply.serve.kv_blocks import BlockPool, extend_digests
 from fiveply.serve.lookup import Lookup
-from fiveply.serve.messages import BLOCK, Outcome, Sampling, Segment, StepBatch, StepResult
+from fiveply.serve.messages import BLOCK, NEXT, Outcome, Sampling, Segment, StepBatch, StepResult
 from fiveply.serve.scheduler import Request, Scheduler, blocks_for
 
 
@@ -27,6 +27,7 @@ class Ranks:
 
     content: dict[int, list[int]] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
+    chosen: dict[int, int] = field(default_factory=dict)
 
     def run(self, batch: StepBatch) -> StepResult:
         for request in batch.released:
@@ -41,7 +42,7 @@ class Ranks:
             block = self.content.setdefault(table[position // BLOCK], [])
             assert len(block) >= position % BLOCK
             del block[position % BLOCK :]
-            block.append(token)
+            block.append(self.chosen[segment.request] if token == NEXT else token)
         if not segment.last:
             return None
         read = [token for block in table for token in self.content.get(block, [])]
@@ -51,6 +52,7 @@ class Ranks:
             outcome.tokens.append(next_token(read[:known]))
             if guessed < segment.guesses and read[known] != outcome.tokens[-1]:
                 break
+        self.chosen[segment.request] = (outcome.tokens or [0])[-1]
         return outcome
 
 
@@ -93,8 +95,8 @@ class Clients:
             return False
         assert sum(len(s.tokens) for s in batch.segments) <= scheduler.step_tokens
         assert len(batch.segments) <= -(-len(scheduler.running) // scheduler.stages) or scheduler.preemptions
-        ids = [segment.request for segment in batch.segments]
-        assert not {s.request for other in self.underway for s in other.segments} & set(ids)
+        underway = {s.request for other in self.underway for s in other.segments}
+        assert all(s.request not in underway or s.tokens == [NEXT] for s in batch.segments)
         self.underway.append(batch)
         return True
 
@@ -140,14 +142,17 @@ ACTIONS = st.lists(
     step_tokens=st.integers(1, 40),
     reuse=st.booleans(),
     guesses=st.integers(0, 5),
+    ahead=st.booleans(),
 )
 def test_every_request_ends_with_its_own_tokens(
     actions: list[tuple], blocks: int, stages: int, most_running: int, step_tokens: int, reuse: bool,
-    guesses: int,
+    guesses: int, ahead: bool,
 ) -> None:  # fmt: skip
+    stages, guesses = (1, 0) if ahead else (stages, guesses)
     scheduler = Scheduler(
-        blocks, stages=stages, most_running=most_running, step_tokens=step_tokens, reuse=reuse, guesses=guesses
-    )
+        blocks, stages=stages, most_running=most_running, step_tokens=step_tokens, reuse=reuse, guesses=guesses,
+        ahead=ahead,
+    )  # fmt: skip
     clients, cancelled = Clients(scheduler), set[int]()
     for action in actions:
         match action:
@@ -184,6 +189,27 @@ def test_a_burst_fills_a_pipeline() -> None:
             pass
         assert [len(batch.segments) for batch in clients.underway] == [8, 8]
         clients.finish()
+
+
+def test_one_stage_has_the_next_step_on_its_way() -> None:
+    """And no more steps than without; none is on its way beyond the last token."""
+    counts = []
+    for ahead in (False, True):
+        scheduler = Scheduler(1000, ahead=ahead)
+        clients = Clients(scheduler)
+        for index in range(3):
+            clients.add([index] * 20, 10)
+        while clients.start():
+            while clients.start():
+                pass
+            if 2 < scheduler._step < 10:
+                assert [len(batch.segments) for batch in clients.underway] == [3] * (1 + ahead)
+            clients.finish()
+        while clients.underway:
+            clients.finish()
+        assert clients.ended == {0, 1, 2}
+        counts.append(scheduler._step)
+    assert counts == [10, 10]
 
 
 def test_decoding_goes_on_beside_long_prompts() -> None:

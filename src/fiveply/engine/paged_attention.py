@@ -1,7 +1,7 @@
 """The paged key-value cache of one rank, behind the decoder's attention seam.
 
 Notable: a step's tokens, prompts and decoding mixed, attend in one call a layer. On CPUs that call is compiled code
-(`paged_attention.cpp`), which reads the cache where it lies. Elsewhere, and where there is no compiler, `_gathered` does the
+(`paged_attention.hpp`), which reads the cache where it lies. Elsewhere, and where there is no compiler, `_gathered` does the
 same with torch's own operations: right everywhere, and slower, since it copies what it reads.
 
 It knows blocks by number and requests by the tables that the driver extends; who holds a block is `serve/kv_blocks.py`'s.
@@ -12,10 +12,7 @@ B tokens of a block, R sequences, S cached positions.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fiveply.engine import kernels
 from fiveply.serve.messages import BLOCK
-from fiveply.world import compiled
 
 _ROWS = 32  # queries of one key-value head that a tile holds: they read its keys together
 
@@ -35,36 +32,6 @@ class Span(NamedTuple):
     start: int
     count: int
     table: Sequence[int]
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "padded",
-            "window",
-            "q_stride",
-            "k_stride",
-            "v_stride",
-            "table_stride",
-        )
-    )
-
-
-@lru_cache(maxsize=1)
-def kernels() -> ctypes.CDLL | str:
-    """The compiled attention, or why there is none."""
-    library = compiled.library(Path(__file__).with_name("paged_attention.cpp"), ("-fopenmp",))
-    if not isinstance(library, str):
-        pointer, i64 = ctypes.c_void_p, ctypes.c_int64
-        for name in ("attend_float32", "attend_float64", "attend_bfloat16"):
-            function = getattr(library, name)
-            function.restype = None
-            function.argtypes = [ctypes.POINTER(_Shape), *[pointer] * 7, i64, pointer, pointer, i64, ctypes.c_double]
-    return library
 
 
 class PagedAttention:
@@ -78,11 +45,9 @@ class PagedAttention:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.padded = padded(head_dim)
         place: Any = {"dtype": dtype, "device": device}
-        self._keys_NKdB = {layer: torch.empty(blocks, kv_heads, head_dim, BLOCK, **place) for layer in layers}
-        self._values_NKBP = {layer: torch.empty(blocks, kv_heads, BLOCK, self.padded, **place) for layer in layers}
-        library = kernels() if compiled_kernels and device.type == "cpu" else "not for this device"
-        name = f"attend_{str(dtype).removeprefix('torch.')}"
-        self._kernel: Any = None if isinstance(library, str) else getattr(library, name, None)
+        self.keys_NKdB = {layer: torch.empty(blocks, kv_heads, head_dim, BLOCK, **place) for layer in layers}
+        self.values_NKBP = {layer: torch.empty(blocks, kv_heads, BLOCK, self.padded, **place) for layer in layers}
+        self._kernel = kernels.function("attend", dtype, device) if compiled_kernels else None
         self._device = device
         self._spans: list[Span] = []
 
@@ -112,20 +77,23 @@ class PagedAttention:
                 for done in range(0, span.count, size)
             ]
             self._tiles = np.array(tiles, np.int64)
+            self.step = kernels.Step(
+                len(self._slots_T), self._tables.shape[1], len(tiles), self._slots_T.ctypes.data,
+                self._tables.ctypes.data, self._tiles.ctypes.data,
+            )  # fmt: skip
         return torch.from_numpy(positions_T).to(self._device)
 
     def __call__(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, layer: int, window: int) -> Tensor:
-        keys_NKdB, values_NKBP = self._keys_NKdB[layer], self._values_NKBP[layer]
+        keys_NKdB, values_NKBP = self.keys_NKdB[layer], self.values_NKBP[layer]
         if self._kernel is None:
             return self._gathered(q_THd, k_TKd, v_TKd, keys_NKdB, values_NKBP, window)
         q_THd, k_TKd, v_TKd = (_heads_together(x) for x in (q_THd, k_TKd, v_TKd))
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
-        shape = _Shape(self.heads, self.kv_heads, self.head_dim, self.padded, window, q_THd.stride(0), k_TKd.stride(0),
-                       v_TKd.stride(0), self._tables.shape[1])  # fmt: skip
+        shape = kernels.Shape(self.heads, self.kv_heads, self.head_dim, self.padded, window, q_THd.stride(0),
+                              k_TKd.stride(0), v_TKd.stride(0))  # fmt: skip
         self._kernel(
-            shape, q_THd.data_ptr(), k_TKd.data_ptr(), v_TKd.data_ptr(), out_THd.data_ptr(), keys_NKdB.data_ptr(),
-            values_NKBP.data_ptr(), self._slots_T.ctypes.data, len(self._slots_T), self._tables.ctypes.data,
-            self._tiles.ctypes.data, len(self._tiles), self.head_dim**-0.5,
+            shape, self.step, q_THd.data_ptr(), k_TKd.data_ptr(), v_TKd.data_ptr(), out_THd.data_ptr(),
+            keys_NKdB.data_ptr(), values_NKBP.data_ptr(),
         )  # fmt: skip
         return out_THd
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from fiveply.engine import sampler
 from fiveply.engine.constrain import Constraint, Grammars
 from fiveply.engine.paged_attention import PagedAttention, Span
+from fiveply.engine.stage import Stage
 from fiveply.model.decoder import Decoder
-from fiveply.serve.messages import Beginning, Outcome, Score, Segment, StepBatch, StepResult
+from fiveply.serve.messages import NEXT, Beginning, Outcome, Score, Segment, StepBatch, StepResult
 from fiveply.world.collectives import gather_columns
 from fiveply.world.mesh import Mesh
 from fiveply.world.recorder import Call
@@ -34,6 +35,8 @@ class _Request:
     table: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """All so far, where sampling looks back."""
+    chosen: int = 0
+    """The latest token that was."""
     constraint: Constraint | None = None
     hidden_sum_D: Tensor | None = None
     """Over its tokens so far, where it is to be embedded."""
@@ -44,6 +47,7 @@ class Runner:
 
     def __init__(self, decoder: Decoder, attention: PagedAttention, mesh: Mesh, grammars: Grammars) -> None:
         self._decoder, self._attention, self._mesh, self._grammars = decoder, attention, mesh, grammars
+        self._stage = Stage(decoder, attention, mesh.tp)
         self._requests: dict[int, _Request] = {}
         self._sent: Call | None = None
         parameter = next(decoder.parameters())
@@ -60,7 +64,7 @@ class Runner:
             for segment, request in zip(batch.segments, requests, strict=True)
         ]
         positions_T = self._attention.begin(spans)
-        hidden_TD = self._decoder(self._input(batch, len(positions_T)), positions_T, self._attention)
+        hidden_TD = self._stage(self._input(batch.segments, requests, len(positions_T)), positions_T)
         if self._decoder.model.norm is None:
             self._hand_on(hidden_TD)
             return None
@@ -81,9 +85,14 @@ class Runner:
             request.constraint.hear(segment.tokens[max(0, request.begins.prompt - segment.start) :])
         return request
 
-    def _input(self, batch: StepBatch, tokens: int) -> Tensor:
+    def _input(self, segments: list[Segment], requests: list[_Request], tokens: int) -> Tensor:
         if self._decoder.first:
-            return torch.tensor([t for s in batch.segments for t in s.tokens], device=self._device)
+            given = [
+                request.chosen if token == NEXT else token
+                for segment, request in zip(segments, requests, strict=True)
+                for token in segment.tokens
+            ]
+            return torch.tensor(given, device=self._device)
         axis = self._mesh.down
         assert axis is not None
         hidden_TD = torch.empty(tokens, self._decoder.spec.hidden, dtype=self._dtype, device=self._device)
@@ -123,7 +132,9 @@ class Runner:
             chosen = iter(sampler.choose(self._logits(hidden_TD[torch.tensor(asked, device=self._device)]), rows))
             for segment, request in zip(segments, requests, strict=True):
                 if segment.last and segment.samples:
-                    _accept(segment, [next(chosen) for _ in range(segment.guesses + 1)], outcomes[segment.request])
+                    outcome = outcomes[segment.request]
+                    _accept(segment, [next(chosen) for _ in range(segment.guesses + 1)], outcome)
+                    request.chosen = outcome.tokens[-1] if outcome.tokens else 0
                     if request.constraint is not None and request.constraint.problem:
                         outcomes[segment.request] = Outcome(
                             segment.request, problem=f"grammar: {request.constraint.problem}"

@@ -187,7 +187,7 @@ class Driver:
     # --- steps ---
 
     def _go_on(self, replica: Replica) -> None:
-        """Keep as many steps in flight as the replica has stages."""
+        """Keep as many steps in flight as the scheduler lets."""
         assert replica.scheduler is not None
         while (batch := replica.scheduler.schedule()) is not None:
             message = messages.pack(batch)
@@ -264,6 +264,7 @@ class Driver:
             replica.scheduler = Scheduler(
                 blocks, stages=self.layout.pp, most_running=settings.most_running,
                 step_tokens=settings.step_tokens, reuse=settings.reuse, guesses=settings.guesses,
+                ahead=self.layout.pp == 1 and not settings.guesses,
             )  # fmt: skip
             for rank in replica.ranks:
                 self._ranks[rank].writer.write(messages.pack(messages.Begin(blocks)))

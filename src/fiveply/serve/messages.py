@@ -15,6 +15,8 @@ import msgspec
 
 BLOCK = 16
 """Tokens in one block of the cache."""
+NEXT = -1
+"""In a segment's tokens: the one that the request's segment before will have chosen."""
 LARGEST = 1 << 28
 """Bytes of a message; more is a broken peer."""
 

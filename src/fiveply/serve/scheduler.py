@@ -4,6 +4,8 @@ Notable:
 - One number a request and step, how many tokens it brings, is prefill, prefill in chunks and decoding at once.
 - Cohorts keep a pipeline full: up to `stages` steps are in flight, none with more than its share of the running requests,
   ceil(running / stages). One batch of all requests, as is usual, leaves all stages but one idle.
+- On one stage (`ahead`), the next step is on its way while one runs: a request that is decoded takes the token that the running
+  step will choose, NEXT, unseen. What it did beyond an end is dropped.
 - Whoever has waited longest for a step goes first, so nobody starves.
 - A request that needs a block when none is left takes those of the youngest. That one starts again later, from what the cache
   still knows of it, and says the same: random numbers depend on seed and position alone. The oldest always goes on, so all end.
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field
 
 from fiveply.serve.kv_blocks import BlockPool, extend_digests
 from fiveply.serve.lookup import Lookup
-from fiveply.serve.messages import BLOCK, Beginning, Outcome, Sampling, Segment, StepBatch, StepResult
+from fiveply.serve.messages import BLOCK, NEXT, Beginning, Outcome, Sampling, Segment, StepBatch, StepResult
 
 
 @dataclass(eq=False)
@@ -43,7 +45,8 @@ class Request:
     told: int = field(default=0, init=False)
     """Blocks that the ranks know of."""
     last_step: int = field(default=-1, init=False)
-    in_flight: bool = field(default=False, init=False)
+    in_flight: int = field(default=0, init=False)
+    """Steps on their way that it has a part in."""
     known: int = field(default=0, init=False)
     """Full blocks that the pool has been told of."""
     lookup: Lookup = field(default_factory=Lookup, init=False)
@@ -62,12 +65,18 @@ class Request:
     def left(self) -> int:
         return len(self.tokens) - self.computed
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a step that is on its way chooses a token, and another one is wanted that depends on no more than it."""
+        more = len(self.tokens) + 1 - self.prompt < self.max_tokens
+        return self.in_flight == 1 and self.left == 0 and more and not (self.gone or self.sampling.looks_back)
+
     def by_age(self) -> int:
         return self.id
 
     def forget(self) -> None:
         """Nothing of it is cached any more, and nothing is on its way."""
-        self.computed, self.told, self.known, self.blocks, self.in_flight, self.last_step = 0, 0, 0, [], False, -1
+        self.computed, self.told, self.known, self.blocks, self.in_flight, self.last_step = 0, 0, 0, [], 0, -1
 
 
 def blocks_for(tokens: int) -> int:
@@ -79,10 +88,11 @@ class Scheduler:
 
     def __init__(
         self, blocks: int, *, stages: int = 1, most_running: int = 64, step_tokens: int = 512, reuse: bool = True,
-        guesses: int = 0,
+        guesses: int = 0, ahead: bool = False,
     ) -> None:  # fmt: skip
+        assert not (ahead and (guesses or stages > 1))
         self.pool = BlockPool(blocks, reuse=reuse)
-        self.stages, self.most_running, self.guesses = stages, most_running, guesses
+        self.stages, self.most_running, self.guesses, self.ahead = stages, most_running, guesses, ahead
         self.step_tokens = max(step_tokens, most_running + 1)  # all may decode, and a prompt still goes on
         self.waiting: list[Request] = []  # oldest first
         self.running: dict[int, Request] = {}
@@ -120,23 +130,29 @@ class Scheduler:
 
     def schedule(self) -> StepBatch | None:
         """The next step, which must be sent; None where nothing can go on before another returns."""
-        if len(self._in_flight) >= self.stages:
+        if len(self._in_flight) >= self.stages + self.ahead:
             return None
         self._admit()
         share = -(-len(self.running) // self.stages)
-        ready = sorted((r for r in self.running.values() if not r.in_flight), key=lambda r: (r.last_step, r.id))
-        decoding = {request.id for request in ready[:share] if request.left == 1}  # each has its token kept for it
-        room, segments = self.step_tokens, list[Segment]()
+        ready = [r for r in self.running.values() if not r.in_flight or (self.ahead and r.goes_on)]
+        ready.sort(key=lambda r: (r.last_step, r.id))
+        decoding = {request.id for request in ready[:share] if request.left <= 1}  # each has its token kept for it
+        room, segments, short = self.step_tokens, list[Segment](), False
         for request in ready:
             if len(segments) == share:
                 break
             decoding.discard(request.id)
-            count = min(request.left, room - len(decoding))
-            # Not if an older one has just taken its blocks; and one that gets no block must not keep others from going on.
-            if request.id in self.running and count > 0 and self._make_room(request, request.computed + count):
-                guesses = self._guess(request, room - count - len(decoding)) if count == request.left else []
-                room -= count + len(guesses)
-                segments.append(self._segment(request, count, guesses))
+            count = min(max(1, request.left), room - len(decoding))
+            # Not if an older one has just taken its blocks; and one that gets no block must not keep others from going on,
+            # but for those in flight: they have to land for it to take theirs.
+            if request.id not in self.running or count <= 0 or (short and request.in_flight):
+                continue
+            if not self._make_room(request, request.computed + count):
+                short = True
+                continue
+            guesses = self._guess(request, room - count - len(decoding)) if count == request.left else []
+            room -= count + len(guesses)
+            segments.append(self._segment(request, count, guesses))
         if not segments:
             return None
         batch = StepBatch(self._step, segments, self._released)
@@ -153,9 +169,10 @@ class Scheduler:
         given: list[tuple[Request, Outcome]] = []
         for segment in batch.segments:
             request = self.running[segment.request]
-            request.in_flight = False
+            request.in_flight -= 1
             if request.gone:
-                self._leave(request)
+                if not request.in_flight:
+                    self._leave(request)
             elif outcome := outcomes.get(request.id):
                 if outcome.tokens:
                     right = len(outcome.tokens) - 1
@@ -196,6 +213,8 @@ class Scheduler:
             if more is not None:
                 request.blocks += more
                 continue
+            if request.in_flight:
+                return False  # it can wait
             younger = [r for r in self.running.values() if r.id > request.id and not r.in_flight]
             if not younger:
                 return False
@@ -232,21 +251,18 @@ class Scheduler:
         if request.told == 0:
             cached = request.tokens[:start] if request.sampling.looks_back else []
             begins = Beginning(request.sampling, request.prompt, cached, request.scores, request.embeds)
+        tokens = [NEXT] if request.in_flight else request.tokens[start:end] + guesses
         segment = Segment(
-            request.id, start, request.tokens[start:end] + guesses, request.blocks[request.told :],
-            end == len(request.tokens), request.max_tokens > 0, begins,
+            request.id, start, tokens, request.blocks[request.told :], end >= len(request.tokens), request.max_tokens > 0, begins,
             request.tokens[end] if request.scores and end < request.prompt else -1, len(guesses),
         )  # fmt: skip
-        request.computed, request.in_flight, request.last_step, request.told = (
-            end,
-            True,
-            self._step,
-            len(request.blocks),
-        )
+        request.computed, request.last_step, request.told = end, self._step, len(request.blocks)
+        request.in_flight += 1
         if self.pool.reuse:
             # Known from now on: ranks work off steps in order, so this one writes the block before another reads it.
             extend_digests(request.digests, request.tokens)
-            for index in range(request.known, end // BLOCK):
+            known = min(end, len(request.tokens)) // BLOCK
+            for index in range(request.known, known):
                 self.pool.know(request.blocks[index], request.digests[index])
-            request.known = end // BLOCK
+            request.known = max(request.known, known)
         return segment

@@ -6,12 +6,12 @@
 // fixed positions, so it gives the same bits however its tokens are cut into chunks and whatever else is in the step.
 // The softmax is the streaming one of Milakov and Gimelshein 2018.
 
-#include <algorithm>
+#pragma once
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
+
+#include "products.hpp"
 
 namespace {
 
@@ -27,30 +27,12 @@ template <> struct Vector<double> { typedef double type __attribute__((vector_si
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
 
-struct bfloat16 { uint16_t bits; };
-
 inline Vector<float>::type load(const float* x) { return *reinterpret_cast<const Vector<float>::type*>(x); }
 inline Vector<double>::type load(const double* x) { return *reinterpret_cast<const Vector<double>::type*>(x); }
 inline Vector<float>::type load(const bfloat16* x) {
   Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16;
   return reinterpret_cast<Vector<float>::type&>(wide);
 }
-inline float number(float x) { return x; }
-inline double number(double x) { return x; }
-inline float number(bfloat16 x) {
-  uint32_t word = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &word, 4);
-  return y;
-}
-inline void store(float* to, float x) { *to = x; }
-inline void store(double* to, double x) { *to = x; }
-inline void store(bfloat16* to, float x) {  // to the nearest, ties to even
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  to->bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
-
 // exp(x) for x <= 0: 2^n times a polynomial in the rest (Cephes' coefficients); 0 below -87.
 inline Vector<float>::type exponential(Vector<float>::type x) {
   typedef int32_t Integers __attribute__((vector_size(64)));
@@ -78,14 +60,13 @@ inline Vector<double>::type exponential(Vector<double>::type x) {
 struct Shape {
   int64_t heads, kv_heads, head_dim, padded, window;
   int64_t q_stride, k_stride, v_stride;  // numbers from token to token
-  int64_t table_stride;
 };
 
 // Tokens [first, first + count) of one sequence, at positions from `position` on; `row` of the tables is its own.
 struct Tile { int64_t first, count, position, row; };
 
-template <class T, class A>
-void attend(const Shape& s, const Tile& tile, int64_t kv_head, const T* q, T* out, const T* keys, const T* values,
+template <class Q, class T, class A>
+void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* out, const T* keys, const T* values,
             const int32_t* table, double scale, std::vector<A>& scratch) {
   typedef typename Vector<A>::type V;
   const int64_t group = s.heads / s.kv_heads, rows = tile.count * group, d = s.head_dim, padded = s.padded;
@@ -93,7 +74,7 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const T* q, T* ou
   scratch.resize(rows * (d + padded + 2) + KEYS);
   A *query = scratch.data(), *sums = query + rows * d, *most = sums + rows * padded, *total = most + rows, *p = total + rows;
   for (int64_t m = 0; m < rows; m++) {
-    const T* from = q + (tile.first + m / group) * s.q_stride + (kv_head * group + m % group) * d;
+    const Q* from = q + (tile.first + m / group) * s.q_stride + (kv_head * group + m % group) * d;
     for (int64_t i = 0; i < d; i++) query[m * d + i] = number(from[i]) * A(scale);
     for (int64_t i = 0; i < padded; i++) sums[m * padded + i] = 0;
     most[m] = -std::numeric_limits<A>::infinity();
@@ -152,50 +133,60 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const T* q, T* ou
     }
   }
   for (int64_t m = 0; m < rows; m++) {
-    T* to = out + ((tile.first + m / group) * s.heads + kv_head * group + m % group) * d;
+    Q* to = out + ((tile.first + m / group) * s.heads + kv_head * group + m % group) * d;
     for (int64_t i = 0; i < d; i++) store(to + i, sums[m * padded + i] / total[m]);
   }
 }
 
-template <class T, class A>
-void run(const Shape* shape, const T* q, const T* k, const T* v, T* out, T* keys, T* values, const int64_t* slots,
-         int64_t tokens, const int32_t* tables, const Tile* tiles, int64_t tile_count, double scale) {
-  const Shape& s = *shape;
-  const int64_t d = s.head_dim;
-  int64_t products = 0;  // waking the other threads costs more than a little work
-  for (int64_t t = 0; t < tile_count; t++) {
-    const int64_t keys_each = tiles[t].position + tiles[t].count;
-    products += tiles[t].count * s.heads * d * (s.window ? std::min(keys_each, s.window) : keys_each);
+// The tokens of a step, and where their sequences lie in the cache.
+struct Step {
+  int64_t tokens, table_stride, tile_count;
+  const int64_t* slots;
+  const int32_t* tables;
+  const Tile* tiles;
+};
+
+inline int64_t work_of(const Shape& s, const Step& step) {  // products of all tiles
+  int64_t products = 0;
+  for (int64_t t = 0; t < step.tile_count; t++) {
+    const Tile& tile = step.tiles[t];
+    const int64_t keys_each = tile.position + tile.count;
+    products += tile.count * s.heads * s.head_dim * (s.window ? std::min(keys_each, s.window) : keys_each);
   }
-#pragma omp parallel if (products > ALONE)
-  {
-    std::vector<A> scratch;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; t++)
-      for (int64_t h = 0; h < s.kv_heads; h++) {
-        const int64_t block = slots[t] / BLOCK * s.kv_heads + h, at = slots[t] % BLOCK;
-        const T *from_k = k + t * s.k_stride + h * d, *from_v = v + t * s.v_stride + h * d;
-        for (int64_t i = 0; i < d; i++) keys[(block * d + i) * BLOCK + at] = from_k[i];
-        T* to = values + (block * BLOCK + at) * s.padded;
-        for (int64_t i = 0; i < d; i++) to[i] = from_v[i];
-        for (int64_t i = d; i < s.padded; i++) to[i] = T{};
-      }
+  return products;
+}
+
+template <class Q, class T>
+void keep(const Shape& s, int64_t slot, int64_t kv_head, const Q* k, const Q* v, T* keys, T* values) {
+  const int64_t block = slot / BLOCK * s.kv_heads + kv_head, at = slot % BLOCK, d = s.head_dim;
+  for (int64_t i = 0; i < d; i++) store(keys + (block * d + i) * BLOCK + at, number(k[i]));
+  T* to = values + (block * BLOCK + at) * s.padded;
+  for (int64_t i = 0; i < d; i++) store(to + i, number(v[i]));
+  for (int64_t i = d; i < s.padded; i++) to[i] = T{};
+}
+
+// On each thread of a team: its part of the tiles.
+template <class Q, class T, class A>
+void attend_all(const Shape& s, const Step& step, const Q* q, Q* out, const T* keys, const T* values) {
+  std::vector<A> scratch;
+  const double scale = 1 / std::sqrt(double(s.head_dim));
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < tile_count * s.kv_heads; item++) {
-      const Tile& tile = tiles[item / s.kv_heads];
-      attend<T, A>(s, tile, item % s.kv_heads, q, out, keys, values, tables + tile.row * s.table_stride, scale, scratch);
-    }
+  for (int64_t item = 0; item < step.tile_count * s.kv_heads; item++) {
+    const Tile& tile = step.tiles[item / s.kv_heads];
+    attend<Q, T, A>(s, tile, item % s.kv_heads, q, out, keys, values, step.tables + tile.row * step.table_stride, scale, scratch);
+  }
+}
+
+template <class T, class A>
+void run(const Shape& s, const Step& step, const T* q, const T* k, const T* v, T* out, T* keys, T* values) {
+#pragma omp parallel if (work_of(s, step) > ALONE)  // waking the other threads costs more than a little work
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < step.tokens; t++)
+      for (int64_t h = 0; h < s.kv_heads; h++)
+        keep(s, step.slots[t], h, k + t * s.k_stride + h * s.head_dim, v + t * s.v_stride + h * s.head_dim, keys, values);
+    attend_all<T, T, A>(s, step, q, out, keys, values);
   }
 }
 
 }  // namespace
-
-#define EXPORT(NAME, T, A)                                                                                              \
-  extern "C" void NAME(const Shape* shape, const T* q, const T* k, const T* v, T* out, T* keys, T* values,              \
-                       const int64_t* slots, int64_t tokens, const int32_t* tables, const Tile* tiles, int64_t count,   \
-                       double scale) {                                                                                  \
-    run<T, A>(shape, q, k, v, out, keys, values, slots, tokens, tables, tiles, count, scale);                           \
-  }
-EXPORT(attend_float32, float, float)
-EXPORT(attend_float64, double, double)
-EXPORT(attend_bfloat16, bfloat16, float)

@@ -1,0 +1,114 @@
+// The blocks of a Llama-like decoder on a CPU: root-mean-square norm, attention over the paged cache, gated MLP with SiLU.
+//
+// A block is two parts, each a norm, products and what lies between them; what a part gives is added to the residual stream by
+// the part after it, so that ranks which share a block can sum in between. All threads go through the parts together. Within
+// a part numbers are float32 whatever the type of weights, cache and residual stream.
+
+#pragma once
+#include "paged_attention.hpp"
+
+namespace {
+
+struct Model { int64_t hidden, heads, kv_heads, head_dim, padded, ffn; double eps; };  // this rank's heads and MLP columns
+
+struct Block {  // packed matrices; null where the model has no such thing
+  const void *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *mlp_norm, *gate_up, *down;
+  void *keys, *values;
+  int64_t window;
+};
+
+template <class X, class T>
+void normed(const X* x, const T* weight, float* out, int64_t size, double eps) {  // `out` may be `x`
+  Vector<float>::type squares[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * PANEL <= size; i += 4 * PANEL)
+    for (int c = 0; c < 4; c++) squares[c] += load(x + i + c * PANEL) * load(x + i + c * PANEL);
+  const Vector<float>::type all = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  float sum = 0;
+  for (int c = 0; c < PANEL; c++) sum += all[c];
+  for (; i < size; i++) sum += number(x[i]) * number(x[i]);
+  const float scale = 1 / std::sqrt(sum / float(size) + float(eps));
+  for (i = 0; i < size; i++) out[i] = number(x[i]) * scale * number(weight[i]);
+}
+
+// The pairs (column i, column i + head_dim / 2) of one head; `cos` and `sin` of its token.
+inline void rotated(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+template <class T>
+void add_and_norm(const Model& m, T* x, const T* added, const T* weight, float* out, int64_t tokens) {
+#pragma omp for schedule(static)
+  for (int64_t t = 0; t < tokens; t++) {
+    T* row = x + t * m.hidden;
+    if (added)
+      for (int64_t i = 0; i < m.hidden; i++) store(row + i, number(row[i]) + number(added[t * m.hidden + i]));
+    normed(row, weight, out + t * m.hidden, m.hidden, m.eps);
+  }
+}
+
+template <class T>
+void attention_part(const Model& m, const Block& b, const Step& step, const float* cos, const float* sin, T* x,
+                    const T* added, T* out, float* scratch) {
+  const int64_t tokens = step.tokens, d = m.head_dim, own = (m.heads + 2 * m.kv_heads) * d;
+  const Shape shape{m.heads, m.kv_heads, d, m.padded, b.window, own, own, own};
+  float *h = scratch, *qkv = h + tokens * m.hidden, *mixed = qkv + tokens * own;
+  add_and_norm(m, x, added, static_cast<const T*>(b.attention_norm), h, tokens);
+  product(h, static_cast<const T*>(b.qkv), qkv, tokens, m.hidden, own, m.hidden);
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < tokens * (m.heads + m.kv_heads); item++) {
+    const int64_t t = item / (m.heads + m.kv_heads), head = item % (m.heads + m.kv_heads);
+    const bool key = head >= m.heads;
+    float *y = qkv + t * own + head * d, *v = y + m.kv_heads * d;
+    if (b.qkv_bias) {
+      const T* bias = static_cast<const T*>(b.qkv_bias) + head * d;
+      for (int64_t i = 0; i < d; i++) y[i] += number(bias[i]);
+      for (int64_t i = 0; key && i < d; i++) v[i] += number(bias[m.kv_heads * d + i]);
+    }
+    if (b.q_norm) normed(y, static_cast<const T*>(key ? b.k_norm : b.q_norm), y, d, m.eps);
+    rotated(y, cos + t * (d / 2), sin + t * (d / 2), d / 2);
+    if (key) keep(shape, step.slots[t], head - m.heads, y, v, static_cast<T*>(b.keys), static_cast<T*>(b.values));
+  }
+  attend_all<float, T, float>(shape, step, qkv, mixed, static_cast<const T*>(b.keys), static_cast<const T*>(b.values));
+  product(mixed, static_cast<const T*>(b.o), out, tokens, m.heads * d, m.hidden, m.heads * d);
+}
+
+template <class T>
+void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* added, T* out, float* scratch) {
+  const int64_t tokens = step.tokens;
+  float *h = scratch, *both = h + tokens * m.hidden;
+  add_and_norm(m, x, added, static_cast<const T*>(b.mlp_norm), h, tokens);
+  product(h, static_cast<const T*>(b.gate_up), both, tokens, m.hidden, 2 * m.ffn, m.hidden);
+  const int64_t pieces = (m.ffn + PANEL - 1) / PANEL;
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < tokens * pieces; item++) {
+    const int64_t first = item % pieces * PANEL;
+    float* gate = both + item / pieces * 2 * m.ffn + first;
+    const Vector<float>::type g = load(gate), zero = {}, e = exponential(g > 0 ? -g : g);
+    const Vector<float>::type y = g * (g > 0 ? zero + 1 : e) / (1 + e) * load(gate + m.ffn);
+    for (int64_t c = 0; c < std::min<int64_t>(PANEL, m.ffn - first); c++) gate[c] = y[c];
+  }
+  product(both, static_cast<const T*>(b.down), out, tokens, m.ffn, m.hidden, 2 * m.ffn);
+}
+
+// Parts [first, end) of the blocks, an even one a block's attention, an odd one its MLP. `x`: the residual stream. `out`: what
+// the part before gave, unless `first` is the very first one, and then what the last part gives. `scratch` is read up to a vector beyond its end.
+template <class T>
+void parts(const Model& m, const Block* blocks, int64_t first, int64_t end, const Step& step, const float* cos,
+           const float* sin, T* x, T* out, float* scratch) {
+  const int64_t layer = m.hidden * ((m.heads + m.kv_heads) * 2 * m.head_dim + 3 * m.ffn);
+#pragma omp parallel if (step.tokens * layer > (1 << 18))
+  for (int64_t part = first; part < end; part++) {
+    const T* added = part ? out : nullptr;
+    if (part % 2)
+      mlp_part(m, blocks[part / 2], step, x, added, out, scratch);
+    else
+      attention_part(m, blocks[part / 2], step, cos, sin, x, added, out, scratch);
+  }
+}
+
+}  // namespace

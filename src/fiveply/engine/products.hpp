@@ -1,0 +1,132 @@
+// y = x W^T on a CPU, with W packed once: panels of 16 rows of W, so that a vector holds one column of a panel.
+//
+// Libraries pack W at each call, which takes longer than the product where x has few rows, or keep a copy made for many rows.
+// Here a number of x is multiplied with a vector of W, sums stay in registers and are never added across a vector. A number of
+// y is formed in order of the columns whatever the number of rows, so a row's bits do not depend on its company. bfloat16
+// numbers of W are widened on their way: half the bytes to read, and sums in float32 (the processor's own product of pairs
+// is slower than that where it has no tiles).
+
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace {
+
+constexpr int PANEL = 16;  // rows of W in a panel, numbers in a vector
+#ifdef __AVX512F__
+constexpr int MOST = 8, REGISTERS = 16;  // rows of x that are multiplied together, and vectors of sums in registers
+#else
+constexpr int MOST = 6, REGISTERS = 6;  // of half or a quarter of the length each
+#endif
+constexpr int BUSY = 4;  // passes over panels that take longer than reading the next ones
+
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
+
+struct bfloat16 { uint16_t bits; };
+
+inline float number(float x) { return x; }
+inline double number(double x) { return x; }
+inline float number(bfloat16 x) {
+  uint32_t word = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &word, 4);
+  return y;
+}
+inline void store(float* to, float x) { *to = x; }
+inline void store(double* to, double x) { *to = x; }
+inline void store(bfloat16* to, float x) {  // to the nearest, ties to even
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  to->bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// Columns of a panel that lie together, as float32: one, or a pair of 16-bit ones.
+template <class W> constexpr int DEEP = 1;
+template <> constexpr int DEEP<bfloat16> = 2;
+inline void columns_of(const float* w, Floats* columns) { *columns = *reinterpret_cast<const Floats*>(w); }
+inline void columns_of(const bfloat16* w, Floats* columns) {
+  const Words pairs = *reinterpret_cast<const Words*>(w), even = pairs << 16, odd = pairs & 0xffff0000u;
+  columns[0] = reinterpret_cast<const Floats&>(even), columns[1] = reinterpret_cast<const Floats&>(odd);
+}
+
+// `next`: read after this, a part of it by each of `passes` tiles; asked for meanwhile.
+template <class W, class Y, int C, int P>
+inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stride, int64_t y_stride, int64_t left,
+                 const W* next, int64_t passes) {
+  constexpr int D = DEEP<W>;
+  Floats sums[C][P] = {};
+  const int64_t step = passes > BUSY ? 0 : D * PANEL / passes;
+  for (int64_t i = 0; i < inner; i += D) {
+    Floats columns[P][D];
+    for (int p = 0; p < P; p++) {
+      columns_of(w + (p * inner + i) * PANEL, columns[p]);
+      if (step) __builtin_prefetch(next + p * inner * PANEL, 0, 2);
+    }
+    next += step;
+    for (int c = 0; c < C; c++)
+      for (int d = 0; d < D; d++) {
+        const float same = x[c * x_stride + i + d];
+        for (int p = 0; p < P; p++) sums[c][p] += columns[p][d] * same;
+      }
+  }
+  for (int c = 0; c < C; c++)
+    for (int p = 0; p < P; p++) {
+      Y* to = y + c * y_stride + p * PANEL;
+      if (left - p * PANEL >= PANEL)
+        for (int r = 0; r < PANEL; r++) store(to + r, sums[c][p][r]);
+      else
+        for (int64_t r = 0; r < left - p * PANEL; r++) store(to + r, sums[c][p][r]);
+    }
+}
+
+// C rows of x with the panels [first, end), on one of several passes over them.
+template <class W, class Y, int C>
+void rows_of_x(const W* w, const float* x, Y* y, int64_t inner, int64_t outer, int64_t x_stride, int64_t first, int64_t end,
+               int64_t pass, int64_t passes) {
+  constexpr int P = 4 * C <= REGISTERS ? 4 : 2 * C <= REGISTERS ? 2 : 1;
+  const auto multiplied = [&](auto tile_of, int64_t p) {
+    const int64_t after = (end + p - first) * inner + pass * inner / passes;
+    tile_of(w + p * PANEL * inner, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, w + after * PANEL, passes);
+  };
+  int64_t p = first;
+  for (; p + P <= end; p += P) multiplied(tile<W, Y, C, P>, p);
+  for (; p < end; p++) multiplied(tile<W, Y, C, 1>, p);
+}
+
+template <class W, class Y, int... C, class... A>
+void by_rows(std::integer_sequence<int, C...>, int64_t rows, A... a) {
+  ((rows == C + 1 ? rows_of_x<W, Y, C + 1>(a...) : void()), ...);
+}
+
+// On each thread of a team: its part of the panels, for all rows of x. `inner`: a multiple of DEEP.
+template <class W, class Y>
+void product(const float* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t outer, int64_t x_stride) {
+  const int64_t panels = (outer + PANEL - 1) / PANEL, together = rows > MOST / 2 ? 2 : 4;  // that stay in cache meanwhile
+  const int64_t passes = (rows + MOST - 1) / MOST;
+#pragma omp for schedule(static)
+  for (int64_t first = 0; first < panels; first += together)
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t m = pass * MOST;
+      by_rows<W, Y>(std::make_integer_sequence<int, MOST>(), std::min<int64_t>(MOST, rows - m), w, x + m * x_stride,
+                    y + m * outer, inner, outer, x_stride, first, std::min(panels, first + together), pass, passes);
+    }
+}
+
+// (outer, inner) by rows to panels; `inner` even where columns go in pairs.
+template <class T>
+void pack(const T* from, T* to, int64_t inner, int64_t outer) {
+  constexpr int D = DEEP<T>;
+  const int64_t panels = (outer + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < panels; p++)
+    for (int64_t i = 0; i < inner; i++)
+      for (int64_t r = 0; r < PANEL; r++) {
+        const int64_t row = p * PANEL + r;
+        to[(p * inner + i / D * D) * PANEL + r * D + i % D] = row < outer ? from[row * inner + i] : T{};
+      }
+}
+
+}  // namespace

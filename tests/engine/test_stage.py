@@ -1,0 +1,79 @@
+"""The compiled blocks against the decoder: hidden states of prompts, chunks and decoding, mixed; and tokens of split models."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
+
+from fiveply import service
+from fiveply.engine import kernels, weights
+from fiveply.engine.paged_attention import PagedAttention, Span
+from fiveply.engine.stage import Stage
+from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.generation import Generation
+from fiveply.serve.messages import Sampling
+from fiveply.spec.layout import Layout
+from fiveply.spec.legality import resolve_for_inference
+
+CPU = torch.device("cpu")
+STEPS = ([(0, 37), (0, 3)], [(37, 1), (3, 20), (0, 16)], [(38, 1), (23, 1), (16, 1)])
+"""(start, count) of each sequence in each step."""
+
+needs_kernels = pytest.mark.skipif(isinstance(kernels.library(), str), reason=str(kernels.library()))
+
+
+def hidden_states(path: str, dtype: torch.dtype, compiled: bool) -> list[torch.Tensor]:
+    source = weights.open_source(Path(path))
+    layout = resolve_for_inference(Layout(), source.spec)
+    mesh: Any = SimpleNamespace(layout=layout, at=SimpleNamespace(tp=0, pp=0), tp=None)
+    decoder = weights.load(source, mesh, dtype, CPU)
+    spec, layers = source.spec, [int(name) for name in decoder.model.layers]
+    attention = PagedAttention(layers, spec.heads, spec.kv_heads, spec.head_dim, 12, dtype, CPU)
+    stage = Stage(decoder, attention, None)
+    assert stage.compiled == (spec.norm == "rms")
+    tables, told = [[9, 2, 4], [0, 1], [7, 3]], []
+    generator = torch.Generator().manual_seed(1)
+    for step in STEPS:
+        spans = [Span(start, count, table) for (start, count), table in zip(step, tables, strict=False)]
+        positions = attention.begin(spans)
+        tokens = torch.randint(3, spec.vocabulary, positions.shape, generator=generator)
+        with torch.inference_mode():
+            told.append(stage(tokens, positions) if compiled else decoder(tokens, positions, attention))
+    return told
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm", "gpt2"])
+def test_compiled_blocks_compute_what_the_decoder_does(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    if kernels.function("parts", dtype, CPU) is None:
+        pytest.skip(f"no compiled blocks in {dtype} on this processor")
+    # 16-bit columns go in pairs.
+    save_random(family, tmp_path / "hf", **({"intermediate_size": 132} if dtype == torch.bfloat16 else {}))
+    ours, theirs = (hidden_states(str(tmp_path / "hf"), dtype, compiled) for compiled in (True, False))
+    for a, b in zip(ours, theirs, strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("family", "layout"), [("llama", "tp=3,pp=2"), ("qwen2", "tp=2"), ("qwen3", "pp=2")])
+def test_a_split_model_answers_as_transformers(family: str, layout: str, tmp_path: Path) -> None:
+    model = save_random(family, tmp_path / "hf")
+    prompts = ragged(model.config.vocab_size)
+
+    async def work(driver: Driver) -> list[list[int]]:
+        async def tokens(generation: Generation) -> list[int]:
+            return [token async for piece in generation.pieces() for token in piece.tokens]
+
+        return await asyncio.gather(*(tokens(driver.submit(list(prompt), 10, Sampling())) for prompt in prompts))
+
+    served = service.Served.load(model.name_or_path, layout, "float32")
+    for prompt, told in zip(prompts, service.run(served, Settings(step_tokens=33), work), strict=True):
+        assert same_where_clear(told, greedy_by_transformers(model, prompt, 10), prompt, model)
