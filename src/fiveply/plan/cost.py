@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -273,26 +273,23 @@ def part_seconds(
     strides: Mapping[str, int],
 ) -> PartSeconds:
     """One micro-batch of a part. `strides`: ranks between neighbours on each axis."""
-    return exchanged(computed(work, machine, software, precision), collectives, machine, software, strides)
+    calls = [(one, collective_seconds(one, machine, strides[one.axis])) for one in collectives]
+    return exchanged(computed(work, machine, software, precision), calls, machine, software)
 
 
 def exchanged(
-    part: Computed,
-    collectives: Sequence[Collective],
-    machine: Machine,
-    software: Software,
-    strides: Mapping[str, int],
+    part: Computed, calls: Iterable[tuple[Collective, float]], machine: Machine, software: Software
 ) -> PartSeconds:
-    """A part's computation with its collectives.
+    """A part's computation with its collectives, and the seconds of one call of each.
 
     What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
     share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
     """
     computing, phases, terms = part.phases, dict(part.phases), defaultdict(float, part.terms)
-    for collective in collectives:
+    for collective, once in calls:
         if collective.phase not in phases:
             continue
-        seconds = collective.count * collective_seconds(collective, machine, strides[collective.axis])
+        seconds = collective.count * once
         share = overlap(collective.axis, collective.operation, software)
         beside = computing["weight" if collective.hides == "weight" else collective.phase]
         seconds = exposed(seconds, beside, share, software.contention)

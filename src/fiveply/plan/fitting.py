@@ -72,6 +72,7 @@ class Fitting:
         self._bytes: dict[Hashable, NDArray[np.float64]] = {}
         self._states: dict[Hashable, NDArray[np.float64]] = {}
         self._divided: dict[Hashable, Divided] = {}
+        self._shards: dict[Hashable, NDArray[np.int64]] = {}
         self._of_splits: NDArray[np.float64] | None = None
         self._degrees: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
@@ -133,16 +134,13 @@ class Fitting:
         state, each = self.state(layout, kinds), self._part_bytes(layout) * layout.micro_batch
         layer = self._kind_times * self._kind_layer
         kept, held = layer @ each[:, 0] / self._layers, (state @ (self._times * self._layer) / self._layers)[:, None]
-        room = self.capacity - each[self._kind_layer, 1].min()
+        left = np.full((2, len(kinds), layout.pp), self.capacity - each[self._kind_layer, 1].min())
+        left[:, :, 0] -= state[:, self._place["embed"]]
+        left[(0, 1), :, (-1, 0)] -= state[:, self._place[self._head]]  # a V ends on its first rank
         micro_batches = self.job.global_batch // layout.dp // layout.micro_batch
-        takes = np.zeros((len(orders), len(kinds), layout.pp))
-        for index, (name, vp) in enumerate(orders):
-            chunks = msgspec.structs.replace(layout, schedule=name, vp=vp).chunks
-            left = np.full((len(kinds), layout.pp), room)
-            left[:, 0] -= state[:, self._place["embed"]]
-            left[:, 0 if name == "zbv" else -1] -= state[:, self._place[self._head]]
-            instances = alive(name, layout.pp, chunks, micro_batches) * chunks
-            takes[index] = _most_layers(left, held, kept, instances, chunks)
+        chunks, instances = _instances(tuple(orders), layout.pp, micro_batches)
+        folded = np.array([int(name == "zbv") for name, _ in orders])
+        takes = _most_layers(left[folded], held, kept, instances[:, None], chunks[:, None, None])
         found = _busiest(takes.reshape(-1, layout.pp), np.ones(layout.pp, np.int64), self._layers)
         found -= (found <= self._layers) * (self._layers - self.spec.layers)
         return found.reshape(len(orders), -1).T
@@ -217,17 +215,22 @@ class Fitting:
         return self._state_of(layout, kinds)[2] / self.job.software.optimizer_bytes
 
     def _state_of(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
-        each = [msgspec.structs.replace(layout, zero=zero, dp_shard=shard) for zero, shard in kinds]
-        zero = np.array([one.zero for one in each])[:, None]
+        zero, dense, experts = self.shards(layout, kinds)
         held = [units.held(self.spec, layout, unit) for unit in self.units]
         total = np.zeros((3, len(kinds), len(held)))
-        for elements, ranks in (
-            ([one.longest for one in held], units.shard_ranks),
-            ([one.experts for one in held], units.expert_shard_ranks),
-        ):
-            shards = np.array([ranks(one) for one in each])[:, None]
+        for elements, shards in (([one.longest for one in held], dense), ([one.experts for one in held], experts)):
             total += np.array(footprint.state_of(np.array(elements), shards, zero, software=self.job.software))
         return total
+
+    def shards(self, layout: Layout, kinds: list[tuple[int, int]]) -> tuple[NDArray[np.int64], ...]:
+        """By state, in a column: zero, the ranks that share one copy of what is sharded, and those that share one of experts."""
+        key = layout.dp, layout.cp, len(kinds)
+        if key not in self._shards:
+            each = [msgspec.structs.replace(layout, zero=zero, dp_shard=shard) for zero, shard in kinds]
+            self._shards[key] = np.array([(one.zero, units.shard_ranks(one)) for one in each]).T[:, :, None]
+        zero, dense = self._shards[key]
+        part = np.maximum(1, layout.expert_data * dense // units.data_ranks(layout))
+        return zero, dense, np.where(zero == 0, 1, part)
 
     def _part_bytes(self, layout: Layout) -> NDArray[np.float64]:
         """[kind of part, (kept, needed beyond that, kept for a weight gradient put off)] of one row of a micro-batch, which grow in
@@ -266,6 +269,16 @@ def _busiest(takes: NDArray[np.float64], sizes: NDArray[np.int64], layers: int) 
         enough = np.minimum(takes, middle[:, None]) @ sizes >= layers
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return high
+
+
+@lru_cache(maxsize=4096)
+def _instances(
+    orders: tuple[tuple[str, int], ...], pp: int, micro_batches: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Chunks a rank by pipeline, and [pipeline, rank] the most micro-batches of a chunk alive."""
+    chunks = np.array([Layout(pp=pp, schedule=name, vp=vp).chunks for name, vp in orders])
+    each = [alive(name, pp, count, micro_batches) * count for (name, _), count in zip(orders, chunks.tolist(), strict=True)]
+    return chunks, np.array(each)
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ import msgspec
 
 from fiveply.pipeline_schedule import Schedule, build
 from fiveply.plan import cost, footprint, traffic, workload
-from fiveply.plan.cost import Computed, PartSeconds
+from fiveply.plan.cost import Computed, PartSeconds, Wire
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
 from fiveply.plan.simulate import Ends, Simulated, StageSeconds, ends, simulate
@@ -99,6 +99,7 @@ class Predictor:
         self._parts: dict[Hashable, PartSeconds] = {}
         self._computed: dict[Hashable, Computed] = {}
         self._operations: dict[Hashable, float] = {}
+        self._wires: dict[Hashable, Wire] = {}
         self._ranks: dict[Hashable, Rank] = {}
         self._ends: dict[Layout, Ends] = {}
 
@@ -182,9 +183,9 @@ class Predictor:
             calls = traffic.part_traffic(
                 job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
             )
-            found = self._parts[key] = cost.exchanged(
-                self.computed(layout, part), calls, job.machine, job.software, self.strides(layout)
-            )
+            strides = self.strides(layout) if calls else {}
+            priced = [(one, self._seconds(one, strides[one.axis])) for one in calls]
+            found = self._parts[key] = cost.exchanged(self.computed(layout, part), priced, job.machine, job.software)
         return found
 
     def computed(self, layout: Layout, part: str) -> Computed:
@@ -316,7 +317,17 @@ class Predictor:
 
     def call(self, collective: Collective, layout: Layout) -> float:
         """Seconds of one call."""
-        return cost.collective_seconds(collective, self.job.machine, self.strides(layout)[collective.axis])
+        return self._seconds(collective, self.strides(layout)[collective.axis])
+
+    def _seconds(self, one: Collective, stride: int) -> float:
+        return self.wire(one.operation, one.size, stride, one.copies).seconds(one.bytes) if one.size > 1 else 0.0
+
+    def wire(self, operation: str, ranks: int, stride: int, copies: int = 1) -> Wire:
+        """`cost.wire` of the job's machine."""
+        key = operation, ranks, stride, copies
+        if key not in self._wires:
+            self._wires[key] = cost.wire(operation, ranks, self.job.machine, stride, copies=copies)
+        return self._wires[key]
 
     # the step
 

@@ -193,15 +193,14 @@ class Search:
             return
         first, family = self.splits.alike(*FAMILY)
         family = family[rows]
-        large = np.zeros((len(first), 2, len(Model._fields)))
-        for one in np.unique(family).tolist():
-            large[one] = self.floors.large(self.splits.layout(int(first[one])))
+        some, family = np.unique(family, return_inverse=True)
+        large = self.floors.large([self.splits.layout(int(row)) for row in first[some].tolist()])
         full = (self.splits.columns["recompute"][rows] == "full").astype(int)
         least = self._least(rows, large[family, full] * self.splits.columns["micro_batch"][rows][:, None])
         order = np.lexsort((-self.splits.columns["micro_batch"][rows], family))
         starts = np.flatnonzero(np.diff(family[order], prepend=-1))[1:]
-        for some, bounds in zip(np.split(rows[order], starts), np.split(least[order], starts), strict=True):
-            self._push(float(bounds.min()), "family", (some, bounds))
+        for members, bounds in zip(np.split(rows[order], starts), np.split(least[order], starts), strict=True):
+            self._push(float(bounds.min()), "family", (members, bounds))
 
     def _least(self, rows: NDArray[np.int64], models: NDArray[np.float64]) -> NDArray[np.float64]:
         """The least end of a step of each split, in any pipeline with any division, transfers left out; `models`: [split, field of
@@ -242,9 +241,10 @@ class Search:
         """Queue its pipelines, in each order of ranks that makes a difference."""
         layout, machine = self.splits.layout(row), self.job.machine
         orders, kinds = self._orders[layout.pp], self._kinds(layout.dp, layout.cp)
+        busiest = self.fitting.busiest(layout, orders, kinds)
         apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < machine.joined < self.world
         for order in ORDERS if apart else ORDERS[:1]:
-            least = self.floors.pipelines(layout, order, kinds, orders).tolist()
+            least = self.floors.pipelines(layout, order, kinds, orders, busiest).tolist()
             found = [Pipeline(bound, *one) for bound, one in zip(least, orders, strict=True) if bound < math.inf]
             self._queue_pipelines(layout, order, sorted(found))
 
@@ -280,14 +280,14 @@ class Search:
     def _balanced(
         self, layout: Layout, order: str, ahead: float, least: int, folded: bool, most: list[int] | None = None
     ) -> tuple[int, ...] | None:
-        weights = self.floors.weights(layout, order)
+        """Remembered by what of it counts: seconds to a thousandth of a layer's."""
         count = self._micro_batches(layout) if ahead else 1
-        key = (weights, layout.pp, count, ahead, least, folded)
-        if most is not None or key not in self._divisions:
-            found = balance(weights, layout.pp, count, ahead, least=least, folded=folded, most=most)
-            if most is not None:
-                return found
-            self._divisions[key] = found
+        if most is not None:
+            return balance(self.floors.weights(layout, order), layout.pp, count, ahead, least=least, folded=folded, most=most)
+        key = (self.floors.shape(layout, order), layout.pp, count, ahead, least, folded)
+        if key not in self._divisions:
+            weights = self.floors.weights(layout, order)
+            self._divisions[key] = balance(weights, layout.pp, count, ahead, least=least, folded=folded)
         return self._divisions[key]
 
     # 4. states

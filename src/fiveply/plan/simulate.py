@@ -67,7 +67,7 @@ class Simulated(msgspec.Struct, frozen=True):
         return len(self.busy) * self.seconds / sum(self.busy) - 1
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class _Entry(NamedTuple):
     """What the loop reads of an action. `need`, `out`: slots of arrival times; 0 arrives at once, 1 is needed by none."""
 
     action: Action
@@ -87,7 +87,8 @@ class _Program(NamedTuple):
     slots: int
 
 
-_OTHERS = (Kind.GATHER, Kind.REDUCE, Kind.FINISH)
+_CODES = {kind: code for code, kind in enumerate(COMPUTE)}
+_OTHERS = {Kind.GATHER: 0, Kind.REDUCE: 1, Kind.FINISH: 2}
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
@@ -252,6 +253,8 @@ def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program
 def _entries(schedule: Schedule) -> list[_Entry]:
     """All actions but transfers, each after what it needs. Raises ScheduleError for a deadlock."""
     stages, count = schedule.stages, schedule.micro_batches
+    home = [schedule.rank_of(stage)[0] for stage in range(stages)]
+    held = [[schedule.stage_of(rank, chunk) for chunk in range(schedule.vp)] for rank in range(schedule.pp)]
     position = [0] * schedule.pp
     made = {0, 1}
     waiting: dict[int, int] = {}
@@ -264,21 +267,21 @@ def _entries(schedule: Schedule) -> list[_Entry]:
         while at < len(actions):
             action = actions[at]
             kind, chunk, micro_batch, _ = action
-            stage = schedule.stage_of(rank, chunk) if chunk >= 0 else -1
+            stage = held[rank][chunk] if chunk >= 0 else -1
             need, out, crosses = 0, 1, False
             if kind is Kind.FORWARD:
                 need = 2 + (stage - 1) * count + micro_batch if stage else 0
                 out = 2 + stage * count + micro_batch
-                crosses = stage + 1 < stages and schedule.rank_of(stage + 1)[0] != rank
+                crosses = stage + 1 < stages and home[stage + 1] != rank
             elif kind is Kind.BACKWARD or kind is Kind.INPUT:
                 need = 2 + (stages + stage + 1) * count + micro_batch if stage + 1 < stages else 0
                 out = 2 + (stages + stage) * count + micro_batch
-                crosses = stage > 0 and schedule.rank_of(stage - 1)[0] != rank
+                crosses = stage > 0 and home[stage - 1] != rank
             if need not in made:
                 waiting[need] = rank
                 break
             at += 1
-            if kind in COMPUTE or kind in _OTHERS:
+            if kind in _CODES or kind in _OTHERS:
                 entries.append(_Entry(action, rank, stage, need, out, crosses))
             if out > 1:
                 made.add(out)
@@ -300,11 +303,9 @@ def _program(schedule: Schedule, entries: list[_Entry]) -> _Program:
     for entry in entries:
         kind, stage = entry.action.kind, entry.stage
         if kind in _OTHERS:
-            steps.append(
-                (entry.rank, -1 - stage - count * _OTHERS.index(kind) if stage >= 0 else -1 - 2 * count, 0, 1, 0)
-            )
+            steps.append((entry.rank, -1 - stage - count * _OTHERS[kind] if stage >= 0 else -1 - 2 * count, 0, 1, 0))
             continue
-        code = COMPUTE.index(kind)
+        code = _CODES[kind]
         if code == 0 and schedule.gather and stage not in gathered:
             gathered.add(stage)
             code = len(COMPUTE)  # the first forward, which waits for its parameters
