@@ -158,10 +158,13 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
     return one * operation.count
 
 
-def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> float:
+def optimizer_seconds(parameters: int, machine: Machine, software: Software, *, on_host: bool = False) -> float:
     """One optimiser step of the `parameters` that a rank holds: gradient, master copy and moments read, all but the gradient
-    written, and the parameter written; the gradients' norm reads them once more."""
+    written, and the parameter written; the gradients' norm reads them once more. `on_host`: gradients go there and parameters
+    come back first and last, and the rest runs at the host's memory, of which a device's share is about its bus (estimate)."""
     moved = 2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes
+    if on_host:
+        return parameters * (moved + software.reduce_bytes + software.parameter_bytes) / machine.host_bandwidth
     return parameters * moved / (machine.bandwidth * machine.stream)
 
 
@@ -235,6 +238,8 @@ class Computed(msgspec.Struct, frozen=True):
     kernels: dict[str, float]
     stall: float
     """Seconds of each of forward and backward that the device waits for a router's counts."""
+    kept: int
+    """Bytes that forward leaves for backward."""
 
 
 def computed(
@@ -261,7 +266,7 @@ def computed(
         terms[_term(operation)] += seconds
         kernels[phase] += operation.count * software.kernels
     routed = any(operation.module == "router" for operation in work.operations)
-    return Computed(phases, terms, kernels, software.experts_stall / 2 if routed else 0.0)
+    return Computed(phases, terms, kernels, software.experts_stall / 2 if routed else 0.0, work.kept_bytes)
 
 
 def part_seconds(
@@ -278,9 +283,10 @@ def part_seconds(
 
 
 def exchanged(
-    part: Computed, calls: Iterable[tuple[Collective, float]], machine: Machine, software: Software
+    part: Computed, calls: Iterable[tuple[Collective, float]], machine: Machine, software: Software, *, away: bool = False
 ) -> PartSeconds:
-    """A part's computation with its collectives, and the seconds of one call of each.
+    """A part's computation with its collectives, and the seconds of one call of each. `away`: what forward keeps goes to the
+    host and comes back, beside the computation of the same phase.
 
     What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
     share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
@@ -295,6 +301,10 @@ def exchanged(
         seconds = exposed(seconds, beside, share, software.contention)
         phases[collective.phase] += seconds
         terms[AXES.get(collective.axis, collective.axis)] += seconds
+    for phase in ("forward", "input") if away else ():
+        seconds = exposed(part.kept / machine.host_bandwidth, computing[phase], 1.0, software.contention)
+        phases[phase] += seconds
+        terms["offload"] += seconds
     if part.stall:
         for phase in ("forward", "input"):
             phases[phase] += part.stall

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fiveply.pipeline_schedule import Kind, build
 from fiveply.plan import cost, footprint, traffic, units, workload
 from fiveply.plan.predict import Predictor
-from fiveply.plan.space import Splits
+from fiveply.plan.space import Kinds, Splits
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
 
@@ -41,6 +41,15 @@ class Divided(NamedTuple):
     crossings: NDArray[np.int64]
     units: NDArray[np.int64]
     first: NDArray[np.int64]
+
+
+class _OfSplits(NamedTuple):
+    """`degrees`: one split of each state's sizes, and by split the place of its own among them; `kept` [split, (kept by all
+    layers, by all other parts, least that a layer needs beside)], bytes of one row."""
+
+    splits: Splits
+    degrees: tuple[NDArray[np.int64], NDArray[np.int64]]
+    kept: NDArray[np.float64]
 
 
 class Fitting:
@@ -73,19 +82,18 @@ class Fitting:
         self._states: dict[Hashable, NDArray[np.float64]] = {}
         self._divided: dict[Hashable, Divided] = {}
         self._shards: dict[Hashable, NDArray[np.int64]] = {}
-        self._of_splits: NDArray[np.float64] | None = None
-        self._degrees: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._last: _OfSplits | None = None
 
     def fits(self, layout: Layout) -> bool:
         """Whether the ranks that seem to hold most do, exactly."""
-        held = self.estimate(layout, [(layout.zero, layout.dp_shard)])[0]
+        held = self.estimate(layout, ((layout.zero, layout.dp_shard),))[0]
         worst = np.argsort(-held)[:WORST].tolist()
         return all(self._predictor.footprint(layout, rank).peak <= self.capacity for rank in worst)
 
     # many at once
 
     def may_fit(
-        self, splits: Splits, rows: NDArray[np.int64], kinds: list[tuple[int, int]]
+        self, splits: Splits, rows: NDArray[np.int64], kinds: Kinds
     ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """[split, state]: whether the layers of these splits, all of one pp, dp and cp, could be dealt to ranks such that all fit;
         and by split how many the busiest rank must take at least, in any state.
@@ -96,16 +104,14 @@ class Fitting:
         """
         pp, dp = splits.columns["pp"][rows[0]].item(), splits.columns["dp"][rows[0]].item()
         micro_batch = splits.columns["micro_batch"][rows]
-        inside, outside, working = self._kept_of(splits)[rows].T[:, :, None] * micro_batch[:, None]
-        if self._degrees is None:
-            self._degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
-        first, place = self._degrees
+        inside, outside, working = self._of(splits).kept[rows].T[:, :, None] * micro_batch[:, None]
+        first, place = self._of(splits).degrees
         numbers, where = np.unique(place[rows], return_inverse=True)
         bytes_of = np.array([self.state(splits.layout(int(first[number])), kinds) for number in numbers.tolist()])
         state = (bytes_of[:, :, self._layer] @ self._times[self._layer])[where]  # [split, state]
         if pp == 1:
             beside = (bytes_of[:, :, ~self._layer] @ self._times[~self._layer])[where]
-            fits = inside + outside + working + state + beside <= self.capacity
+            fits = inside + np.maximum(outside, working) + state + beside <= self.capacity
             return fits, np.full(len(rows), self.spec.layers)
         kept, held, room = inside / self._layers, state / self._layers, self.capacity - working
         embed, head = (bytes_of[:, :, self._place[unit]][where] for unit in ("embed", self._head))
@@ -127,7 +133,7 @@ class Fitting:
         return fits, busiest - (self._layers - self.spec.layers)
 
     def busiest(
-        self, layout: Layout, orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
+        self, layout: Layout, orders: list[tuple[str, int]], kinds: Kinds
     ) -> NDArray[np.int64]:
         """[state, pipeline] of one split, each rank for itself: how many layers the busiest rank must take at least; more than there
         are where they don't fit."""
@@ -145,19 +151,19 @@ class Fitting:
         found -= (found <= self._layers) * (self._layers - self.spec.layers)
         return found.reshape(len(orders), -1).T
 
-    def _kept_of(self, splits: Splits) -> NDArray[np.float64]:
-        """[split, (kept by all layers, by all other parts, least that a layer needs beside)] of one row."""
-        if self._of_splits is None:
+    def _of(self, splits: Splits) -> _OfSplits:
+        if self._last is None or self._last.splits is not splits:
             # Not by ep: experts elsewhere leave as many rows here.
             first, place = splits.alike("tp", "sp", "cp", "cp_kind", "etp", "recompute", "offload")
             each = [self._part_bytes(splits.layout(row)) for row in first.tolist()]
             layers = self._kind_times * self._kind_layer
             others = self._kind_times - layers
             table = [(layers @ one[:, 0], others @ one[:, 0], one[self._kind_layer, 1].min()) for one in each]
-            self._of_splits = np.array(table, float)[place]
-        return self._of_splits
+            degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
+            self._last = _OfSplits(splits, degrees, np.array(table, float)[place])
+        return self._last
 
-    def estimate(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+    def estimate(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
         """[state, rank]: about the bytes that each rank of a divided layout holds at its worst moment: all that can be alive,
         and the most that one of its parts needs for itself."""
         divided = self.divided(layout)
@@ -202,19 +208,19 @@ class Fitting:
         """By kind of unit."""
         return np.bincount([self._place[name] for name in names], minlength=len(self.units))
 
-    def state(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+    def state(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
         """[state, unit]: bytes of parameters, gradients and optimiser state of one unit of each kind."""
-        key = (layout.tp, layout.cp, layout.dp, layout.ep, layout.etp, layout.offload)
+        key = (layout.tp, layout.cp, layout.dp, layout.ep, layout.etp, layout.offload, kinds)
         if key not in self._states:
             parameters, gradients, optimizer = self._state_of(layout, kinds)
             self._states[key] = parameters + gradients + (0 if layout.offload == "optimizer" else optimizer)
         return self._states[key]
 
-    def owned(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+    def owned(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
         """[state, unit]: elements that one rank's optimiser updates."""
         return self._state_of(layout, kinds)[2] / self.job.software.optimizer_bytes
 
-    def _state_of(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+    def _state_of(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
         zero, dense, experts = self.shards(layout, kinds)
         held = [units.held(self.spec, layout, unit) for unit in self.units]
         total = np.zeros((3, len(kinds), len(held)))
@@ -222,9 +228,9 @@ class Fitting:
             total += np.array(footprint.state_of(np.array(elements), shards, zero, software=self.job.software))
         return total
 
-    def shards(self, layout: Layout, kinds: list[tuple[int, int]]) -> tuple[NDArray[np.int64], ...]:
+    def shards(self, layout: Layout, kinds: Kinds) -> tuple[NDArray[np.int64], ...]:
         """By state, in a column: zero, the ranks that share one copy of what is sharded, and those that share one of experts."""
-        key = layout.dp, layout.cp, len(kinds)
+        key = layout.dp, layout.cp, kinds
         if key not in self._shards:
             each = [msgspec.structs.replace(layout, zero=zero, dp_shard=shard) for zero, shard in kinds]
             self._shards[key] = np.array([(one.zero, units.shard_ranks(one)) for one in each]).T[:, :, None]

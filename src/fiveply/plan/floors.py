@@ -17,6 +17,7 @@ from fiveply.plan import cost, traffic, units
 from fiveply.plan.bounds import Lanes, Model, least_end, least_of_any
 from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
+from fiveply.plan.space import Kinds
 from fiveply.plan.stages import Weights
 from fiveply.spec.layout import Layout
 
@@ -108,7 +109,7 @@ class Floors:
         )  # fmt: skip
 
     def pipelines(
-        self, layout: Layout, order: str, kinds: list[tuple[int, int]], orders: list[tuple[str, int]],
+        self, layout: Layout, order: str, kinds: Kinds, orders: list[tuple[str, int]],
         busiest: NDArray[np.int64],
     ) -> Array:  # fmt: skip
         """The least end of a step of a split by pipeline (schedule, vp), with any division and in any state that may fit; infinite
@@ -180,7 +181,7 @@ class Floors:
 
     # of a state
 
-    def states(self, layout: Layout, order: str, kinds: list[tuple[int, int]], rows: list[int]) -> list[float]:
+    def states(self, layout: Layout, order: str, kinds: Kinds, rows: list[int]) -> list[float]:
         """For some of the states, the least end of a step: after the pipeline's, what of the first stage's reductions and of
         each rank's update nothing can hide."""
         software, machine = self.job.software, self.job.machine
@@ -191,7 +192,8 @@ class Floors:
         exposed = np.maximum((step.early + step.late) @ divided.first - early, step.late @ divided.first)
         if layout.pp > 1 and layout.schedule in ("zb", "zbv"):  # the first rank need not be the last to end
             exposed = np.zeros_like(exposed)
-        after = step.owned @ divided.units.T * (cost.optimizer_seconds(10**9, machine, software) / 1e9)
+        update = cost.optimizer_seconds(10**9, machine, software, on_host=layout.offload == "optimizer") / 1e9
+        after = step.owned @ divided.units.T * update
         gathered = step.gather @ divided.units.T
         hidden = np.minimum(gathered * software.overlap_parameters, divided.parts @ each[:, 0] / software.contention)
         after += gathered - hidden + hidden * (software.contention - 1)
@@ -199,8 +201,8 @@ class Floors:
         found = self._pipeline(layout, order, self._more(layout, order, kinds)[rows] if deferred else 0.0)
         return self.whole((found + exposed[rows] + after[rows].max(axis=1)) * SURE).tolist()
 
-    def _step(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> Step:
-        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, layout.offload, order)
+    def _step(self, layout: Layout, order: str, kinds: Kinds) -> Step:
+        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, layout.offload, order, kinds)
         if key not in self._steps:
             early, late, gather = np.zeros((3, len(kinds), len(self.fitting.units)))
             for zero, elements, shards, replicas, strides in self._buffers(layout, order, kinds):
@@ -212,7 +214,7 @@ class Floors:
             self._steps[key] = Step(self.fitting.owned(layout, kinds), early, late, gather)
         return self._steps[key]
 
-    def _buffers(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> Any:
+    def _buffers(self, layout: Layout, order: str, kinds: Kinds) -> Any:
         """Of a unit's two flat buffers: zero, elements by unit, ranks that share it and that have the same, and the strides of
         both, by state."""
         held = [units.held(self.spec, layout, unit) for unit in self.fitting.units]
@@ -233,11 +235,11 @@ class Floors:
         moving = each * size
         return (start + moving + np.sqrt(half * moving)) * (size > 0)
 
-    def _more(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> Array:
+    def _more(self, layout: Layout, order: str, kinds: Kinds) -> Array:
         """[state, kind of part]: seconds by which what every micro-batch gathers and reduces delays it (zero 2 and 3)."""
         software, parts = self.job.software, self.fitting.kinds
         more = np.zeros((len(kinds), len(parts)))
-        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, order)
+        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, order, kinds)
         if key not in self._each:
             self._each[key] = self._each_micro_batch(layout, order, kinds)
         priced = [self.predictors[order].part(msgspec.structs.replace(layout, zero=0, dp_shard=0), part) for part in parts]
@@ -249,7 +251,7 @@ class Floors:
         idle = np.array([one.terms.get("launch", 0.0) for one in priced])  # the host's lead may hide it
         return np.maximum(0.0, more - idle)
 
-    def _each_micro_batch(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> list[tuple[str, str, Array]]:
+    def _each_micro_batch(self, layout: Layout, order: str, kinds: Kinds) -> list[tuple[str, str, Array]]:
         """What `_more` adds, before anything hides it: phase, operation, seconds by state and kind of part."""
         software, parts, found = self.job.software, self.fitting.kinds, list[tuple[str, str, Array]]()
         places = [self.fitting.units.index(self.fitting.unit_of(part)) for part in parts]

@@ -185,7 +185,9 @@ class Predictor:
             )
             strides = self.strides(layout) if calls else {}
             priced = [(one, self._seconds(one, strides[one.axis])) for one in calls]
-            found = self._parts[key] = cost.exchanged(self.computed(layout, part), priced, job.machine, job.software)
+            found = self._parts[key] = cost.exchanged(
+                self.computed(layout, part), priced, job.machine, job.software, away=layout.offload == "activations"
+            )
         return found
 
     def computed(self, layout: Layout, part: str) -> Computed:
@@ -209,7 +211,8 @@ class Predictor:
 
     def _part_key(self, layout: Layout, part: str) -> Hashable:
         """All that a part's seconds depend on."""
-        key = (*self._work_key(layout, part), self._expert_stride(layout) if layout.ep > 1 else 0)
+        stride = self._expert_stride(layout) if layout.ep > 1 else 0
+        key = (*self._work_key(layout, part), stride, layout.offload == "activations")
         return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
 
     def stages(self, layout: Layout) -> list[Stage]:
@@ -281,9 +284,11 @@ class Predictor:
     ) -> dict[str, float]:
         """Sums, the optimiser, and gathering what it updated, as far as the next forward does not hide that."""
         job, software = self.job, self.job.software
-        state = footprint.state(job.spec, layout, traffic.held_units(job.spec, layout, number), software=software)
-        owned = round(state.optimizer / software.optimizer_bytes)
-        terms = {"optimizer": cost.optimizer_seconds(owned, job.machine, software), "sums": 0.0}
+        here, held_units = msgspec.structs.replace(layout, offload="none"), traffic.held_units(job.spec, layout, number)
+        owned = footprint.state(job.spec, here, held_units, software=software).optimizer / software.optimizer_bytes
+        on_host = layout.offload == "optimizer"
+        update = cost.optimizer_seconds(round(owned), job.machine, software, on_host=on_host)
+        terms = {"offload" if on_host else "optimizer": update, "sums": 0.0}
         gathered = largest = reduced = 0.0
         for call in calls:
             if call.phase == "step":

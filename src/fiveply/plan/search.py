@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from fiveply.plan.bounds import Model
 from fiveply.plan.floors import Floors
 from fiveply.plan.predict import ORDERS, Job
-from fiveply.plan.space import Limits, pipelines, splits, states
+from fiveply.plan.space import Kinds, Limits, pipelines, splits, states
 from fiveply.plan.stages import balance, deal, every
 from fiveply.spec.layout import Layout
 
@@ -191,7 +191,7 @@ class Search:
             for name, vp in orders:
                 most = self._chunks.setdefault(name, np.zeros(max(self._orders) + 1, np.int64))
                 most[pp] = max(most[pp], Layout(schedule=name, vp=vp).chunks)
-        self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._states: dict[tuple[int, int], Kinds] = {}
         legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
         self._busiest = np.zeros(len(self.splits), np.int64)
         """By split, layers that its busiest rank must take at least."""
@@ -208,7 +208,7 @@ class Search:
         self._queue_families(np.flatnonzero(may))
         return legal, fit
 
-    def _kinds(self, dp: int, cp: int) -> list[tuple[int, int]]:
+    def _kinds(self, dp: int, cp: int) -> Kinds:
         """The states of so many data-parallel and context ranks."""
         if (dp, cp) not in self._states:
             self._states[dp, cp] = states(dp, cp, self.limits)
@@ -328,7 +328,7 @@ class Search:
             self._queue_states(divided, order, kinds, self.fitting.estimate(divided, kinds) / self.fitting.capacity)
 
     def _queue_states(
-        self, layout: Layout, order: str, kinds: list[tuple[int, int]], held: NDArray[np.float64]
+        self, layout: Layout, order: str, kinds: Kinds, held: NDArray[np.float64]
     ) -> None:
         rows = np.flatnonzero((held <= ROUGHLY).all(axis=1)).tolist()
         if rows:
