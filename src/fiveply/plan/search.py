@@ -71,8 +71,8 @@ def degrees(layout: Layout) -> tuple[int, ...]:
 
 
 Level = Literal["family", "split", "pipeline", "state", "found"]
-EFFORT: dict[Level, int] = {"family": 12, "split": 7, "pipeline": 5, "state": 20, "found": 30}
-"""About what it costs to look at one, in tenths of a millisecond."""
+EFFORT: dict[Level, int] = {"family": 12, "split": 7, "pipeline": 5, "state": 15, "found": 20}
+"""About what it costs to look at one, in tenths of a millisecond; what is simulated or walked comes on top, by its actions."""
 HASTE: dict[Level, float] = {
     "family": 1.25, "split": 1.1, "pipeline": 1.05, "state": 1.0, "found": 1.0,
 }  # fmt: skip
@@ -158,12 +158,19 @@ class Search:
             self._divide(*payload)
         elif level == "state":
             self._price(*payload)
-        elif self.fitting.fits(payload[0]):
+        if level != "found":
+            return
+        self._spent += self._actions(payload[0]) // 100
+        if self.fitting.fits(payload[0]):
             choice = Choice(*payload)
             if choice.seconds < self._known(choice.layout):
                 self.choices[degrees(choice.layout)] = choice
                 times = sorted(known.seconds for known in self.choices.values())
                 self._limit = times[self.wanted - 1] if len(times) >= self.wanted else math.inf
+
+    def _actions(self, layout: Layout) -> int:
+        """About how many are run to find the end of its step."""
+        return 3 * layout.stage_count * min(self._micro_batches(layout), 6 * layout.pp)
 
     def _known(self, layout: Layout) -> float:
         """Seconds of the best layout found of these degrees."""
@@ -361,6 +368,7 @@ class Search:
         """Queue a layout with its exact time, and the next of its division's states."""
         if others:
             self._push(others[0][0], "state", (others[0][1], order, others[1:]))
+        self._spent += self._actions(layout) // 300
         seconds = self.predictors[order].seconds(layout)
         self._priced += 1
         self._push(seconds, "found", (layout, order, seconds))
