@@ -109,12 +109,11 @@ class Floors:
         )  # fmt: skip
 
     def pipelines(
-        self, layout: Layout, order: str, kinds: Kinds, orders: list[tuple[str, int]],
-        busiest: NDArray[np.int64],
+        self, layout: Layout, kinds: Kinds, orders: list[tuple[str, int]], busiest: NDArray[np.int64], send: float
     ) -> Array:  # fmt: skip
-        """The least end of a step of a split by pipeline (schedule, vp), with any division and in any state that may fit; infinite
-        where none does. `busiest`: of `Fitting.busiest`."""
-        model, send = self.model(layout, order), self.predictors[order].transfer(layout)
+        """The least end of a step of a split by pipeline (schedule, vp), with any division, in any state that may fit and any order
+        of ranks; infinite where none does. `busiest`: of `Fitting.busiest`; `send`: seconds of a transfer."""
+        model, order = self.model(layout), ORDERS[0]  # where experts' ranks lie closest
         plain = np.array([zero < 2 for zero, _ in kinds])
         least_busy = busiest[plain].min(axis=0, initial=self.spec.layers + 1)
         if (least_busy <= -(-self.spec.layers // layout.pp)).all():  # no other state could be faster

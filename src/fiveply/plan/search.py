@@ -20,7 +20,7 @@ import contextlib
 import gc
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +37,8 @@ from fiveply.spec.layout import Layout
 
 BUDGET = 30_000
 """Of EFFORT, about three seconds of a core."""
+HASTY, PROOF = 0.25, 0.9
+"""The shares of it until which something good is looked for in haste, and what could beat it."""
 FEW = 20
 """Divisions of the layers that are all tried."""
 ROUGHLY, SURELY = 1.02, 0.95
@@ -115,8 +117,8 @@ class Search:
         self._divisions: dict[Any, tuple[int, ...] | None] = {}
 
     def run(self, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
-        """Layouts of exactly `world` ranks, within `budget`: first in haste, until each of `wanted` combinations of degrees has a
-        layout; then what could beat the best of them, and then any of them. Raises InputError for a batch that no layout can have."""
+        """Layouts of exactly `world` ranks, within `budget`: something good in haste, what could beat it, a layout of each of `wanted`
+        combinations of degrees in haste, and what could beat those. Raises InputError for a batch that no layout can have."""
         with _uncollected():
             return self._run(limits or Limits(), wanted, budget)
 
@@ -124,29 +126,46 @@ class Search:
         self.limits, self.wanted = limits, wanted
         self.choices: dict[tuple[int, ...], Choice] = {}
         self._queue: list[tuple[float, int, float, Level, Any]] = []
-        self._numbers, self._haste, self._spent, self._priced = count(), True, 0, 0
-        self._limit = math.inf
-        """What is slower is not among the wanted ones."""
-        later: list[tuple[float, Level, Any]] = []
+        self._later: list[tuple[float, Level, Any]] = []
+        self._numbers, self._haste, self._spent, self._priced = count(), 1, 0, 0
+        self._best = self._limit = math.inf
+        """Seconds of the best layout found, and of the last of the wanted ones."""
         legal, fit = self._open()
-        while self._queue and len(self.choices) < wanted and (not self.choices or self._spent < budget):
+        self._hurry(lambda: bool(self.choices) and self._spent >= budget * HASTY)
+        self._prove(lambda: self._best, round(budget * PROOF))
+        left = self._queue[0][0] if self._queue else math.inf
+        if len(self.choices) < wanted:
+            self._sort(haste=3)
+            self._hurry(lambda: self._spent >= budget)
+        self._prove(lambda: self._limit, budget)
+        ordered = tuple(sorted(self.choices.values(), key=lambda choice: choice.seconds))
+        gap = max(0.0, self._best / left - 1) if self.choices else 0.0
+        return Searched(ordered[:wanted], legal, fit, self._priced, gap)
+
+    def _hurry(self, enough: Callable[[], bool]) -> None:
+        """Find layouts of degrees that have none yet."""
+        while self._queue and len(self.choices) < self.wanted and not enough():
             _, _, least, level, payload = heapq.heappop(self._queue)
-            if level not in ("family", "split") and degrees(payload[0]) in self.choices:
-                later.append((least, level, payload))
+            if level != "family" and self._known(level, payload) < math.inf:
+                self._later.append((least, level, payload))
             else:
                 self._look(level, payload)
-        later += [entry[2:] for entry in self._queue]
-        self._queue, self._haste = [], False
-        for least, level, payload in later:
-            self._push(least, level, payload)
-        while self._queue and self._queue[0][0] < self._limit and self._spent < budget:
+
+    def _prove(self, limit: Callable[[], float], budget: int) -> None:
+        """Look at all that could take less."""
+        if self._haste:
+            self._sort(haste=0)
+        while self._queue and self._queue[0][0] < limit() and self._spent < budget:
             _, _, least, level, payload = heapq.heappop(self._queue)
-            if level in ("family", "split") or least < self._known(payload[0]):
+            if level == "family" or least < self._known(level, payload):
                 self._look(level, payload)
-        left = self._queue[0][0] if self._queue else math.inf
-        ordered = tuple(sorted(self.choices.values(), key=lambda choice: choice.seconds))
-        gap = max(0.0, ordered[0].seconds / left - 1) if ordered else 0.0
-        return Searched(ordered[:wanted], legal, fit, self._priced, gap)
+
+    def _sort(self, *, haste: int) -> None:
+        """Queue all that waits by what it takes at least, in haste by what it is likely to: the more, the deeper it looks first."""
+        waiting = self._later + [entry[2:] for entry in self._queue]
+        self._queue, self._later, self._haste = [], [], haste
+        for least, level, payload in waiting:
+            self._push(least, level, payload)
 
     def _look(self, level: Level, payload: Any) -> None:
         self._spent += EFFORT[level]
@@ -163,25 +182,34 @@ class Search:
         self._spent += self._actions(payload[0]) // 100
         if self.fitting.fits(payload[0]):
             choice = Choice(*payload)
-            if choice.seconds < self._known(choice.layout):
+            if choice.seconds < self._known(level, payload):
                 self.choices[degrees(choice.layout)] = choice
                 times = sorted(known.seconds for known in self.choices.values())
+                self._best = times[0]
                 self._limit = times[self.wanted - 1] if len(times) >= self.wanted else math.inf
 
     def _actions(self, layout: Layout) -> int:
         """About how many are run to find the end of its step."""
         return 3 * layout.stage_count * min(self._micro_batches(layout), 6 * layout.pp)
 
-    def _known(self, layout: Layout) -> float:
-        """Seconds of the best layout found of these degrees."""
-        known = self.choices.get(degrees(layout))
+    def _known(self, level: Level, payload: Any) -> float:
+        """Seconds of the best layout found of the same degrees."""
+        known = self.choices.get(degrees(self.splits.layout(payload) if level == "split" else payload[0]))
         return known.seconds if known else math.inf
 
     def _push(self, least: float, level: Level, payload: Any) -> None:
         """`least`: a bound of all that may come of it."""
         if least < self._limit:
-            key = least * HASTE[level] if self._haste else least
+            if self._haste and level == "split" and self._spare(payload):
+                self._later.append((least, level, payload))
+                return
+            key = least * HASTE[level] ** self._haste
             heapq.heappush(self._queue, (key, next(self._numbers), least, level, payload))
+
+    def _spare(self, row: int) -> bool:
+        """Whether it recomputes attention that is fused: that frees next to nothing."""
+        software = self.job.software
+        return software.flash and software.selective == ("core",) and self.splits.columns["recompute"][row] == "selective"
 
     # 1. families
 
@@ -259,9 +287,10 @@ class Search:
         micro_batch, recompute = (self.splits.columns[key][rows] for key in ("micro_batch", "recompute"))
         largest, layout = micro_batch[0].item(), self.splits.layout(int(rows[0]))
         models = np.zeros((len(rows), len(Model._fields)))
-        for name in np.unique(recompute).tolist():
-            priced = self.floors.model(msgspec.structs.replace(layout, recompute=name))
-            models[recompute == name] = priced
+        full = recompute == "full"
+        for some, name in ((full, "full"), (~full, "none")):  # what recomputes a part takes no less than what recomputes nothing
+            if some.any():
+                models[some] = self.floors.model(msgspec.structs.replace(layout, recompute=name))
         least, here = self._least(rows, models * (micro_batch / largest)[:, None]), micro_batch == largest
         for bound, row in zip(least[here].tolist(), rows[here].tolist(), strict=True):
             self._push(bound, "split", row)
@@ -276,10 +305,12 @@ class Search:
         orders, kinds = self._orders[layout.pp], self._kinds(layout.dp, layout.cp)
         busiest = self.fitting.busiest(layout, orders, kinds)
         apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < machine.joined < self.world
-        for order in ORDERS if apart else ORDERS[:1]:
-            least = self.floors.pipelines(layout, order, kinds, orders, busiest).tolist()
-            found = [Pipeline(bound, *one) for bound, one in zip(least, orders, strict=True) if bound < math.inf]
-            self._queue_pipelines(layout, order, sorted(found))
+        ranks = ORDERS if apart else ORDERS[:1]
+        send = min(self.predictors[order].transfer(layout) for order in ranks)
+        least = self.floors.pipelines(layout, kinds, orders, busiest, send).tolist()
+        found = sorted(Pipeline(bound, *one) for bound, one in zip(least, orders, strict=True) if bound < math.inf)
+        for order in ranks:
+            self._queue_pipelines(layout, order, found)
 
     def _queue_pipelines(self, layout: Layout, order: str, found: list[Pipeline]) -> None:
         if found:
