@@ -241,6 +241,15 @@ class Computed(msgspec.Struct, frozen=True):
     kept: int
     """Bytes that forward leaves for backward."""
 
+    def __add__(self, other: Computed) -> Computed:
+        def both(one: dict[str, float], two: dict[str, float]) -> dict[str, float]:
+            return one | {key: one.get(key, 0.0) + value for key, value in two.items()}
+
+        return Computed(
+            both(self.phases, other.phases), both(self.terms, other.terms), both(self.kernels, other.kernels),
+            self.stall + other.stall, self.kept + other.kept,
+        )  # fmt: skip
+
 
 def computed(
     work: Work,

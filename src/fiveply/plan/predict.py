@@ -98,6 +98,7 @@ class Predictor:
         self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
         self._parts: dict[Hashable, PartSeconds] = {}
         self._computed: dict[Hashable, Computed] = {}
+        self._pieces: dict[Hashable, Computed] = {}
         self._operations: dict[Hashable, float] = {}
         self._wires: dict[Hashable, Wire] = {}
         self._ranks: dict[Hashable, Rank] = {}
@@ -196,12 +197,19 @@ class Predictor:
         found = self._computed.get(key)
         if found is None:
             job = self.job
-            work = workload.work(
+            pieces = workload.pieces(
                 job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
             )
-            found = self._computed[key] = cost.computed(
-                work, job.machine, job.software, job.precision, self._operations
-            )
+            for name, work in pieces:
+                piece = self._kind_of[part], name
+                if piece not in self._pieces:
+                    self._pieces[piece] = cost.computed(
+                        work, job.machine, job.software, job.precision, self._operations
+                    )
+                one = self._pieces[piece]
+                found = one if found is None else found + one
+            assert found is not None
+            self._computed[key] = found
         return found
 
     def _work_key(self, layout: Layout, part: str) -> tuple[Hashable, ...]:

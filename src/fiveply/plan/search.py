@@ -73,7 +73,7 @@ def degrees(layout: Layout) -> tuple[int, ...]:
 
 
 Level = Literal["family", "split", "pipeline", "state", "found"]
-EFFORT: dict[Level, int] = {"family": 12, "split": 7, "pipeline": 5, "state": 15, "found": 20}
+EFFORT: dict[Level, int] = {"family": 8, "split": 6, "pipeline": 7, "state": 15, "found": 20}
 """About what it costs to look at one, in tenths of a millisecond; what is simulated or walked comes on top, by its actions."""
 HASTE: dict[Level, float] = {
     "family": 1.25, "split": 1.1, "pipeline": 1.05, "state": 1.0, "found": 1.0,
