@@ -19,13 +19,17 @@ Triple = tuple[float, float, float]
 triple = st.tuples(*[st.floats(0.1, 2.0)] * 3)
 
 
-def stages_of(layers: list[Triple], ends: tuple[Triple, Triple], counts: tuple[int, ...], send: float) -> list[StageSeconds]:
+def stages_of(
+    layers: list[Triple], ends: tuple[Triple, Triple], counts: tuple[int, ...], send: float
+) -> list[StageSeconds]:
     """Each stage's seconds, where layers are dealt to stages in order and the ends stand before the first and behind the last."""
     found: list[StageSeconds] = []
     at = 0
     for number, count in enumerate(counts):
         parts = [ends[0]] * (number == 0) + layers[at : at + count] + [ends[1]] * (number == len(counts) - 1)
-        found.append(StageSeconds(*(sum(part[phase] for part in parts) for phase in range(3)), send=send, send_back=send))
+        found.append(
+            StageSeconds(*(sum(part[phase] for part in parts) for phase in range(3)), send=send, send_back=send)
+        )
         at += count
     return found
 

@@ -30,7 +30,8 @@ class Lanes(NamedTuple):
 def least_end(name: str, micro_batches: int, lanes: Lanes, *, blocking: bool) -> Array:
     """Of one division of the layers. `blocking`: whether a rank stands still while it sends."""
     busy, forward, backward, send, send_back = lanes
-    m, pp, held = micro_batches, busy.shape[-1], float(blocking)
+    m, held = micro_batches, float(blocking)
+    pp: int = busy.shape[-1]
     there, back = forward + send, backward + send_back
     passing = there if name in ("zb", "zbv") else there + back  # a weight gradient put off may outlast the way back
     ends = m * busy + np.cumsum(passing, axis=-1) - passing

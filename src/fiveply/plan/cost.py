@@ -292,7 +292,12 @@ def part_seconds(
 
 
 def exchanged(
-    part: Computed, calls: Iterable[tuple[Collective, float]], machine: Machine, software: Software, *, away: bool = False
+    part: Computed,
+    calls: Iterable[tuple[Collective, float]],
+    machine: Machine,
+    software: Software,
+    *,
+    away: bool = False,
 ) -> PartSeconds:
     """A part's computation with its collectives, and the seconds of one call of each. `away`: what forward keeps goes to the
     host and comes back, beside the computation of the same phase.

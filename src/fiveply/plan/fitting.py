@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fiveply.pipeline_schedule import Kind, build
 from fiveply.plan import cost, footprint, traffic, units, workload
 from fiveply.plan.predict import Predictor
-from fiveply.plan.space import Kinds, Splits
+from fiveply.plan.space import Kinds, Splits, chunks_of
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
 
@@ -116,8 +116,9 @@ class Fitting:
         kept, held, room = inside / self._layers, state / self._layers, self.capacity - working
         embed, head = (bytes_of[:, :, self._place[unit]][where] for unit in ("embed", self._head))
         micro_batches = (self.job.global_batch // dp // micro_batch)[:, None]
-        groups = [np.array([0]), *np.array_split(np.arange(1, pp - 1), min(GROUPS, pp - 2) or 1), np.array([pp - 1])]
-        groups = [ranks for ranks in groups if len(ranks)]
+        size = max(1, -(-(pp - 2) // GROUPS))
+        inner = [range(first, min(first + size, pp - 1)) for first in range(1, pp - 1, size)]
+        groups = [range(1), *inner, range(pp - 1, pp)]
         fits, busiest = np.zeros(state.shape, bool), np.full(len(rows), self._layers)
         for name, chunks, beside in (("1f1b", 1, (embed, head)), ("zbv", 2, (embed + head, 0.0))):
             if chunks * pp > self._layers:
@@ -132,9 +133,7 @@ class Fitting:
             busiest = np.minimum(busiest, _busiest(takes.max(axis=2).T, sizes, self._layers))
         return fits, busiest - (self._layers - self.spec.layers)
 
-    def busiest(
-        self, layout: Layout, orders: list[tuple[str, int]], kinds: Kinds
-    ) -> NDArray[np.int64]:
+    def busiest(self, layout: Layout, orders: list[tuple[str, int]], kinds: Kinds) -> NDArray[np.int64]:
         """[state, pipeline] of one split, each rank for itself: how many layers the busiest rank must take at least; more than there
         are where they don't fit."""
         state, each = self.state(layout, kinds), self._part_bytes(layout) * layout.micro_batch
@@ -259,7 +258,7 @@ class Fitting:
         return self._bytes[key]
 
 
-def _most_layers(room: Any, state: Any, kept: Any, instances: Any, chunks: int) -> Any:
+def _most_layers(room: Any, state: Any, kept: Any, instances: Any, chunks: Any) -> Any:
     """Of a rank with `room` bytes where each layer has `state`, and `instances` of micro-batches of a chunk are alive, each of which
     keeps `kept` a layer. A chunk has the floor of its share of the layers at least."""
     whole = np.floor(np.maximum(0.0, room) / (chunks * state + instances * kept))
@@ -282,8 +281,10 @@ def _instances(
     orders: tuple[tuple[str, int], ...], pp: int, micro_batches: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Chunks a rank by pipeline, and [pipeline, rank] the most micro-batches of a chunk alive."""
-    chunks = np.array([Layout(pp=pp, schedule=name, vp=vp).chunks for name, vp in orders])
-    each = [alive(name, pp, count, micro_batches) * count for (name, _), count in zip(orders, chunks.tolist(), strict=True)]
+    chunks = np.array([chunks_of(name, vp) for name, vp in orders])
+    each = [
+        alive(name, pp, count, micro_batches) * count for (name, _), count in zip(orders, chunks.tolist(), strict=True)
+    ]
     return chunks, np.array(each)
 
 

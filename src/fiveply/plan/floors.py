@@ -17,7 +17,7 @@ from fiveply.plan import cost, traffic, units
 from fiveply.plan.bounds import Lanes, Model, least_end, least_of_any
 from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
-from fiveply.plan.space import Kinds
+from fiveply.plan.space import Kinds, chunks_of
 from fiveply.plan.stages import Weights
 from fiveply.spec.layout import Layout
 
@@ -130,7 +130,7 @@ class Floors:
                 least=model.least * (model.layer / (model.layer + layers.max(axis=1)))[:, None],
             )
         names = np.array(["1f1b" if name == "gpipe" else name for name, _ in orders])  # which gpipe can't beat
-        chunks = np.array([Layout(pp=layout.pp, schedule=name, vp=vp).chunks for name, vp in orders])
+        chunks = np.array([chunks_of(name, vp) for name, vp in orders])
         least = np.full(busiest.shape, np.inf)
         for name in np.unique(names).tolist():
             some = names == name
@@ -218,7 +218,9 @@ class Floors:
         both, by state."""
         held = [units.held(self.spec, layout, unit) for unit in self.fitting.units]
         strides, (zero, dense, experts) = self.predictors[order].strides(layout), self.fitting.shards(layout, kinds)
-        shared = np.array([msgspec.structs.replace(layout, zero=one, dp_shard=shard).shard_ranks for one, shard in kinds])
+        shared = np.array(
+            [msgspec.structs.replace(layout, zero=one, dp_shard=shard).shard_ranks for one, shard in kinds]
+        )
         shard = np.full_like(dense, strides["dp"])
         replicas = units.data_ranks(layout) // dense
         yield zero, np.array([one.longest for one in held]), dense, replicas, (shard, shard * shared[:, None])
@@ -241,7 +243,9 @@ class Floors:
         key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, order, kinds)
         if key not in self._each:
             self._each[key] = self._each_micro_batch(layout, order, kinds)
-        priced = [self.predictors[order].part(msgspec.structs.replace(layout, zero=0, dp_shard=0), part) for part in parts]
+        priced = [
+            self.predictors[order].part(msgspec.structs.replace(layout, zero=0, dp_shard=0), part) for part in parts
+        ]
         phases = [self.predictors[order].computed(layout, part).phases for part in parts]
         for phase, operation, seconds in self._each[key]:
             beside = np.array([one[phase] for one in phases]) / software.contention

@@ -184,7 +184,7 @@ class Predictor:
             calls = traffic.part_traffic(
                 job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
             )
-            strides = self.strides(layout) if calls else {}
+            strides = self.strides(layout)
             priced = [(one, self._seconds(one, strides[one.axis])) for one in calls]
             found = self._parts[key] = cost.exchanged(
                 self.computed(layout, part), priced, job.machine, job.software, away=layout.offload == "activations"
@@ -383,4 +383,3 @@ class Predictor:
         step = ended + waited
         terms["residual"] += cost.residual(step, self.job.machine, self.job.software, layout)
         return step + terms["residual"], {name: value for name, value in terms.items() if value}
-

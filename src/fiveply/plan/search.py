@@ -20,7 +20,7 @@ import contextlib
 import gc
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from fiveply.plan.bounds import Model
 from fiveply.plan.floors import Floors
 from fiveply.plan.predict import ORDERS, Job
-from fiveply.plan.space import Kinds, Limits, pipelines, splits, states
+from fiveply.plan.space import Kinds, Limits, chunks_of, pipelines, splits, states
 from fiveply.plan.stages import balance, deal, every
 from fiveply.spec.layout import Layout
 
@@ -87,7 +87,7 @@ def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def _uncollected() -> Generator[None]:
     """Prices are kept, so that collecting garbage finds next to none, in a fifth of the time."""
     before = gc.isenabled()
     gc.disable()
@@ -209,7 +209,9 @@ class Search:
     def _spare(self, row: int) -> bool:
         """Whether it recomputes attention that is fused: that frees next to nothing."""
         software = self.job.software
-        return software.flash and software.selective == ("core",) and self.splits.columns["recompute"][row] == "selective"
+        return (
+            software.flash and software.selective == ("core",) and self.splits.columns["recompute"][row] == "selective"
+        )
 
     # 1. families
 
@@ -217,15 +219,15 @@ class Search:
         """Queue every family of which a split may fit; how many layouts are legal, and how many may fit."""
         job, limits = self.job, self.limits
         self.splits = splits(self.spec, self.world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
-        self._orders = {
-            pp: pipelines(self.spec, pp, limits) for pp in np.unique(self.splits.columns["pp"]).tolist()
-        }
+        self._orders = {pp: pipelines(self.spec, pp, limits) for pp in np.unique(self.splits.columns["pp"]).tolist()}
         self._chunks: dict[str, NDArray[np.int64]] = {}
         """By schedule, the most chunks a rank by pp; 0 where it is none."""
         for pp, orders in self._orders.items():
             for name, vp in orders:
-                most = self._chunks.setdefault(name, np.zeros(max(self._orders) + 1, np.int64))
-                most[pp] = max(most[pp], Layout(schedule=name, vp=vp).chunks)
+                if name not in self._chunks:
+                    self._chunks[name] = np.zeros(max(self._orders) + 1, np.int64)
+                most = self._chunks[name]
+                most[pp] = max(most[pp], chunks_of(name, vp))
         self._states: dict[tuple[int, int], Kinds] = {}
         legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
         self._busiest = np.zeros(len(self.splits), np.int64)
@@ -288,7 +290,10 @@ class Search:
         largest, layout = micro_batch[0].item(), self.splits.layout(int(rows[0]))
         models = np.zeros((len(rows), len(Model._fields)))
         full = recompute == "full"
-        for some, name in ((full, "full"), (~full, "none")):  # what recomputes a part takes no less than what recomputes nothing
+        for some, name in (
+            (full, "full"),
+            (~full, "none"),
+        ):  # what recomputes a part takes no less than what recomputes nothing
             if some.any():
                 models[some] = self.floors.model(msgspec.structs.replace(layout, recompute=name))
         least, here = self._least(rows, models * (micro_batch / largest)[:, None]), micro_batch == largest
@@ -348,7 +353,9 @@ class Search:
         """Remembered by what of it counts: seconds to a thousandth of a layer's."""
         count = self._micro_batches(layout) if ahead else 1
         if most is not None:
-            return balance(self.floors.weights(layout, order), layout.pp, count, ahead, least=least, folded=folded, most=most)
+            return balance(
+                self.floors.weights(layout, order), layout.pp, count, ahead, least=least, folded=folded, most=most
+            )
         key = (self.floors.shape(layout, order), layout.pp, count, ahead, least, folded)
         if key not in self._divisions:
             weights = self.floors.weights(layout, order)
@@ -366,9 +373,7 @@ class Search:
         if held.max(axis=1).min() > SURELY and (divided := self._divide_by_memory(layout, held, order)):
             self._queue_states(divided, order, kinds, self.fitting.estimate(divided, kinds) / self.fitting.capacity)
 
-    def _queue_states(
-        self, layout: Layout, order: str, kinds: Kinds, held: NDArray[np.float64]
-    ) -> None:
+    def _queue_states(self, layout: Layout, order: str, kinds: Kinds, held: NDArray[np.float64]) -> None:
         rows = np.flatnonzero((held <= ROUGHLY).all(axis=1)).tolist()
         if rows:
             ends = self.floors.states(layout, order, kinds, rows)

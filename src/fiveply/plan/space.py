@@ -151,6 +151,11 @@ def pipelines(spec: ModelSpec, pp: int, limits: Limits) -> list[tuple[str, int]]
     return [(name, vp) for name, vp in found if limits.allows("schedule", name) and limits.allows("vp", vp)]
 
 
+def chunks_of(schedule: str, vp: int) -> int:
+    """Chunks a rank, as `Layout.chunks`."""
+    return vp or (2 if schedule in ("interleaved", "zbv") else 1)
+
+
 def states(dp: int, cp: int, limits: Limits) -> Kinds:
     """(zero, dp_shard) of `dp` replicas; with one, and no context ranks beside it, there is nothing to share."""
     found = [(0, 0)]
