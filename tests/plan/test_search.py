@@ -168,6 +168,15 @@ def test_what_is_alive_is_the_schedules_own(name: str, vp: int, pp: int, micro_b
         assert alive(name, pp, vp, micro_batches)[rank] * vp == pytest.approx(most)
 
 
+def test_the_gap_bounds_what_an_unfinished_search_has_not_seen() -> None:
+    wanted = job(60_000_000)
+    best = search(wanted, 4).choices[0].seconds
+    for budget in (1, 300, 1000):
+        found = search(wanted, 4, budget=budget)
+        assert found == search(wanted, 4, budget=budget)
+        assert best <= found.choices[0].seconds <= best * (1 + found.gap) * (1 + 1e-9)
+
+
 def test_limits_hold_and_contradict() -> None:
     found = search(job(), 4, Limits.parse(["tp=2"], ["pp=1"]))
     assert all(choice.layout.tp == 2 and choice.layout.pp == 1 for choice in found.choices)
