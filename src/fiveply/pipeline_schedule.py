@@ -20,7 +20,7 @@ At pp = 1 every schedule runs forward and backward of one micro-batch after the 
 from __future__ import annotations
 
 import enum
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import NamedTuple, NoReturn
@@ -140,12 +140,13 @@ _F1, _I1, _W1 = ((kind, 1) for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT))
 
 def _number(steps: Iterable[tuple[Kind, int]], micro_batches: int) -> list[Action]:
     """Give each (kind, chunk) its next micro-batch, and drop those beyond the last: so builders need no special ends."""
-    count: Counter[tuple[Kind, int]] = Counter()
+    count: dict[tuple[Kind, int], int] = {}
     order: list[Action] = []
     for step in steps:
-        if count[step] < micro_batches:
-            order.append(Action(*step, count[step]))
-        count[step] += 1
+        number = count.get(step, 0)
+        if number < micro_batches:
+            order.append(Action(*step, number))
+        count[step] = number + 1
     return order
 
 

@@ -10,6 +10,8 @@ import pytest
 from fiveply.cli import main
 from fiveply.plan import explain
 from fiveply.plan.explain import Answer
+from fiveply.plan.search import Search
+from fiveply.plan.space import Limits
 from fiveply.report import plan_page
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.cluster import ClusterSpec
@@ -32,6 +34,29 @@ def test_terms_and_waterfall_add_up_to_the_step(answered: Answer) -> None:
         assert one.mfu == pytest.approx(one.ideal / middle)
     times = [one.prediction.seconds.p50 for one in answered.ranked]
     assert times == sorted(times)
+
+
+def test_what_nothing_else_fits_goes_to_the_host() -> None:
+    spec, batch = ModelSpec.load("llama-3.1-8b"), {"sequence": 2048, "global_batch": 32}
+    found = explain.answer(spec, ClusterSpec("h100", 1), **batch)
+    assert [one.prediction.layout.offload for one in found.ranked] == ["optimizer"]
+    # Gradients there, parameters back, and the state once through the host's memory.
+    least = 8e9 * (4 + 2 + 2 * 12) / found.job.machine.host_bandwidth
+    assert found.ranked[0].prediction.terms["offload"] > least
+    assert found.ranked[0].refusal
+    with pytest.raises(InputError, match="does not fit"):
+        explain.answer(spec, ClusterSpec("h100", 1), **batch, limits=Limits.parse(["offload=none"]))
+    eight = explain.answer(spec, ClusterSpec("h100", 8), **batch)
+    assert {one.prediction.layout.offload for one in eight.ranked} == {"none"}
+    asked = explain.why(eight, "offload=activations").best
+    assert asked and asked.prediction.layout.offload == "activations"
+    assert asked.prediction.seconds.p50 > eight.ranked[0].prediction.seconds.p50
+
+
+def test_one_search_answers_as_a_fresh_one_does(answered: Answer) -> None:
+    again = answered.search.run(Limits.parse(["tp=2"]), wanted=3)
+    assert again == Search(answered.job, 8).run(Limits.parse(["tp=2"]), wanted=3)
+    assert answered.search.run() == Search(answered.job, 8).run()
 
 
 def test_the_command_prints_the_keys_and_writes_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

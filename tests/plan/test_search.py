@@ -76,8 +76,9 @@ def test_the_best_of_everything_is_found(memory: int) -> None:
         resolve(choice.layout, SMALL, sequence=512, global_batch=4, runtime=False)
 
 
-def test_no_layout_that_fits_is_excluded_by_the_bound_of_memory() -> None:
-    wanted = job(40_000_000)
+@pytest.mark.parametrize("memory", [40_000_000, 55_000_000])
+def test_no_layout_that_fits_is_excluded_by_the_bound_of_memory(memory: int) -> None:
+    wanted = job(memory)
     listed = {str(layout) for _, layout, _ in everything(wanted, 4)}
     chosen = space.splits(SMALL, 4, sequence=512, global_batch=4, limits=Limits())
     fitting = Fitting(Predictor(wanted))
@@ -86,21 +87,28 @@ def test_no_layout_that_fits_is_excluded_by_the_bound_of_memory() -> None:
         rows = np.flatnonzero(place == number)
         one = chosen.layout(row)
         orders, kinds = space.pipelines(SMALL, one.pp, Limits()), space.states(one.dp, one.cp, Limits())
-        fits, _ = fitting.may_fit(chosen, rows, orders, kinds)
-        for index, (name, vp) in enumerate(orders):
-            for which, split in enumerate(rows.tolist()):
-                layout = msgspec.structs.replace(chosen.layout(split), schedule=name, vp=vp)
-                some = any(
-                    str(msgspec.structs.replace(layout, zero=zero, dp_shard=shard, stages=stages)) in listed
-                    for zero, shard in kinds for stages in divisions(layout.stage_count)
+        fits, busiest = fitting.may_fit(chosen, rows, kinds)
+        for which, split in enumerate(rows.tolist()):
+            least = fitting.busiest(chosen.layout(split), orders, kinds)
+            for (index, (name, vp)), (state, (zero, shard)) in itertools.product(enumerate(orders), enumerate(kinds)):
+                layout = msgspec.structs.replace(
+                    chosen.layout(split), schedule=name, vp=vp, zero=zero, dp_shard=shard
                 )  # fmt: skip
-                assert fits[which, index] or not some, layout
+                for stages in divisions(layout.stage_count):
+                    divided = msgspec.structs.replace(layout, stages=stages)
+                    if str(divided) in listed and evenly(divided, stages):
+                        most = max(sum(own) for own in of_rank(divided, stages))
+                        assert fits[which, state], divided
+                        assert max(busiest[which], least[state, index]) <= most, divided
+
+
+def of_rank(layout: Layout, stages: tuple[int, ...]) -> list[list[int]]:
+    return [[stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)] for rank in range(layout.pp)]
 
 
 def evenly(layout: Layout, stages: tuple[int, ...]) -> bool:
     """As the search deals the layers of a rank to its chunks."""
-    own = [[stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)] for rank in range(layout.pp)]
-    return all(held == sorted(held) and held[-1] - held[0] <= 1 for held in own)
+    return all(held == sorted(held) and held[-1] - held[0] <= 1 for held in of_rank(layout, stages))
 
 
 @given(st.data())
@@ -158,6 +166,15 @@ def test_what_is_alive_is_the_schedules_own(name: str, vp: int, pp: int, micro_b
             now += (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.INPUT))
             most = max(most, now)
         assert alive(name, pp, vp, micro_batches)[rank] * vp == pytest.approx(most)
+
+
+def test_the_gap_bounds_what_an_unfinished_search_has_not_seen() -> None:
+    wanted = job(60_000_000)
+    best = search(wanted, 4).choices[0].seconds
+    for budget in (1, 300, 1000):
+        found = search(wanted, 4, budget=budget)
+        assert found == search(wanted, 4, budget=budget)
+        assert best <= found.choices[0].seconds <= best * (1 + found.gap) * (1 + 1e-9)
 
 
 def test_limits_hold_and_contradict() -> None:

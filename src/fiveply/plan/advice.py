@@ -10,6 +10,7 @@ from fiveply.plan import dialects, explain, software
 from fiveply.plan.dialects.facts import facts_of
 from fiveply.plan.dialects.megatron import Given
 from fiveply.plan.explain import Answer, Ranked
+from fiveply.plan.predict import Predictor
 from fiveply.plan.space import Limits
 from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError
@@ -62,7 +63,7 @@ def advise(given: Given, cluster: ClusterSpec, limits: Limits | None = None) -> 
     }
     system = software.load("megatron")
     job = explain.job_of(given.spec, cluster, world, **batch, system=system)
-    now = explain.rank(job, given.layout, given.order)
+    now = explain.rank(Predictor(msgspec.structs.replace(job, order=given.order)), given.layout)
     advice = Advice(given, now, job.machine.memory_bytes, None, ())
     limits = msgspec.structs.replace(limits or Limits(), among=dialects.choices("megatron"))
     try:

@@ -30,7 +30,8 @@ class Lanes(NamedTuple):
 def least_end(name: str, micro_batches: int, lanes: Lanes, *, blocking: bool) -> Array:
     """Of one division of the layers. `blocking`: whether a rank stands still while it sends."""
     busy, forward, backward, send, send_back = lanes
-    m, pp, held = micro_batches, busy.shape[-1], float(blocking)
+    m, held = micro_batches, float(blocking)
+    pp: int = busy.shape[-1]
     there, back = forward + send, backward + send_back
     passing = there if name in ("zb", "zbv") else there + back  # a weight gradient put off may outlast the way back
     ends = m * busy + np.cumsum(passing, axis=-1) - passing
@@ -96,12 +97,12 @@ def least_of_any(
         return np.maximum(pace, once + (m - 1) * all_of / pp)
     held = all_of - model.opening  # the first rank's, which may pass on less of it than of layers
     if name == "1f1b":
-        ranks = np.arange(np.max(pp))
-        m, ahead = (np.asarray(x)[..., None] for x in (m, pp))
-        waiting = m - 1 - (np.minimum(ahead - ranks, m) - 1) * np.asarray(model.most)[..., None]
-        with np.errstate(divide="ignore"):  # one micro-batch leaves nothing to wait for
-            shares = np.where(ranks < ahead, 1 / waiting, 0.0).sum(axis=-1)
-        return np.maximum(pace, once + held / shares)
+        # The sum of 1 / (m - 1 - j x most) over j forwards that a rank may run ahead, by its integral.
+        few, rest = np.minimum(pp, m), m - 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = (pp - few) / (rest * (1 - model.most)) + np.log(rest / (rest - few * model.most)) / model.most
+        waiting = np.where(rest > few * model.most, held / np.where(shares > 0, shares, np.inf), 0.0)
+        return np.maximum(pace, once + waiting)
     if name == "zb":
         return np.maximum(pace, _series(model.least, pp, m, held))
     if name == "zbv":

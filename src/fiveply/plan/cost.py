@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -158,10 +158,13 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
     return one * operation.count
 
 
-def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> float:
+def optimizer_seconds(parameters: int, machine: Machine, software: Software, *, on_host: bool = False) -> float:
     """One optimiser step of the `parameters` that a rank holds: gradient, master copy and moments read, all but the gradient
-    written, and the parameter written; the gradients' norm reads them once more."""
+    written, and the parameter written; the gradients' norm reads them once more. `on_host`: gradients go there and parameters
+    come back first and last, and the rest runs at the host's memory, of which a device's share is about its bus (estimate)."""
     moved = 2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes
+    if on_host:
+        return parameters * (moved + software.reduce_bytes + software.parameter_bytes) / machine.host_bandwidth
     return parameters * moved / (machine.bandwidth * machine.stream)
 
 
@@ -235,6 +238,17 @@ class Computed(msgspec.Struct, frozen=True):
     kernels: dict[str, float]
     stall: float
     """Seconds of each of forward and backward that the device waits for a router's counts."""
+    kept: int
+    """Bytes that forward leaves for backward."""
+
+    def __add__(self, other: Computed) -> Computed:
+        def both(one: dict[str, float], two: dict[str, float]) -> dict[str, float]:
+            return one | {key: one.get(key, 0.0) + value for key, value in two.items()}
+
+        return Computed(
+            both(self.phases, other.phases), both(self.terms, other.terms), both(self.kernels, other.kernels),
+            self.stall + other.stall, self.kept + other.kept,
+        )  # fmt: skip
 
 
 def computed(
@@ -261,7 +275,7 @@ def computed(
         terms[_term(operation)] += seconds
         kernels[phase] += operation.count * software.kernels
     routed = any(operation.module == "router" for operation in work.operations)
-    return Computed(phases, terms, kernels, software.experts_stall / 2 if routed else 0.0)
+    return Computed(phases, terms, kernels, software.experts_stall / 2 if routed else 0.0, work.kept_bytes)
 
 
 def part_seconds(
@@ -273,31 +287,38 @@ def part_seconds(
     strides: Mapping[str, int],
 ) -> PartSeconds:
     """One micro-batch of a part. `strides`: ranks between neighbours on each axis."""
-    return exchanged(computed(work, machine, software, precision), collectives, machine, software, strides)
+    calls = [(one, collective_seconds(one, machine, strides[one.axis])) for one in collectives]
+    return exchanged(computed(work, machine, software, precision), calls, machine, software)
 
 
 def exchanged(
     part: Computed,
-    collectives: Sequence[Collective],
+    calls: Iterable[tuple[Collective, float]],
     machine: Machine,
     software: Software,
-    strides: Mapping[str, int],
+    *,
+    away: bool = False,
 ) -> PartSeconds:
-    """A part's computation with its collectives.
+    """A part's computation with its collectives, and the seconds of one call of each. `away`: what forward keeps goes to the
+    host and comes back, beside the computation of the same phase.
 
     What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
     share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
     """
     computing, phases, terms = part.phases, dict(part.phases), defaultdict(float, part.terms)
-    for collective in collectives:
+    for collective, once in calls:
         if collective.phase not in phases:
             continue
-        seconds = collective.count * collective_seconds(collective, machine, strides[collective.axis])
+        seconds = collective.count * once
         share = overlap(collective.axis, collective.operation, software)
         beside = computing["weight" if collective.hides == "weight" else collective.phase]
         seconds = exposed(seconds, beside, share, software.contention)
         phases[collective.phase] += seconds
         terms[AXES.get(collective.axis, collective.axis)] += seconds
+    for phase in ("forward", "input") if away else ():
+        seconds = exposed(part.kept / machine.host_bandwidth, computing[phase], 1.0, software.contention)
+        phases[phase] += seconds
+        terms["offload"] += seconds
     if part.stall:
         for phase in ("forward", "input"):
             phases[phase] += part.stall

@@ -13,7 +13,7 @@ import msgspec
 from fiveply.plan import cost, footprint, workload
 from fiveply.plan.machine import Machine
 from fiveply.plan.predict import ORDERS, Job, Prediction, Predictor
-from fiveply.plan.search import Searched, search
+from fiveply.plan.search import Search, Searched
 from fiveply.plan.software import Software
 from fiveply.plan.space import Limits
 from fiveply.spec.architecture import ModelSpec
@@ -75,14 +75,18 @@ class Ranked(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What `fiveply plan` says. `seconds`: of the search."""
+    """What `fiveply plan` says. `search`: what the first layout was found by; `seconds`: of all searches."""
 
-    job: Job
+    search: Search
     cluster: ClusterSpec
     objective: Objective
     ranked: tuple[Ranked, ...]
     searched: Searched
     seconds: float
+
+    @property
+    def job(self) -> Job:
+        return self.search.job
 
 
 def software(precision: str) -> Software:
@@ -128,30 +132,39 @@ def answer(
     is legal, or nothing fits (with how many devices would do)."""
     began = time.perf_counter()
     limits = limits or Limits()
-    found: list[Ranked] = []
+    found: list[tuple[Ranked, Search]] = []
     searched: list[Searched] = []
-    job = None
+    search = None
     for world in worlds or _worlds(cluster, objective):
         job = job_of(
             spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system
         )
-        one = search(job, world, limits, wanted=wanted)
+        search = Search(job, world)
+        one = _searched(search, limits, wanted)
         searched.append(one)
-        found += [rank(job, choice.layout, choice.order) for choice in one.choices]
+        found += [(rank(search.predictors[choice.order], choice.layout), search) for choice in one.choices]
         if objective == "devices" and found:
             break
-    assert job is not None
+    assert search is not None
     if not found:
-        raise _nothing(spec, cluster, job, limits, searched)
-    found.sort(key=lambda one: _rank_by(objective, one))
+        raise _nothing(spec, cluster, search.job, limits, searched)
+    found.sort(key=lambda one: _rank_by(objective, one[0]))
     total = Searched(
         (), sum(one.legal for one in searched), sum(one.fit for one in searched), sum(one.priced for one in searched),
         max(one.gap for one in searched),
     )  # fmt: skip
-    best = job_of(
-        spec, cluster, found[0].world, sequence=sequence, global_batch=global_batch, precision=precision, system=system
-    )
-    return Answer(best, cluster, objective, tuple(found[:wanted]), total, time.perf_counter() - began)
+    ranked = tuple(one for one, _ in found[:wanted])
+    return Answer(found[0][1], cluster, objective, ranked, total, time.perf_counter() - began)
+
+
+def _searched(search: Search, limits: Limits, wanted: int) -> Searched:
+    """Where nothing fits on the devices, with the optimiser or with activations on the host."""
+    found = search.run(limits, wanted=wanted)
+    for kind in ("optimizer", "activations"):
+        if found.legal and not found.choices and "offload" not in limits.fixed and limits.allows("offload", kind):
+            away = msgspec.structs.replace(limits, fixed=limits.fixed | {"offload": kind})
+            found = search.run(away, wanted=wanted)
+    return found
 
 
 def _rank_by(objective: Objective, one: Ranked) -> tuple[float, float]:
@@ -170,14 +183,14 @@ def _worlds(cluster: ClusterSpec, objective: Objective) -> list[int]:
     return divisors(whole) if objective == "devices" else divisors(whole)[::-1]
 
 
-def rank(job: Job, layout: Layout, order: str) -> Ranked:
+def rank(predictor: Predictor, layout: Layout) -> Ranked:
     """Predict a resolved layout in full."""
-    prediction = Predictor(msgspec.structs.replace(job, order=order)).predict(layout)
+    job, prediction = predictor.job, predictor.predict(layout)
     seconds, world = prediction.seconds.p50, layout.world
     ideal = workload.model_flops(job.spec, job.sequence) * job.global_batch / (world * job.machine.flops(job.precision))
     return Ranked(
-        prediction, order, world, job.global_batch * job.sequence / seconds / world, ideal / seconds,
-        bound_by(prediction.terms), refusal(job, layout, order), ideal,
+        prediction, job.order, world, job.global_batch * job.sequence / seconds / world, ideal / seconds,
+        bound_by(prediction.terms), refusal(job, layout, job.order), ideal,
     )  # fmt: skip
 
 
@@ -211,7 +224,7 @@ def _nothing(spec: ModelSpec, cluster: ClusterSpec, job: Job, limits: Limits, se
         world *= 2
         rows = max(job.global_batch, world)
         more = msgspec.structs.replace(job, global_batch=-(-rows // world) * world)
-        if search(more, world, limits, wanted=1, budget=20).choices:
+        if Search(more, world).run(limits, wanted=1, budget=1).choices:
             return InputError(
                 f"the model does not fit on {cluster.count} of {cluster.device} in any layout", where="--cluster",
                 fix=f"{world} would do",
@@ -240,9 +253,9 @@ def why(answer: Answer, wish: str, limits: Limits | None = None) -> WhyNot:
     chosen = {key: getattr(top.prediction.layout, key) for key in wished.fixed}
     if chosen == wished.fixed:
         return WhyNot(wish, "the plan has it", top)
-    found = search(job, top.world, both, wanted=1)
+    found = answer.search.run(both, wanted=1)
     if found.choices:
-        best = rank(job, found.choices[0].layout, found.choices[0].order)
+        best = rank(answer.search.predictors[found.choices[0].order], found.choices[0].layout)
         more = best.prediction.seconds.p50 - top.prediction.seconds.p50
         if more <= 0:
             return WhyNot(wish, "it is as fast", best)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fiveply.pipeline_schedule import Kind, build
 from fiveply.plan import cost, footprint, traffic, units, workload
 from fiveply.plan.predict import Predictor
-from fiveply.plan.space import Splits
+from fiveply.plan.space import Kinds, Splits, chunks_of
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
 
@@ -41,6 +41,15 @@ class Divided(NamedTuple):
     crossings: NDArray[np.int64]
     units: NDArray[np.int64]
     first: NDArray[np.int64]
+
+
+class _OfSplits(NamedTuple):
+    """`degrees`: one split of each state's sizes, and by split the place of its own among them; `kept` [split, (kept by all
+    layers, by all other parts, least that a layer needs beside)], bytes of one row."""
+
+    splits: Splits
+    degrees: tuple[NDArray[np.int64], NDArray[np.int64]]
+    kept: NDArray[np.float64]
 
 
 class Fitting:
@@ -72,19 +81,19 @@ class Fitting:
         self._bytes: dict[Hashable, NDArray[np.float64]] = {}
         self._states: dict[Hashable, NDArray[np.float64]] = {}
         self._divided: dict[Hashable, Divided] = {}
-        self._of_splits: NDArray[np.float64] | None = None
-        self._degrees: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._shards: dict[Hashable, NDArray[np.int64]] = {}
+        self._last: _OfSplits | None = None
 
     def fits(self, layout: Layout) -> bool:
         """Whether the ranks that seem to hold most do, exactly."""
-        held = self.estimate(layout, [(layout.zero, layout.dp_shard)])[0]
+        held = self.estimate(layout, ((layout.zero, layout.dp_shard),))[0]
         worst = np.argsort(-held)[:WORST].tolist()
         return all(self._predictor.footprint(layout, rank).peak <= self.capacity for rank in worst)
 
     # many at once
 
     def may_fit(
-        self, splits: Splits, rows: NDArray[np.int64], kinds: list[tuple[int, int]]
+        self, splits: Splits, rows: NDArray[np.int64], kinds: Kinds
     ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """[split, state]: whether the layers of these splits, all of one pp, dp and cp, could be dealt to ranks such that all fit;
         and by split how many the busiest rank must take at least, in any state.
@@ -95,22 +104,21 @@ class Fitting:
         """
         pp, dp = splits.columns["pp"][rows[0]].item(), splits.columns["dp"][rows[0]].item()
         micro_batch = splits.columns["micro_batch"][rows]
-        inside, outside, working = self._kept_of(splits)[rows].T[:, :, None] * micro_batch[:, None]
-        if self._degrees is None:
-            self._degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
-        first, place = self._degrees
+        inside, outside, working = self._of(splits).kept[rows].T[:, :, None] * micro_batch[:, None]
+        first, place = self._of(splits).degrees
         numbers, where = np.unique(place[rows], return_inverse=True)
         bytes_of = np.array([self.state(splits.layout(int(first[number])), kinds) for number in numbers.tolist()])
         state = (bytes_of[:, :, self._layer] @ self._times[self._layer])[where]  # [split, state]
         if pp == 1:
             beside = (bytes_of[:, :, ~self._layer] @ self._times[~self._layer])[where]
-            fits = inside + outside + working + state + beside <= self.capacity
+            fits = inside + np.maximum(outside, working) + state + beside <= self.capacity
             return fits, np.full(len(rows), self.spec.layers)
         kept, held, room = inside / self._layers, state / self._layers, self.capacity - working
         embed, head = (bytes_of[:, :, self._place[unit]][where] for unit in ("embed", self._head))
         micro_batches = (self.job.global_batch // dp // micro_batch)[:, None]
-        groups = [np.array([0]), *np.array_split(np.arange(1, pp - 1), min(GROUPS, pp - 2) or 1), np.array([pp - 1])]
-        groups = [ranks for ranks in groups if len(ranks)]
+        size = max(1, -(-(pp - 2) // GROUPS))
+        inner = [range(first, min(first + size, pp - 1)) for first in range(1, pp - 1, size)]
+        groups = [range(1), *inner, range(pp - 1, pp)]
         fits, busiest = np.zeros(state.shape, bool), np.full(len(rows), self._layers)
         for name, chunks, beside in (("1f1b", 1, (embed, head)), ("zbv", 2, (embed + head, 0.0))):
             if chunks * pp > self._layers:
@@ -125,41 +133,36 @@ class Fitting:
             busiest = np.minimum(busiest, _busiest(takes.max(axis=2).T, sizes, self._layers))
         return fits, busiest - (self._layers - self.spec.layers)
 
-    def busiest(
-        self, layout: Layout, orders: list[tuple[str, int]], kinds: list[tuple[int, int]]
-    ) -> NDArray[np.int64]:
+    def busiest(self, layout: Layout, orders: list[tuple[str, int]], kinds: Kinds) -> NDArray[np.int64]:
         """[state, pipeline] of one split, each rank for itself: how many layers the busiest rank must take at least; more than there
         are where they don't fit."""
         state, each = self.state(layout, kinds), self._part_bytes(layout) * layout.micro_batch
         layer = self._kind_times * self._kind_layer
         kept, held = layer @ each[:, 0] / self._layers, (state @ (self._times * self._layer) / self._layers)[:, None]
-        room = self.capacity - each[self._kind_layer, 1].min()
+        left = np.full((2, len(kinds), layout.pp), self.capacity - each[self._kind_layer, 1].min())
+        left[:, :, 0] -= state[:, self._place["embed"]]
+        left[(0, 1), :, (-1, 0)] -= state[:, self._place[self._head]]  # a V ends on its first rank
         micro_batches = self.job.global_batch // layout.dp // layout.micro_batch
-        takes = np.zeros((len(orders), len(kinds), layout.pp))
-        for index, (name, vp) in enumerate(orders):
-            chunks = msgspec.structs.replace(layout, schedule=name, vp=vp).chunks
-            left = np.full((len(kinds), layout.pp), room)
-            left[:, 0] -= state[:, self._place["embed"]]
-            left[:, 0 if name == "zbv" else -1] -= state[:, self._place[self._head]]
-            instances = alive(name, layout.pp, chunks, micro_batches) * chunks
-            takes[index] = _most_layers(left, held, kept, instances, chunks)
+        chunks, instances = _instances(tuple(orders), layout.pp, micro_batches)
+        folded = np.array([int(name == "zbv") for name, _ in orders])
+        takes = _most_layers(left[folded], held, kept, instances[:, None], chunks[:, None, None])
         found = _busiest(takes.reshape(-1, layout.pp), np.ones(layout.pp, np.int64), self._layers)
         found -= (found <= self._layers) * (self._layers - self.spec.layers)
         return found.reshape(len(orders), -1).T
 
-    def _kept_of(self, splits: Splits) -> NDArray[np.float64]:
-        """[split, (kept by all layers, by all other parts, least that a layer needs beside)] of one row."""
-        if self._of_splits is None:
+    def _of(self, splits: Splits) -> _OfSplits:
+        if self._last is None or self._last.splits is not splits:
             # Not by ep: experts elsewhere leave as many rows here.
             first, place = splits.alike("tp", "sp", "cp", "cp_kind", "etp", "recompute", "offload")
             each = [self._part_bytes(splits.layout(row)) for row in first.tolist()]
             layers = self._kind_times * self._kind_layer
             others = self._kind_times - layers
             table = [(layers @ one[:, 0], others @ one[:, 0], one[self._kind_layer, 1].min()) for one in each]
-            self._of_splits = np.array(table, float)[place]
-        return self._of_splits
+            degrees = splits.alike("tp", "cp", "dp", "ep", "etp", "offload")
+            self._last = _OfSplits(splits, degrees, np.array(table, float)[place])
+        return self._last
 
-    def estimate(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+    def estimate(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
         """[state, rank]: about the bytes that each rank of a divided layout holds at its worst moment: all that can be alive,
         and the most that one of its parts needs for itself."""
         divided = self.divided(layout)
@@ -204,30 +207,35 @@ class Fitting:
         """By kind of unit."""
         return np.bincount([self._place[name] for name in names], minlength=len(self.units))
 
-    def state(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+    def state(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
         """[state, unit]: bytes of parameters, gradients and optimiser state of one unit of each kind."""
-        key = (layout.tp, layout.cp, layout.dp, layout.ep, layout.etp, layout.offload)
+        key = (layout.tp, layout.cp, layout.dp, layout.ep, layout.etp, layout.offload, kinds)
         if key not in self._states:
             parameters, gradients, optimizer = self._state_of(layout, kinds)
             self._states[key] = parameters + gradients + (0 if layout.offload == "optimizer" else optimizer)
         return self._states[key]
 
-    def owned(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
+    def owned(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
         """[state, unit]: elements that one rank's optimiser updates."""
         return self._state_of(layout, kinds)[2] / self.job.software.optimizer_bytes
 
-    def _state_of(self, layout: Layout, kinds: list[tuple[int, int]]) -> NDArray[np.float64]:
-        each = [msgspec.structs.replace(layout, zero=zero, dp_shard=shard) for zero, shard in kinds]
-        zero = np.array([one.zero for one in each])[:, None]
+    def _state_of(self, layout: Layout, kinds: Kinds) -> NDArray[np.float64]:
+        zero, dense, experts = self.shards(layout, kinds)
         held = [units.held(self.spec, layout, unit) for unit in self.units]
         total = np.zeros((3, len(kinds), len(held)))
-        for elements, ranks in (
-            ([one.longest for one in held], units.shard_ranks),
-            ([one.experts for one in held], units.expert_shard_ranks),
-        ):
-            shards = np.array([ranks(one) for one in each])[:, None]
+        for elements, shards in (([one.longest for one in held], dense), ([one.experts for one in held], experts)):
             total += np.array(footprint.state_of(np.array(elements), shards, zero, software=self.job.software))
         return total
+
+    def shards(self, layout: Layout, kinds: Kinds) -> tuple[NDArray[np.int64], ...]:
+        """By state, in a column: zero, the ranks that share one copy of what is sharded, and those that share one of experts."""
+        key = layout.dp, layout.cp, kinds
+        if key not in self._shards:
+            each = [msgspec.structs.replace(layout, zero=zero, dp_shard=shard) for zero, shard in kinds]
+            self._shards[key] = np.array([(one.zero, units.shard_ranks(one)) for one in each]).T[:, :, None]
+        zero, dense = self._shards[key]
+        part = np.maximum(1, layout.expert_data * dense // units.data_ranks(layout))
+        return zero, dense, np.where(zero == 0, 1, part)
 
     def _part_bytes(self, layout: Layout) -> NDArray[np.float64]:
         """[kind of part, (kept, needed beyond that, kept for a weight gradient put off)] of one row of a micro-batch, which grow in
@@ -250,7 +258,7 @@ class Fitting:
         return self._bytes[key]
 
 
-def _most_layers(room: Any, state: Any, kept: Any, instances: Any, chunks: int) -> Any:
+def _most_layers(room: Any, state: Any, kept: Any, instances: Any, chunks: Any) -> Any:
     """Of a rank with `room` bytes where each layer has `state`, and `instances` of micro-batches of a chunk are alive, each of which
     keeps `kept` a layer. A chunk has the floor of its share of the layers at least."""
     whole = np.floor(np.maximum(0.0, room) / (chunks * state + instances * kept))
@@ -266,6 +274,18 @@ def _busiest(takes: NDArray[np.float64], sizes: NDArray[np.int64], layers: int) 
         enough = np.minimum(takes, middle[:, None]) @ sizes >= layers
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return high
+
+
+@lru_cache(maxsize=4096)
+def _instances(
+    orders: tuple[tuple[str, int], ...], pp: int, micro_batches: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Chunks a rank by pipeline, and [pipeline, rank] the most micro-batches of a chunk alive."""
+    chunks = np.array([chunks_of(name, vp) for name, vp in orders])
+    each = [
+        alive(name, pp, count, micro_batches) * count for (name, _), count in zip(orders, chunks.tolist(), strict=True)
+    ]
+    return chunks, np.array(each)
 
 
 @lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from fiveply.plan import cost, traffic, units
 from fiveply.plan.bounds import Lanes, Model, least_end, least_of_any
 from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
+from fiveply.plan.space import Kinds, chunks_of
 from fiveply.plan.stages import Weights
 from fiveply.spec.layout import Layout
 
@@ -60,7 +61,6 @@ class Floors:
         self._models: dict[Hashable, Model] = {}
         self._steps: dict[Hashable, Step] = {}
         self._each: dict[Hashable, list[tuple[str, str, Array]]] = {}
-        self._wires: dict[Hashable, cost.Wire] = {}
 
     # of a split
 
@@ -84,49 +84,55 @@ class Floors:
         """One micro-batch through the whole model."""
         key = self._key(layout, order)
         if key not in self._models:
-            self._models[key] = self._model(self.seconds(layout, order))
+            self._models[key] = Model(*map(float, self._model(self.seconds(layout, order))))
         return self._models[key]
 
-    def large(self, layout: Layout) -> list[tuple[float, ...]]:
-        """The least of a row through the whole model, as `Model`s' fields: nothing computed again, and all layers in full. In a
+    def large(self, layouts: Sequence[Layout]) -> Array:
+        """[layout, (nothing computed again, all layers in full), field of Model]: the least of a row through the whole model. In a
         large micro-batch neither launches nor latencies nor incomplete waves count."""
-        whole = msgspec.structs.replace(layout, micro_batch=LARGE, recompute="none")
-        each = self.seconds(whole, ORDERS[0]) / LARGE
+        whole = [msgspec.structs.replace(one, micro_batch=LARGE, recompute="none") for one in layouts]
+        each, predictor = np.array([self.seconds(one, ORDERS[0]) for one in whole]) / LARGE, self.predictors[ORDERS[0]]
         again = each.copy()
         for kind, part in enumerate(self.fitting.kinds):
             if self._layers[kind]:
-                again[kind, 1] += self.predictors[ORDERS[0]].computed(whole, part).phases["forward"] / LARGE
-        return [tuple(self._model(each)), tuple(self._model(again))]
+                again[:, kind, 1] += [predictor.computed(one, part).phases["forward"] / LARGE for one in whole]
+        return np.stack([np.stack(self._model(one), axis=-1) for one in (each, again)], axis=1)
 
     def _model(self, each: Array) -> Model:
-        busy, layer = each.sum(axis=1), self._layers > 0
-        share = each[layer, 0] / busy[layer]
-        return Model(*map(float, (
-            self._opening @ busy, self._closing @ busy, self._layers @ busy,
-            (self._opening + self._layers + self._closing) @ each[:, :2].sum(axis=1),
-            busy[layer].min(), each[layer, 0].min(), share.max(), share.min(),
-        )))  # fmt: skip
+        """From seconds [..., kind of part, phase]."""
+        busy, layer = each.sum(axis=-1), self._layers > 0
+        share = each[..., layer, 0] / busy[..., layer]
+        return Model(
+            busy @ self._opening, busy @ self._closing, busy @ self._layers,
+            each[..., :2].sum(axis=-1) @ (self._opening + self._layers + self._closing),
+            busy[..., layer].min(axis=-1), each[..., layer, 0].min(axis=-1), share.max(axis=-1), share.min(axis=-1),
+        )  # fmt: skip
 
     def pipelines(
-        self, layout: Layout, order: str, kinds: list[tuple[int, int]], orders: list[tuple[str, int]]
-    ) -> Array:
-        """The least end of a step of a split by pipeline (schedule, vp), with any division and in any state that may fit; infinite
-        where none does."""
-        busiest, model = self.fitting.busiest(layout, orders, kinds), self.model(layout, order)
-        more, send = self._more(layout, order, kinds), self.predictors[order].transfer(layout)
-        layers = more[:, self._layers > 0]
-        model = model._replace(
-            opening=model.opening + (more @ self._opening)[:, None],
-            closing=model.closing + (more @ self._closing)[:, None],
-            layers=model.layers + (more @ self._layers)[:, None],
-            layer=model.layer + layers.min(axis=1)[:, None],
-            most=np.where(layers.max(axis=1) > 0, max(model.most, 0.5), model.most)[:, None],
-            least=model.least * (model.layer / (model.layer + layers.max(axis=1)))[:, None],
-        )
-        names = np.array([name for name, _ in orders])
-        chunks = np.array([msgspec.structs.replace(layout, schedule=name, vp=vp).chunks for name, vp in orders])
+        self, layout: Layout, kinds: Kinds, orders: list[tuple[str, int]], busiest: NDArray[np.int64], send: float
+    ) -> Array:  # fmt: skip
+        """The least end of a step of a split by pipeline (schedule, vp), with any division, in any state that may fit and any order
+        of ranks; infinite where none does. `busiest`: of `Fitting.busiest`; `send`: seconds of a transfer."""
+        model, order = self.model(layout), ORDERS[0]  # where experts' ranks lie closest
+        plain = np.array([zero < 2 for zero, _ in kinds])
+        least_busy = busiest[plain].min(axis=0, initial=self.spec.layers + 1)
+        if (least_busy <= -(-self.spec.layers // layout.pp)).all():  # no other state could be faster
+            busiest = least_busy[None]
+        else:
+            more = self._more(layout, order, kinds)
+            layers = more[:, self._layers > 0]
+            model = model._replace(
+                opening=model.opening + (more @ self._opening)[:, None],
+                closing=model.closing + (more @ self._closing)[:, None],
+                layers=model.layers + (more @ self._layers)[:, None],
+                layer=model.layer + layers.min(axis=1)[:, None],
+                most=np.where(layers.max(axis=1) > 0, max(model.most, 0.5), model.most)[:, None],
+                least=model.least * (model.layer / (model.layer + layers.max(axis=1)))[:, None],
+            )
+        names = np.array(["1f1b" if name == "gpipe" else name for name, _ in orders])  # which gpipe can't beat
+        chunks = np.array([chunks_of(name, vp) for name, vp in orders])
         least = np.full(busiest.shape, np.inf)
-        for name in dict(orders):
+        for name in np.unique(names).tolist():
             some = names == name
             least[:, some] = self.any_division(
                 name, chunks[some], layout.pp, self._micro_batches(layout), busiest[:, some], model, send
@@ -143,6 +149,11 @@ class Floors:
     def whole(self, seconds: Any) -> Any:
         """With what no term explains."""
         return seconds + cost.residual(seconds, self.job.machine, self.job.software, self._all)
+
+    def shape(self, layout: Layout, order: str) -> tuple[int, ...]:
+        """Seconds of each kind of part in thousandths of the least layer's."""
+        busy = self.seconds(layout, order).sum(axis=1)
+        return tuple((busy * (1000 / self.model(layout, order).layer)).round().astype(int).tolist())
 
     def weights(self, layout: Layout, order: str) -> Weights:
         model, busy = self.model(layout, order), self.seconds(layout, order).sum(axis=1)
@@ -169,7 +180,7 @@ class Floors:
 
     # of a state
 
-    def states(self, layout: Layout, order: str, kinds: list[tuple[int, int]], rows: list[int]) -> list[float]:
+    def states(self, layout: Layout, order: str, kinds: Kinds, rows: list[int]) -> list[float]:
         """For some of the states, the least end of a step: after the pipeline's, what of the first stage's reductions and of
         each rank's update nothing can hide."""
         software, machine = self.job.software, self.job.machine
@@ -180,15 +191,17 @@ class Floors:
         exposed = np.maximum((step.early + step.late) @ divided.first - early, step.late @ divided.first)
         if layout.pp > 1 and layout.schedule in ("zb", "zbv"):  # the first rank need not be the last to end
             exposed = np.zeros_like(exposed)
-        after = step.owned @ divided.units.T * (cost.optimizer_seconds(10**9, machine, software) / 1e9)
+        update = cost.optimizer_seconds(10**9, machine, software, on_host=layout.offload == "optimizer") / 1e9
+        after = step.owned @ divided.units.T * update
         gathered = step.gather @ divided.units.T
         hidden = np.minimum(gathered * software.overlap_parameters, divided.parts @ each[:, 0] / software.contention)
         after += gathered - hidden + hidden * (software.contention - 1)
-        found = self._pipeline(layout, order, self._more(layout, order, kinds)[rows])
+        deferred = any(kinds[row][0] > 1 for row in rows)
+        found = self._pipeline(layout, order, self._more(layout, order, kinds)[rows] if deferred else 0.0)
         return self.whole((found + exposed[rows] + after[rows].max(axis=1)) * SURE).tolist()
 
-    def _step(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> Step:
-        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, layout.offload, order)
+    def _step(self, layout: Layout, order: str, kinds: Kinds) -> Step:
+        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, layout.offload, order, kinds)
         if key not in self._steps:
             early, late, gather = np.zeros((3, len(kinds), len(self.fitting.units)))
             for zero, elements, shards, replicas, strides in self._buffers(layout, order, kinds):
@@ -200,46 +213,39 @@ class Floors:
             self._steps[key] = Step(self.fitting.owned(layout, kinds), early, late, gather)
         return self._steps[key]
 
-    def _buffers(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> Any:
+    def _buffers(self, layout: Layout, order: str, kinds: Kinds) -> Any:
         """Of a unit's two flat buffers: zero, elements by unit, ranks that share it and that have the same, and the strides of
         both, by state."""
-        each = [msgspec.structs.replace(layout, zero=zero, dp_shard=shard) for zero, shard in kinds]
         held = [units.held(self.spec, layout, unit) for unit in self.fitting.units]
-        strides = [self.predictors[order].strides(one) for one in each]
-        zero = np.array([one.zero for one in each])[:, None]
-
-        def column(values: list[int]) -> NDArray[np.int64]:
-            return np.array(values)[:, None]
-
-        dense, experts = column([units.shard_ranks(one) for one in each]), column([units.expert_shard_ranks(one) for one in each])
-        replica = column([one["dp" if zero == 0 else "replica"] for one, (zero, _) in zip(strides, kinds, strict=True)])
-        shard, edp = column([one["shard"] for one in strides]), column([one["edp"] for one in strides])
-        yield zero, np.array([one.longest for one in held]), dense, units.data_ranks(layout) // dense, (shard, replica)
+        strides, (zero, dense, experts) = self.predictors[order].strides(layout), self.fitting.shards(layout, kinds)
+        shared = np.array(
+            [msgspec.structs.replace(layout, zero=one, dp_shard=shard).shard_ranks for one, shard in kinds]
+        )
+        shard = np.full_like(dense, strides["dp"])
+        replicas = units.data_ranks(layout) // dense
+        yield zero, np.array([one.longest for one in held]), dense, replicas, (shard, shard * shared[:, None])
         if self.spec.experts:
+            edp = np.full_like(dense, strides["edp"])
             yield zero, np.array([one.experts for one in held]), experts, layout.expert_data // experts, (edp, edp)
 
     def _calls(self, operation: str, ranks: NDArray[np.int64], strides: NDArray[np.int64], size: Array) -> Array:
         """Seconds of calls of `size` bytes [state, unit], by ranks and strides of each state; of no bytes, none."""
-        found: list[cost.Wire] = []
-        for pair in zip(ranks[:, 0].tolist(), strides[:, 0].tolist(), strict=True):
-            key = (operation, *pair)
-            if key not in self._wires:
-                self._wires[key] = cost.wire(operation, pair[0], self.predictors[ORDERS[0]].job.machine, pair[1])
-            found.append(self._wires[key])
+        wire = self.predictors[ORDERS[0]].wire
+        found = [wire(operation, *pair) for pair in zip(ranks[:, 0].tolist(), strides[:, 0].tolist(), strict=True)]
         start, each, half = np.array(found).T[:, :, None]
         moving = each * size
         return (start + moving + np.sqrt(half * moving)) * (size > 0)
 
-    def _more(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> Array:
+    def _more(self, layout: Layout, order: str, kinds: Kinds) -> Array:
         """[state, kind of part]: seconds by which what every micro-batch gathers and reduces delays it (zero 2 and 3)."""
         software, parts = self.job.software, self.fitting.kinds
         more = np.zeros((len(kinds), len(parts)))
-        if max(zero for zero, _ in kinds) < 2:
-            return more
-        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, order)
+        key = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.etp, order, kinds)
         if key not in self._each:
             self._each[key] = self._each_micro_batch(layout, order, kinds)
-        priced = [self.predictors[order].part(msgspec.structs.replace(layout, zero=0, dp_shard=0), part) for part in parts]
+        priced = [
+            self.predictors[order].part(msgspec.structs.replace(layout, zero=0, dp_shard=0), part) for part in parts
+        ]
         phases = [self.predictors[order].computed(layout, part).phases for part in parts]
         for phase, operation, seconds in self._each[key]:
             beside = np.array([one[phase] for one in phases]) / software.contention
@@ -248,7 +254,7 @@ class Floors:
         idle = np.array([one.terms.get("launch", 0.0) for one in priced])  # the host's lead may hide it
         return np.maximum(0.0, more - idle)
 
-    def _each_micro_batch(self, layout: Layout, order: str, kinds: list[tuple[int, int]]) -> list[tuple[str, str, Array]]:
+    def _each_micro_batch(self, layout: Layout, order: str, kinds: Kinds) -> list[tuple[str, str, Array]]:
         """What `_more` adds, before anything hides it: phase, operation, seconds by state and kind of part."""
         software, parts, found = self.job.software, self.fitting.kinds, list[tuple[str, str, Array]]()
         places = [self.fitting.units.index(self.fitting.unit_of(part)) for part in parts]

@@ -94,6 +94,12 @@ class Tally:
         backward += sum(kept.bytes for kept in self.dropped)
         return Work(tuple(self.operations), tuple(self.kept), forward, backward, weight, self.deferred)
 
+    def add(self, other: Tally) -> None:
+        self.operations += other.operations
+        self.kept += other.kept
+        self.dropped += other.dropped
+        self.deferred += other.deferred
+
     def keep(self, name: str, module: Module, size: int, *, always: bool = False) -> None:
         """`size` in bytes; dropped where its module is computed again, unless `always`."""
         if size:

@@ -16,7 +16,7 @@ import msgspec
 
 from fiveply.pipeline_schedule import Schedule, build
 from fiveply.plan import cost, footprint, traffic, workload
-from fiveply.plan.cost import Computed, PartSeconds
+from fiveply.plan.cost import Computed, PartSeconds, Wire
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
 from fiveply.plan.simulate import Ends, Simulated, StageSeconds, ends, simulate
@@ -98,7 +98,9 @@ class Predictor:
         self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
         self._parts: dict[Hashable, PartSeconds] = {}
         self._computed: dict[Hashable, Computed] = {}
+        self._pieces: dict[Hashable, Computed] = {}
         self._operations: dict[Hashable, float] = {}
+        self._wires: dict[Hashable, Wire] = {}
         self._ranks: dict[Hashable, Rank] = {}
         self._ends: dict[Layout, Ends] = {}
 
@@ -182,8 +184,10 @@ class Predictor:
             calls = traffic.part_traffic(
                 job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
             )
+            strides = self.strides(layout)
+            priced = [(one, self._seconds(one, strides[one.axis])) for one in calls]
             found = self._parts[key] = cost.exchanged(
-                self.computed(layout, part), calls, job.machine, job.software, self.strides(layout)
+                self.computed(layout, part), priced, job.machine, job.software, away=layout.offload == "activations"
             )
         return found
 
@@ -193,12 +197,19 @@ class Predictor:
         found = self._computed.get(key)
         if found is None:
             job = self.job
-            work = workload.work(
+            pieces = workload.pieces(
                 job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
             )
-            found = self._computed[key] = cost.computed(
-                work, job.machine, job.software, job.precision, self._operations
-            )
+            for name, work in pieces:
+                piece = self._kind_of[part], name
+                if piece not in self._pieces:
+                    self._pieces[piece] = cost.computed(
+                        work, job.machine, job.software, job.precision, self._operations
+                    )
+                one = self._pieces[piece]
+                found = one if found is None else found + one
+            assert found is not None
+            self._computed[key] = found
         return found
 
     def _work_key(self, layout: Layout, part: str) -> tuple[Hashable, ...]:
@@ -208,7 +219,8 @@ class Predictor:
 
     def _part_key(self, layout: Layout, part: str) -> Hashable:
         """All that a part's seconds depend on."""
-        key = (*self._work_key(layout, part), self._expert_stride(layout) if layout.ep > 1 else 0)
+        stride = self._expert_stride(layout) if layout.ep > 1 else 0
+        key = (*self._work_key(layout, part), stride, layout.offload == "activations")
         return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
 
     def stages(self, layout: Layout) -> list[Stage]:
@@ -280,9 +292,11 @@ class Predictor:
     ) -> dict[str, float]:
         """Sums, the optimiser, and gathering what it updated, as far as the next forward does not hide that."""
         job, software = self.job, self.job.software
-        state = footprint.state(job.spec, layout, traffic.held_units(job.spec, layout, number), software=software)
-        owned = round(state.optimizer / software.optimizer_bytes)
-        terms = {"optimizer": cost.optimizer_seconds(owned, job.machine, software), "sums": 0.0}
+        here, held_units = msgspec.structs.replace(layout, offload="none"), traffic.held_units(job.spec, layout, number)
+        owned = footprint.state(job.spec, here, held_units, software=software).optimizer / software.optimizer_bytes
+        on_host = layout.offload == "optimizer"
+        update = cost.optimizer_seconds(round(owned), job.machine, software, on_host=on_host)
+        terms = {"offload" if on_host else "optimizer": update, "sums": 0.0}
         gathered = largest = reduced = 0.0
         for call in calls:
             if call.phase == "step":
@@ -316,7 +330,17 @@ class Predictor:
 
     def call(self, collective: Collective, layout: Layout) -> float:
         """Seconds of one call."""
-        return cost.collective_seconds(collective, self.job.machine, self.strides(layout)[collective.axis])
+        return self._seconds(collective, self.strides(layout)[collective.axis])
+
+    def _seconds(self, one: Collective, stride: int) -> float:
+        return self.wire(one.operation, one.size, stride, one.copies).seconds(one.bytes) if one.size > 1 else 0.0
+
+    def wire(self, operation: str, ranks: int, stride: int, copies: int = 1) -> Wire:
+        """`cost.wire` of the job's machine."""
+        key = operation, ranks, stride, copies
+        if key not in self._wires:
+            self._wires[key] = cost.wire(operation, ranks, self.job.machine, stride, copies=copies)
+        return self._wires[key]
 
     # the step
 
@@ -359,4 +383,3 @@ class Predictor:
         step = ended + waited
         terms["residual"] += cost.residual(step, self.job.machine, self.job.software, layout)
         return step + terms["residual"], {name: value for name, value in terms.items() if value}
-

@@ -16,8 +16,11 @@ its memory before it is priced (`fitting.py`).
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import heapq
 import math
+from collections.abc import Callable, Generator
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -28,12 +31,14 @@ from numpy.typing import NDArray
 from fiveply.plan.bounds import Model
 from fiveply.plan.floors import Floors
 from fiveply.plan.predict import ORDERS, Job
-from fiveply.plan.space import Limits, pipelines, splits, states
+from fiveply.plan.space import Kinds, Limits, chunks_of, pipelines, splits, states
 from fiveply.plan.stages import balance, deal, every
 from fiveply.spec.layout import Layout
 
 BUDGET = 30_000
 """Of EFFORT, about three seconds of a core."""
+HASTY, PROOF = 0.25, 0.9
+"""The shares of it until which something good is looked for in haste, and what could beat it."""
 FEW = 20
 """Divisions of the layers that are all tried."""
 ROUGHLY, SURELY = 1.02, 0.95
@@ -68,8 +73,8 @@ def degrees(layout: Layout) -> tuple[int, ...]:
 
 
 Level = Literal["family", "split", "pipeline", "state", "found"]
-EFFORT: dict[Level, int] = {"family": 12, "split": 7, "pipeline": 5, "state": 20, "found": 30}
-"""About what it costs to look at one, in tenths of a millisecond."""
+EFFORT: dict[Level, int] = {"family": 8, "split": 6, "pipeline": 3, "state": 15, "found": 20}
+"""About what it costs to look at one, in tenths of a millisecond; what grows with the pipeline comes on top."""
 HASTE: dict[Level, float] = {
     "family": 1.25, "split": 1.1, "pipeline": 1.05, "state": 1.0, "found": 1.0,
 }  # fmt: skip
@@ -79,6 +84,18 @@ HASTE: dict[Level, float] = {
 def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
     """One search of a job (`Search.run`)."""
     return Search(job, world).run(limits, wanted=wanted, budget=budget)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Generator[None]:
+    """Prices are kept, so that collecting garbage finds next to none, in a fifth of the time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class Pipeline(NamedTuple):
@@ -100,32 +117,55 @@ class Search:
         self._divisions: dict[Any, tuple[int, ...] | None] = {}
 
     def run(self, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
-        """Layouts of exactly `world` ranks, within `budget`: first in haste, until each of `wanted` combinations of degrees has a
-        layout; then what could beat the best of them. Raises InputError for a batch that no layout can have."""
-        self.limits = limits or Limits()
+        """Layouts of exactly `world` ranks, within `budget`: something good in haste, what could beat it, a layout of each of `wanted`
+        combinations of degrees in haste, and what could beat those. Raises InputError for a batch that no layout can have."""
+        with _uncollected():
+            return self._run(limits or Limits(), wanted, budget)
+
+    def _run(self, limits: Limits, wanted: int, budget: int) -> Searched:
+        self.limits, self.wanted = limits, wanted
         self.choices: dict[tuple[int, ...], Choice] = {}
         self._queue: list[tuple[float, int, float, Level, Any]] = []
-        self._numbers, self._haste, self._spent, self._priced = count(), True, 0, 0
-        self._best = math.inf
-        later: list[tuple[float, Level, Any]] = []
+        self._later: list[tuple[float, Level, Any]] = []
+        self._numbers, self._haste, self._spent, self._priced = count(), 1, 0, 0
+        self._best = self._limit = math.inf
+        """Seconds of the best layout found, and of the last of the wanted ones."""
         legal, fit = self._open()
-        while self._queue and len(self.choices) < wanted and (not self.choices or self._spent < budget):
+        self._hurry(lambda: bool(self.choices) and self._spent >= budget * HASTY)
+        self._prove(lambda: self._best, round(budget * PROOF))
+        left = self._queue[0][0] if self._queue else math.inf
+        if len(self.choices) < wanted:
+            self._sort(haste=3)
+            self._hurry(lambda: self._spent >= budget)
+        self._prove(lambda: self._limit, budget)
+        ordered = tuple(sorted(self.choices.values(), key=lambda choice: choice.seconds))
+        gap = max(0.0, self._best / left - 1) if self.choices else 0.0
+        return Searched(ordered[:wanted], legal, fit, self._priced, gap)
+
+    def _hurry(self, enough: Callable[[], bool]) -> None:
+        """Find layouts of degrees that have none yet."""
+        while self._queue and len(self.choices) < self.wanted and not enough():
             _, _, least, level, payload = heapq.heappop(self._queue)
-            if level not in ("family", "split") and degrees(payload[0]) in self.choices:
-                later.append((least, level, payload))
+            if level != "family" and self._known(level, payload) < math.inf:
+                self._later.append((least, level, payload))
             else:
                 self._look(level, payload)
-        later += [entry[2:] for entry in self._queue]
-        self._queue, self._haste = [], False
-        for least, level, payload in later:
+
+    def _prove(self, limit: Callable[[], float], budget: int) -> None:
+        """Look at all that could take less."""
+        if self._haste:
+            self._sort(haste=0)
+        while self._queue and self._queue[0][0] < limit() and self._spent < budget:
+            _, _, least, level, payload = heapq.heappop(self._queue)
+            if level == "family" or least < self._known(level, payload):
+                self._look(level, payload)
+
+    def _sort(self, *, haste: int) -> None:
+        """Queue all that waits by what it takes at least, in haste by what it is likely to: the more, the deeper it looks first."""
+        waiting = self._later + [entry[2:] for entry in self._queue]
+        self._queue, self._later, self._haste = [], [], haste
+        for least, level, payload in waiting:
             self._push(least, level, payload)
-        while self._queue and self._queue[0][0] < self._best and self._spent < budget:
-            _, _, _, level, payload = heapq.heappop(self._queue)
-            self._look(level, payload)
-        left = self._queue[0][0] if self._queue else math.inf
-        ordered = tuple(sorted(self.choices.values(), key=lambda choice: choice.seconds))
-        gap = max(0.0, self._best / left - 1) if ordered else 0.0
-        return Searched(ordered[:wanted], legal, fit, self._priced, gap)
 
     def _look(self, level: Level, payload: Any) -> None:
         self._spent += EFFORT[level]
@@ -137,18 +177,41 @@ class Search:
             self._divide(*payload)
         elif level == "state":
             self._price(*payload)
-        elif self.fitting.fits(payload[0]):
+        if level != "found":
+            return
+        self._spent += self._actions(payload[0]) // 100
+        if self.fitting.fits(payload[0]):
             choice = Choice(*payload)
-            self._best = min(self._best, choice.seconds)
-            known = self.choices.get(degrees(choice.layout))
-            if known is None or choice.seconds < known.seconds:
+            if choice.seconds < self._known(level, payload):
                 self.choices[degrees(choice.layout)] = choice
+                times = sorted(known.seconds for known in self.choices.values())
+                self._best = times[0]
+                self._limit = times[self.wanted - 1] if len(times) >= self.wanted else math.inf
+
+    def _actions(self, layout: Layout) -> int:
+        """About how many are run to find the end of its step."""
+        return 3 * layout.stage_count * min(self._micro_batches(layout), 6 * layout.pp)
+
+    def _known(self, level: Level, payload: Any) -> float:
+        """Seconds of the best layout found of the same degrees."""
+        known = self.choices.get(degrees(self.splits.layout(payload) if level == "split" else payload[0]))
+        return known.seconds if known else math.inf
 
     def _push(self, least: float, level: Level, payload: Any) -> None:
         """`least`: a bound of all that may come of it."""
-        if self._haste or least < self._best:
-            key = least * HASTE[level] if self._haste else least
+        if least < self._limit:
+            if self._haste and level == "split" and self._spare(payload):
+                self._later.append((least, level, payload))
+                return
+            key = least * HASTE[level] ** self._haste
             heapq.heappush(self._queue, (key, next(self._numbers), least, level, payload))
+
+    def _spare(self, row: int) -> bool:
+        """Whether it recomputes attention that is fused: that frees next to nothing."""
+        software = self.job.software
+        return (
+            software.flash and software.selective == ("core",) and self.splits.columns["recompute"][row] == "selective"
+        )
 
     # 1. families
 
@@ -156,16 +219,16 @@ class Search:
         """Queue every family of which a split may fit; how many layouts are legal, and how many may fit."""
         job, limits = self.job, self.limits
         self.splits = splits(self.spec, self.world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
-        self._orders = {
-            pp: pipelines(self.spec, pp, limits) for pp in np.unique(self.splits.columns["pp"]).tolist()
-        }
+        self._orders = {pp: pipelines(self.spec, pp, limits) for pp in np.unique(self.splits.columns["pp"]).tolist()}
         self._chunks: dict[str, NDArray[np.int64]] = {}
         """By schedule, the most chunks a rank by pp; 0 where it is none."""
         for pp, orders in self._orders.items():
             for name, vp in orders:
-                most = self._chunks.setdefault(name, np.zeros(max(self._orders) + 1, np.int64))
-                most[pp] = max(most[pp], Layout(schedule=name, vp=vp).chunks)
-        self._states: dict[tuple[int, int], list[tuple[int, int]]] = {}
+                if name not in self._chunks:
+                    self._chunks[name] = np.zeros(max(self._orders) + 1, np.int64)
+                most = self._chunks[name]
+                most[pp] = max(most[pp], chunks_of(name, vp))
+        self._states: dict[tuple[int, int], Kinds] = {}
         legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
         self._busiest = np.zeros(len(self.splits), np.int64)
         """By split, layers that its busiest rank must take at least."""
@@ -182,7 +245,7 @@ class Search:
         self._queue_families(np.flatnonzero(may))
         return legal, fit
 
-    def _kinds(self, dp: int, cp: int) -> list[tuple[int, int]]:
+    def _kinds(self, dp: int, cp: int) -> Kinds:
         """The states of so many data-parallel and context ranks."""
         if (dp, cp) not in self._states:
             self._states[dp, cp] = states(dp, cp, self.limits)
@@ -193,15 +256,14 @@ class Search:
             return
         first, family = self.splits.alike(*FAMILY)
         family = family[rows]
-        large = np.zeros((len(first), 2, len(Model._fields)))
-        for one in np.unique(family).tolist():
-            large[one] = self.floors.large(self.splits.layout(int(first[one])))
+        some, family = np.unique(family, return_inverse=True)
+        large = self.floors.large([self.splits.layout(int(row)) for row in first[some].tolist()])
         full = (self.splits.columns["recompute"][rows] == "full").astype(int)
         least = self._least(rows, large[family, full] * self.splits.columns["micro_batch"][rows][:, None])
         order = np.lexsort((-self.splits.columns["micro_batch"][rows], family))
         starts = np.flatnonzero(np.diff(family[order], prepend=-1))[1:]
-        for some, bounds in zip(np.split(rows[order], starts), np.split(least[order], starts), strict=True):
-            self._push(float(bounds.min()), "family", (some, bounds))
+        for members, bounds in zip(np.split(rows[order], starts), np.split(least[order], starts), strict=True):
+            self._push(float(bounds.min()), "family", (members, bounds))
 
     def _least(self, rows: NDArray[np.int64], models: NDArray[np.float64]) -> NDArray[np.float64]:
         """The least end of a step of each split, in any pipeline with any division, transfers left out; `models`: [split, field of
@@ -221,15 +283,19 @@ class Search:
 
     def _price_family(self, rows: NDArray[np.int64], least: NDArray[np.float64]) -> None:
         """Queue the splits of the largest micro-batch, and the others with what that says of them."""
-        rows = rows[least < self._best]
+        rows = rows[least < self._limit]
         if not len(rows):
             return
         micro_batch, recompute = (self.splits.columns[key][rows] for key in ("micro_batch", "recompute"))
         largest, layout = micro_batch[0].item(), self.splits.layout(int(rows[0]))
         models = np.zeros((len(rows), len(Model._fields)))
-        for name in np.unique(recompute).tolist():
-            priced = self.floors.model(msgspec.structs.replace(layout, recompute=name))
-            models[recompute == name] = priced
+        full = recompute == "full"
+        for some, name in (
+            (full, "full"),
+            (~full, "none"),
+        ):  # what recomputes a part takes no less than what recomputes nothing
+            if some.any():
+                models[some] = self.floors.model(msgspec.structs.replace(layout, recompute=name))
         least, here = self._least(rows, models * (micro_batch / largest)[:, None]), micro_batch == largest
         for bound, row in zip(least[here].tolist(), rows[here].tolist(), strict=True):
             self._push(bound, "split", row)
@@ -242,11 +308,14 @@ class Search:
         """Queue its pipelines, in each order of ranks that makes a difference."""
         layout, machine = self.splits.layout(row), self.job.machine
         orders, kinds = self._orders[layout.pp], self._kinds(layout.dp, layout.cp)
+        busiest = self.fitting.busiest(layout, orders, kinds)
         apart = layout.pp > 1 and layout.dp > 1 and layout.tp * layout.cp < machine.joined < self.world
-        for order in ORDERS if apart else ORDERS[:1]:
-            least = self.floors.pipelines(layout, order, kinds, orders).tolist()
-            found = [Pipeline(bound, *one) for bound, one in zip(least, orders, strict=True) if bound < math.inf]
-            self._queue_pipelines(layout, order, sorted(found))
+        ranks = ORDERS if apart else ORDERS[:1]
+        send = min(self.predictors[order].transfer(layout) for order in ranks)
+        least = self.floors.pipelines(layout, kinds, orders, busiest, send).tolist()
+        found = sorted(Pipeline(bound, *one) for bound, one in zip(least, orders, strict=True) if bound < math.inf)
+        for order in ranks:
+            self._queue_pipelines(layout, order, found)
 
     def _queue_pipelines(self, layout: Layout, order: str, found: list[Pipeline]) -> None:
         if found:
@@ -260,6 +329,7 @@ class Search:
     def _divide(self, layout: Layout, order: str, found: list[Pipeline]) -> None:
         """Queue the first pipeline with its divisions of the layers, evenly by rank, and for one chunk by the slowest path; and the
         other pipelines."""
+        self._spent += layout.pp // 4
         self._queue_pipelines(layout, order, found[1:])
         chosen = msgspec.structs.replace(layout, schedule=found[0].name, vp=found[0].vp)
         chunks, folded = chosen.chunks, chosen.schedule == "zbv"
@@ -280,14 +350,16 @@ class Search:
     def _balanced(
         self, layout: Layout, order: str, ahead: float, least: int, folded: bool, most: list[int] | None = None
     ) -> tuple[int, ...] | None:
-        weights = self.floors.weights(layout, order)
+        """Remembered by what of it counts: seconds to a thousandth of a layer's."""
         count = self._micro_batches(layout) if ahead else 1
-        key = (weights, layout.pp, count, ahead, least, folded)
-        if most is not None or key not in self._divisions:
-            found = balance(weights, layout.pp, count, ahead, least=least, folded=folded, most=most)
-            if most is not None:
-                return found
-            self._divisions[key] = found
+        if most is not None:
+            return balance(
+                self.floors.weights(layout, order), layout.pp, count, ahead, least=least, folded=folded, most=most
+            )
+        key = (self.floors.shape(layout, order), layout.pp, count, ahead, least, folded)
+        if key not in self._divisions:
+            weights = self.floors.weights(layout, order)
+            self._divisions[key] = balance(weights, layout.pp, count, ahead, least=least, folded=folded)
         return self._divisions[key]
 
     # 4. states
@@ -301,9 +373,7 @@ class Search:
         if held.max(axis=1).min() > SURELY and (divided := self._divide_by_memory(layout, held, order)):
             self._queue_states(divided, order, kinds, self.fitting.estimate(divided, kinds) / self.fitting.capacity)
 
-    def _queue_states(
-        self, layout: Layout, order: str, kinds: list[tuple[int, int]], held: NDArray[np.float64]
-    ) -> None:
+    def _queue_states(self, layout: Layout, order: str, kinds: Kinds, held: NDArray[np.float64]) -> None:
         rows = np.flatnonzero((held <= ROUGHLY).all(axis=1)).tolist()
         if rows:
             ends = self.floors.states(layout, order, kinds, rows)
@@ -335,6 +405,7 @@ class Search:
         """Queue a layout with its exact time, and the next of its division's states."""
         if others:
             self._push(others[0][0], "state", (others[0][1], order, others[1:]))
+        self._spent += self._actions(layout) // 300
         seconds = self.predictors[order].seconds(layout)
         self._priced += 1
         self._push(seconds, "found", (layout, order, seconds))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -68,16 +68,9 @@ class Simulated(msgspec.Struct, frozen=True):
         return len(self.busy) * self.seconds / sum(self.busy) - 1
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    """What the loop reads of an action. `need`, `out`: slots of arrival times; 0 arrives at once, 1 is needed by none."""
-
-    action: Action
-    rank: int
-    stage: int
-    need: int
-    out: int
-    crosses: bool
-    """Whether it is handed to another rank."""
+_Entry: TypeAlias = tuple[Action, int, int, int, int, bool]
+"""What the loop reads of an action: its rank and stage; `need`, `out`: slots of arrival times (0 arrives at once, 1 is needed by
+none); and whether it is handed to another rank."""
 
 
 class _Program(NamedTuple):
@@ -88,7 +81,8 @@ class _Program(NamedTuple):
     slots: int
 
 
-_OTHERS = (Kind.GATHER, Kind.REDUCE, Kind.FINISH)
+_CODES = {kind: code for code, kind in enumerate(COMPUTE)}
+_OTHERS = {Kind.GATHER: 0, Kind.REDUCE: 1, Kind.FINISH: 2}
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
@@ -99,23 +93,23 @@ def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bo
     ended, finish, exposed = _run(_program(schedule, entries, each), schedule.pp, stages, blocking)
     busy = [0.0] * schedule.pp
     events: list[Event] = []
-    for entry, end in zip(entries, ended, strict=True):
-        kind, chunk, micro_batch, _ = entry.action
-        one = stages[_place(entry, each)] if entry.stage >= 0 else EMPTY
+    for (action, rank, stage, _, _, crosses), end in zip(entries, ended, strict=True):
+        kind, chunk, micro_batch, _ = action
+        one = stages[_place(stage, micro_batch, each)] if stage >= 0 else EMPTY
         if kind in COMPUTE:
-            seconds = (one.forward, one.input + one.weight, one.input, one.weight)[COMPUTE.index(kind)]
-            busy[entry.rank] += seconds
-            events.append(Event(entry.rank, kind, chunk, micro_batch, end - seconds, end, stage=entry.stage))
-            if entry.crosses:
+            seconds = (one.forward, one.input + one.weight, one.input, one.weight)[_CODES[kind]]
+            busy[rank] += seconds
+            events.append(Event(rank, kind, chunk, micro_batch, end - seconds, end, stage=stage))
+            if crosses:
                 back = kind is not Kind.FORWARD
-                peer = schedule.rank_of(entry.stage + (-1 if back else 1))[0]
-                events.append(Event(entry.rank, "transfer", chunk, micro_batch, end, end + (one.send_back if back else one.send),
-                                    "communication", entry.stage, "pp", "send", peer=peer))  # fmt: skip
+                peer = schedule.rank_of(stage + (-1 if back else 1))[0]
+                events.append(Event(rank, "transfer", chunk, micro_batch, end, end + (one.send_back if back else one.send),
+                                    "communication", stage, "pp", "send", peer=peer))  # fmt: skip
         elif kind is Kind.FINISH:
-            events.append(Event(entry.rank, "wait", chunk, micro_batch, end - exposed[entry.rank], end, axis="dp"))
+            events.append(Event(rank, "wait", chunk, micro_batch, end - exposed[rank], end, axis="dp"))
         else:
             seconds, operation = (one.gather, "all-gather") if kind is Kind.GATHER else (one.reduce, "reduce-scatter")
-            events.append(Event(entry.rank, "collective", chunk, micro_batch, end - seconds, end, "communication", entry.stage,
+            events.append(Event(rank, "collective", chunk, micro_batch, end - seconds, end, "communication", stage,
                                 "dp", operation))  # fmt: skip
     events = [event for event in events if event.end > event.start or event.kind in COMPUTE]
     ordered = sorted(events, key=lambda event: (event.rank, event.lane, event.start))
@@ -246,15 +240,18 @@ def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program
     schedule = build(name, pp, micro_batches, vp, transfers=False)
     entries = _entries(schedule)
     gradients = np.zeros((micro_batches, schedule.stages), np.int64)
-    for place, entry in enumerate(entries):
-        if entry.action.kind in (Kind.BACKWARD, Kind.WEIGHT):
-            gradients[entry.action.micro_batch, entry.stage] = place
+    for place, (action, _, stage, _, _, _) in enumerate(entries):
+        if action.kind is Kind.BACKWARD or action.kind is Kind.WEIGHT:
+            gradients[action.micro_batch, stage] = place
     return _program(schedule, entries), gradients
 
 
 def _entries(schedule: Schedule) -> list[_Entry]:
     """All actions but transfers, each after what it needs. Raises ScheduleError for a deadlock."""
     stages, count = schedule.stages, schedule.micro_batches
+    home = [schedule.rank_of(stage)[0] for stage in range(stages)]
+    held = [[schedule.stage_of(rank, chunk) for chunk in range(schedule.vp)] for rank in range(schedule.pp)]
+    forward, backward, input_gradient = Kind.FORWARD, Kind.BACKWARD, Kind.INPUT
     position = [0] * schedule.pp
     made = {0, 1}
     waiting: dict[int, int] = {}
@@ -267,22 +264,22 @@ def _entries(schedule: Schedule) -> list[_Entry]:
         while at < len(actions):
             action = actions[at]
             kind, chunk, micro_batch, _ = action
-            stage = schedule.stage_of(rank, chunk) if chunk >= 0 else -1
+            stage = held[rank][chunk] if chunk >= 0 else -1
             need, out, crosses = 0, 1, False
-            if kind is Kind.FORWARD:
+            if kind is forward:
                 need = 2 + (stage - 1) * count + micro_batch if stage else 0
                 out = 2 + stage * count + micro_batch
-                crosses = stage + 1 < stages and schedule.rank_of(stage + 1)[0] != rank
-            elif kind is Kind.BACKWARD or kind is Kind.INPUT:
+                crosses = stage + 1 < stages and home[stage + 1] != rank
+            elif kind is backward or kind is input_gradient:
                 need = 2 + (stages + stage + 1) * count + micro_batch if stage + 1 < stages else 0
                 out = 2 + (stages + stage) * count + micro_batch
-                crosses = stage > 0 and schedule.rank_of(stage - 1)[0] != rank
+                crosses = stage > 0 and home[stage - 1] != rank
             if need not in made:
                 waiting[need] = rank
                 break
             at += 1
-            if kind in COMPUTE or kind in _OTHERS:
-                entries.append(_Entry(action, rank, stage, need, out, crosses))
+            if kind in _CODES or kind in _OTHERS:
+                entries.append((action, rank, stage, need, out, crosses))
             if out > 1:
                 made.add(out)
                 if out in waiting:
@@ -296,28 +293,26 @@ def _entries(schedule: Schedule) -> list[_Entry]:
     return entries
 
 
-def _place(entry: _Entry, each: int) -> int:
-    """Of an entry's seconds, where each stage has `each` of them; what is about all micro-batches counts as the first."""
-    return entry.stage * each + (max(0, entry.action.micro_batch) if each > 1 else 0)
+def _place(stage: int, micro_batch: int, each: int) -> int:
+    """Of an action's seconds, where each stage has `each` of them; what is about all micro-batches counts as the first."""
+    return stage * each + (max(0, micro_batch) if each > 1 else 0)
 
 
 def _program(schedule: Schedule, entries: list[_Entry], each: int = 1) -> _Program:
     count = schedule.stages * each
     gathered: set[int] = set()
     steps: list[tuple[int, int, int, int, int]] = []
-    for entry in entries:
-        kind, stage = entry.action.kind, _place(entry, each)
+    for action, rank, number, need, out, crosses in entries:
+        kind, stage = action.kind, _place(number, action.micro_batch, each)
         if kind in _OTHERS:
-            steps.append(
-                (entry.rank, -1 - stage - count * _OTHERS.index(kind) if stage >= 0 else -1 - 2 * count, 0, 1, 0)
-            )
+            steps.append((rank, -1 - stage - count * _OTHERS[kind] if stage >= 0 else -1 - 2 * count, 0, 1, 0))
             continue
-        code = COMPUTE.index(kind)
+        code = _CODES[kind]
         if code == 0 and schedule.gather and stage not in gathered:
             gathered.add(stage)
             code = len(COMPUTE)  # the first forward, which waits for its parameters
-        travel = 0 if not entry.crosses else 1 + stage + (count if code in (1, 2) else 0)
-        steps.append((entry.rank, code * count + stage, entry.need, entry.out, travel))
+        travel = 0 if not crosses else 1 + stage + (count if code in (1, 2) else 0)
+        steps.append((rank, code * count + stage, need, out, travel))
     return _Program(tuple(steps), 2 + 2 * schedule.stages * schedule.micro_batches)
 
 

@@ -8,7 +8,7 @@ and every state goes with every split, so that counting and pruning need not lis
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -19,6 +19,8 @@ from fiveply.spec.errors import InputError
 from fiveply.spec.layout import CHOICES, Layout, Layouts, divisors
 from fiveply.spec.legality import legal
 
+Kinds: TypeAlias = tuple[tuple[int, int], ...]
+"""States of data-parallel ranks: (zero, dp_shard) each."""
 SPLIT = ("tp", "cp", "pp", "dp", "micro_batch", "sp", "cp_kind", "ep", "etp", "recompute", "offload")
 
 
@@ -107,7 +109,7 @@ def splits(spec: ModelSpec, world: int, *, sequence: int, global_batch: int, lim
     words = {
         "cp_kind": limits.choose("cp_kind", CHOICES["cp_kind"]),
         "recompute": limits.choose("recompute", CHOICES["recompute"]),
-        "offload": [limits.fixed.get("offload", "none")],
+        "offload": limits.choose("offload", [limits.fixed.get("offload", "none")]),
     }
     for tp in limits.choose("tp", (d for d in divisors(world) if heads % d == 0)):
         for cp in limits.choose("cp", (d for d in divisors(world // tp) if 2 * d <= sequence or d == 1)):
@@ -149,7 +151,12 @@ def pipelines(spec: ModelSpec, pp: int, limits: Limits) -> list[tuple[str, int]]
     return [(name, vp) for name, vp in found if limits.allows("schedule", name) and limits.allows("vp", vp)]
 
 
-def states(dp: int, cp: int, limits: Limits) -> list[tuple[int, int]]:
+def chunks_of(schedule: str, vp: int) -> int:
+    """Chunks a rank, as `Layout.chunks`."""
+    return vp or (2 if schedule in ("interleaved", "zbv") else 1)
+
+
+def states(dp: int, cp: int, limits: Limits) -> Kinds:
     """(zero, dp_shard) of `dp` replicas; with one, and no context ranks beside it, there is nothing to share."""
     found = [(0, 0)]
     if dp * cp > 1:
@@ -158,8 +165,8 @@ def states(dp: int, cp: int, limits: Limits) -> list[tuple[int, int]]:
         ]
     elif limits.fixed.get("zero"):
         found = [(limits.fixed["zero"], 0)]
-    return [
+    return tuple(
         (zero, shard)
         for zero, shard in found
         if limits.allows("zero", zero) and limits.allows("dp_shard", shard or (dp if "dp_shard" in limits.fixed else 0))
-    ]
+    )

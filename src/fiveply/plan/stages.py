@@ -62,6 +62,14 @@ def balance(
             found[rank], end = end - begin, begin
         return found if end == 0 else None
 
+    def slowest(division: list[int]) -> float:
+        worst, end = 0.0, 0
+        for rank, held in enumerate(division):
+            begin, end = end, end + held
+            before = a * (sums[begin] + weights.first) if rank else 0.0
+            worst = max(worst, before + m * (sums[end] - sums[begin] + extra[rank]))
+        return worst
+
     whole = sums[-1] + weights.first + weights.last
     low, high = m * whole / pp * (1 - 1e-9), a * whole + m * (whole / pp + max(weights.layers) + max(extra))
     best = fill(high)
@@ -75,8 +83,10 @@ def balance(
         found = fill(middle)
         if found is None:
             low = middle
-        else:
-            best, high = found, middle
+            continue
+        best, high = found, slowest(found)
+        if fill(high * (1 - 1e-9)) is None:  # paths have few lengths
+            break
     return tuple(best)
 
 

@@ -62,7 +62,7 @@ def expert_shard_ranks(layout: Layout) -> int:
 
 def held(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0, ep_rank: int = 0) -> Held:
     """Equal layers are placed once."""
-    degrees = (layout.tp, layout.sp, layout.dp, layout.cp, layout.ep, layout.etp)
+    degrees = (layout.tp, layout.sp, layout.ep, layout.etp)
     return _held(spec, alike(spec)[unit], degrees, tp_rank, ep_rank)
 
 
@@ -89,8 +89,8 @@ def _declared(spec: ModelSpec, unit: str) -> list[Parameter]:
 
 @functools.cache
 def _held(spec: ModelSpec, unit: str, degrees: tuple[int, ...], tp_rank: int, ep_rank: int) -> Held:
-    tp, sp, dp, cp, ep, etp = degrees
-    layout, parameters = Layout(tp=tp, sp=sp, dp=dp, cp=cp, ep=ep, etp=etp), _declared(spec, unit)
+    tp, sp, ep, etp = degrees
+    layout, parameters = Layout(tp=tp, sp=sp, ep=ep, etp=etp), _declared(spec, unit)
 
     def elements(parameter: Parameter, tp_rank: int) -> tuple[int, int]:
         placed = place_parameter(layout, parameter, spec.kv_heads, tp_rank=tp_rank, ep_rank=ep_rank)

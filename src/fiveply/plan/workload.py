@@ -11,6 +11,7 @@ heads (`ulysses`), latent attention is expanded to heads (DeepSeek-V2, arXiv:240
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import get_args
 
 import msgspec
@@ -25,7 +26,7 @@ from fiveply.spec.placement import part as cut
 
 __all__ = [
     "Kept", "Module", "Operation", "OperationKind", "Part", "Phase", "Split", "Work",
-    "describe", "kinds", "model_flops", "parts", "seen", "split_of", "work",
+    "describe", "kinds", "model_flops", "parts", "pieces", "seen", "split_of", "work",
 ]  # fmt: skip
 
 INDEX_BYTES = 8
@@ -100,31 +101,80 @@ def _head(part: Part, split: Split, software: Software) -> Work:
 
 
 def _layer(part: Part, split: Split, software: Software) -> Work:
-    alternate = software.alternate and split.recompute == "selective"
-    again = {"none": frozenset[str](), "selective": frozenset(software.selective), "full": _EVERYTHING}
-    tally = Tally(split.element, _EVERYTHING if alternate else again[split.recompute], software)
-    hidden, local, element = part.hidden, split.local, split.element
-    tally.keep("input", "residual", local * hidden * element, always=True)
+    tally = Tally(split.element, _again(split, software), software)
+    for half in _halves(part, split):
+        tally.add(_half(*half, software))
+    columns, weight = _inner(part, split)
+    if software.alternate and split.recompute == "selective":
+        tally.save_alternate()
     if part.predicts:
-        _joining(tally, part, split)
-    _norm(tally, part, local, hidden, "input_norm")
-    (_latent_attention if part.latent else _attention)(tally, part, split)
-    _residual(tally, part, split, "attention")
+        _norm(tally, part, split.local, part.hidden, "head_norm")
+        _vocabulary(tally, part, split)
+    return tally.work(*_working(part, split, columns, weight))
+
+
+def _again(split: Split, software: Software) -> frozenset[str]:
+    """Modules that backward computes again."""
+    if split.recompute == "none":
+        return frozenset()
+    return frozenset(software.selective) if split.recompute == "selective" and not software.alternate else _EVERYTHING
+
+
+def _halves(part: Part, split: Split) -> tuple[tuple[bool, Part, Split], ...]:
+    """Attention, and what follows it, each with what it depends on: the one not on experts, the other on tokens alone."""
+    return (
+        (True, msgspec.structs.replace(part, experts=None), msgspec.structs.replace(split, ep=1, etp=1)),
+        (False, part, msgspec.structs.replace(split, rows=1, sequence=split.tokens, cp=1, cp_kind="gather")),
+    )
+
+
+@functools.cache
+def _half(attention: bool, part: Part, split: Split, software: Software) -> Tally:
+    tally = Tally(split.element, _again(split, software), software)
+    hidden, local, element = part.hidden, split.local, split.element
+    if attention:
+        tally.keep("input", "residual", local * hidden * element, always=True)
+        if part.predicts:
+            _joining(tally, part, split)
+        _norm(tally, part, local, hidden, "input_norm")
+        (_latent_attention if part.latent else _attention)(tally, part, split)
+        _residual(tally, part, split, "attention")
+        return tally
     tally.keep("middle", "residual", local * hidden * element)
     _norm(tally, part, local, hidden, "middle_norm")
     if part.experts is None:
-        inner = split.part(part.ffn)
-        columns, weight = split.tokens * inner, inner * hidden
         _mlp(tally, part, split, part.ffn, "")
     else:
-        columns, weight = _experts(tally, part, split, part.experts)
+        _experts(tally, part, split, part.experts)
     _residual(tally, part, split, "mlp")
-    if alternate:
-        tally.save_alternate()
-    if part.predicts:
-        _norm(tally, part, local, hidden, "head_norm")
-        _vocabulary(tally, part, split)
-    return tally.work(*_working(part, split, columns, weight))
+    return tally
+
+
+def _inner(part: Part, split: Split) -> tuple[int, int]:
+    """Elements of one inner tensor of the MLP, and of one of its matrices (of experts: of all of a projection's)."""
+    experts = part.experts
+    if experts is None:
+        inner = split.part(part.ffn)
+        return split.tokens * inner, inner * part.hidden
+    inner = -(-experts.ffn // split.etp)
+    return split.routed * experts.per_token * split.etp * inner, experts.count // split.ep * inner * part.hidden
+
+
+def pieces(
+    spec: ModelSpec, layout: Layout, part: str, *, sequence: int, software: Software = FIVEPLY, precision: str = "bf16"
+) -> tuple[tuple[Hashable, Work], ...]:
+    """The operations and kept tensors of a part (as `work` has them) by pieces that layouts share, each with all that it depends
+    on: a layer's two halves, or the whole."""
+    split, described = split_of(layout, sequence=sequence, precision=precision), describe(spec, part)
+    if described.what != "layer" or described.predicts or software.alternate:
+        return ((split, _count(described, split, software)),)
+    halves = _halves(described, split)
+    return tuple(((attention, one), _half_work(attention, half, one, software)) for attention, half, one in halves)
+
+
+@functools.cache
+def _half_work(attention: bool, part: Part, split: Split, software: Software) -> Work:
+    return _half(attention, part, split, software).work()
 
 
 def _working(part: Part, split: Split, columns: int, weight: int) -> tuple[int, int, int]:
@@ -288,10 +338,9 @@ def _activation(tally: Tally, part: Part, split: Split, elements: int, name: str
         tally.keep(f"{name}activation output", "activation", _read(tally, split, elements))
 
 
-def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> tuple[int, int]:
+def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> None:
     """Router, dispatch, grouped products, combination; and the MLP that every token passes. Tensor ranks route their own
-    tokens each; where they split experts too, each sees the tokens of all of them. Returns the elements of one inner tensor
-    and of one projection's matrices."""
+    tokens each; where they split experts too, each sees the tokens of all of them."""
     tokens, element = split.routed, split.element
     chosen = tokens * experts.per_token
     rows = chosen * split.etp
@@ -320,7 +369,6 @@ def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> tuple[
     if experts.shared_gate:
         tally.products("mlp", split.tokens, hidden, shared_gate=1)
     tally.deferred += element * (2 * rows * hidden + (1 + len(columns)) * rows * inner)
-    return rows * inner, count * inner * hidden
 
 
 def _joining(tally: Tally, part: Part, split: Split) -> None:
