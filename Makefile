@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-gloo lint bench clean install
+.PHONY: demo test test-slow test-gloo lint bench bench-plan clean install
 
 demo: .venv/demo.stamp
 	$(BIN)/python recipes/demo.py
@@ -28,6 +28,9 @@ lint: .venv/test.stamp
 bench: .venv/test.stamp
 	-$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/training.py
+
+bench-plan: .venv/demo.stamp
+	$(BIN)/python benchmarks/plan_cpu.py
 
 install: .venv/demo.stamp
 

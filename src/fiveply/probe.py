@@ -7,6 +7,8 @@ the very functions that plan (`plan/cost.py`).
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from fiveply.plan import cost, footprint, workload
-from fiveply.plan.machine import Machine
+from fiveply.plan.machine import Machine, Passes
 from fiveply.plan.operations import Operation
 from fiveply.plan.software import Software
 from fiveply.report import expected, timelines
@@ -27,8 +29,8 @@ from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, divisors
 from fiveply.spec.legality import resolve
-from fiveply.train import auto, measure
-from fiveply.train.measure import SEQUENCE, SPEC, Measured
+from fiveply.train import auto, measure, metrics
+from fiveply.train.measure import SEQUENCE, Measured
 from fiveply.world.device import Devices, find
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Transport
@@ -36,11 +38,14 @@ from fiveply.world.mesh import Transport
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 BUDGET = 0.03
 """Seconds for one figure: a world takes about half a minute."""
+PHASES = ("forward", "input", "weight", "step")
 
 
 def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> dict[str, Any]:
     """Measure, fit, write `out`; returns the cluster's values and how well they fit. Collective where ranks were started."""
     begun, found = time.perf_counter(), find()
+    if not Path(out).resolve().parent.is_dir():
+        raise InputError("no such folder", where="--out", key=str(out), fix="make it first, or give another place")
     worlds = divisors(found.count) + ([2 * found.count] if found.kind == "cpu" else [])
     if found.kind == "cuda":
         worlds = [found.count]
@@ -199,35 +204,70 @@ def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
 
 
 def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
-    """What whole steps take beyond products and attention is linear in the bytes of other operations and in their number."""
+    """What forwards, backwards and updates take beyond products and attention is linear in the bytes of their other
+    operations and in the number of these."""
     software = software_of(precision)
-    rows: list[tuple[float, float]] = []
-    beyond: list[float] = []
-    wholes: list[float] = []
-    fixed: list[float] = []
+    bare = msgspec.structs.replace(machine, passes=dict.fromkeys(PHASES, Passes(0.0, math.inf)))
+    rows: dict[str, list[list[float]]] = {"forward": [], "backward": [], "optimizer": []}
+    known: dict[str, list[float]] = {name: [] for name in rows}
     for step in measured.steps:
-        layout = resolve(Layout(dp=measured.ranks), SPEC, sequence=SEQUENCE, global_batch=step.rows * measured.ranks)
-        moved = operations = known = 0.0
-        for part in workload.parts(SPEC, layout.stages, 0):
-            work = workload.work(SPEC, layout, part, sequence=SEQUENCE, software=software, precision=precision)
+        spec = measure.model(step.hidden, step.layers)
+        layout = resolve(Layout(dp=measured.ranks), spec, sequence=SEQUENCE, global_batch=step.rows * measured.ranks)
+        count, moved = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
+        fixed = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        for part in workload.parts(spec, layout.stages, 0):
+            work = workload.work(spec, layout, part, sequence=SEQUENCE, software=software, precision=precision)
             for one in work.operations:
-                if one.kind == "memory":
-                    moved, operations = moved + one.bytes * one.count, operations + one.count
-                else:
-                    known += cost.operation_seconds(one, machine, software, precision)
-        rows.append((moved, operations))
-        beyond.append(step.compute - known)
-        wholes.append(step.compute)
-        fixed.append(known)
-    weights = 1 / np.array(wholes)  # relative errors
-    matrix, wanted = np.array(rows), np.array(beyond)
-    (per_byte, per_operation), *_ = np.linalg.lstsq(matrix * weights[:, None], wanted * weights, rcond=None)
-    per_byte = max(float(per_byte), 0.2 / measured.bandwidth)
-    per_operation = max(float(per_operation), 0.2 * measured.launch)
-    stream = 1 / (per_byte * machine.bandwidth)
-    fitted = msgspec.structs.replace(machine, stream=stream, launch=per_operation)
-    found = matrix @ np.array((per_byte, per_operation)) + np.array(fixed)
-    return fitted, float(np.mean(np.abs(found / np.array(wholes) - 1)))
+                fixed["forward" if one.phase == "forward" else "backward"] += cost.operation_seconds(
+                    one, bare, software, precision
+                )
+                if one.kind == "memory" or one.phase == "weight":
+                    count[one.phase] += one.count
+                    size = (
+                        one.bytes if one.kind == "memory" else 2 * one.shape[0] * one.shape[1] * software.gradient_bytes
+                    )
+                    moved[one.phase] += size * one.count
+        rows["forward"].append([count["forward"], moved["forward"], 1.0])
+        rows["backward"].append([count["input"] + count["weight"], moved["input"], moved["weight"], 1.0])
+        rows["optimizer"].append([1.0, cost.optimizer_bytes(metrics.parameter_count(spec), software)])
+        for name, seconds in fixed.items():
+            known[name].append(seconds)
+    found: dict[str, list[float]] = {}
+    errors: list[float] = []
+    for name, matrix in rows.items():
+        wholes = np.array([getattr(step, name) for step in measured.steps])
+        beyond = wholes - np.array(known[name])
+        found[name] = least_squares(np.array(matrix) / wholes[:, None], beyond / wholes)  # relative errors
+        errors += np.abs((np.array(known[name]) + np.array(matrix) @ found[name]) / wholes - 1).tolist()
+    forward, backward, update = found["forward"], found["backward"], found["optimizer"]
+    passes = {
+        "forward": Passes(forward[0], _stream(forward[1], machine)),
+        "input": Passes(backward[0], _stream(backward[1], machine)),
+        "weight": Passes(backward[0], _stream(backward[2], machine)),
+        "step": Passes(update[0], _stream(update[1], machine)),
+    }
+    return msgspec.structs.replace(machine, passes=passes, action=(forward[2] + backward[3]) / 2), float(
+        np.mean(errors)
+    )
+
+
+def _stream(per_byte: float, machine: Machine) -> float:
+    """At most what a cache gives."""
+    return min(50.0, 1 / (max(per_byte, 1e-15) * machine.bandwidth))
+
+
+def least_squares(matrix: Any, wanted: Any) -> list[float]:
+    """min |matrix x - wanted| for x >= 0, by trying which of the few are above zero."""
+    best, least = np.zeros(matrix.shape[1]), math.inf
+    for chosen in itertools.product((False, True), repeat=matrix.shape[1]):
+        columns = np.flatnonzero(chosen)
+        x = np.zeros(matrix.shape[1])
+        if len(columns):
+            x[columns] = np.linalg.lstsq(matrix[:, columns], wanted, rcond=None)[0]
+        error = float(np.sum((matrix @ x - wanted) ** 2))
+        if x.min() >= 0 and error < least:
+            best, least = x, error
+    return best.tolist()
 
 
 def software_of(precision: str) -> Software:

@@ -145,7 +145,7 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
         m, n, k = shape
         one = product_seconds(m, n, k, machine, precision) / (software.products * machine.clock)
         if operation.phase == "weight":  # added to the gradient so far: read and written
-            one += m * n * 2 * software.gradient_bytes / (machine.bandwidth * machine.stream)
+            one += _pass("weight", m * n * 2 * software.gradient_bytes, machine)
     elif operation.kind == "grouped":
         groups, m, n, k = shape
         one = product_seconds(max(1, m), n, k, machine, precision, max(1, groups))
@@ -153,15 +153,26 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
     elif operation.kind == "attention":
         one = attention_seconds(operation, machine, software, precision) / machine.clock
     else:
-        one = machine.launch + operation.bytes * software.memory_passes / (machine.bandwidth * machine.stream)
+        one = _pass(operation.phase, operation.bytes * software.memory_passes, machine)
     return one * operation.count
+
+
+def _pass(phase: str, moved: float, machine: Machine) -> float:
+    """Of one operation bound by memory."""
+    if found := machine.passes.get(phase):
+        return found.launch + moved / (machine.bandwidth * found.stream)
+    return (machine.launch if phase in ("forward", "input") else 0.0) + moved / (machine.bandwidth * machine.stream)
 
 
 def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> float:
     """One optimiser step of the `parameters` that a rank holds: gradient, master copy and moments read, all but the gradient
     written, and the parameter written; the gradients' norm reads them once more."""
-    moved = 2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes
-    return parameters * moved / (machine.bandwidth * machine.stream)
+    return _pass("step", optimizer_bytes(parameters, software), machine)
+
+
+def optimizer_bytes(parameters: int, software: Software) -> float:
+    """That one optimiser step reads and writes."""
+    return parameters * (2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes)
 
 
 # --- collectives ---

@@ -229,6 +229,10 @@ class Predictor:
         for one in priced:
             for name, seconds in one.terms.items():
                 terms[name] += seconds
+        action = self.job.machine.action
+        forward, back = forward + action, back + action
+        if action:
+            terms["launch"] += 2 * action
         reduce = tail = 0.0
         for call in calls:
             if call.part in parts and call.axis in REDUCING and call.phase != "step":
