@@ -1,6 +1,7 @@
 """The planner on this machine: probe it, plan, train real layouts of a small model, and compare predicted with measured steps.
 
-    python benchmarks/plan_cpu.py [--cluster cluster.toml] [--rounds 3] [--steps 24] [--only N] [--json FILE]
+    python benchmarks/plan_cpu.py [--cluster cluster.toml] [--rounds 3] [--steps 24] [--only N] [--tries 3]
+        [--json FILE]
 
 `make bench-plan` runs it. Every round trains each layout once, so that a slow minute of the machine falls on all of them; a
 layout's step time is the median of all its counted steps. The planner's own pick is trained too. Prints a table, the mean
@@ -50,17 +51,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--only", type=int, default=len(LAYOUTS), help="the first so many layouts")
+    parser.add_argument("--tries", type=int, default=TRIES, help="runs of a layout a round, until one is undisturbed")
     parser.add_argument("--json", default="", help="write all figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = compare(folder, options.cluster, LAYOUTS[: options.only], options.rounds, options.steps)
+        found = compare(folder, options.cluster, LAYOUTS[: options.only], options.rounds, options.steps, options.tries)
     show(found)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))
 
 
-def compare(folder: Path, cluster: str, layouts: tuple[str, ...], rounds: int, steps: int) -> dict[str, Any]:
+def compare(folder: Path, cluster: str, layouts: tuple[str, ...], rounds: int, steps: int, tries: int) -> dict[str, Any]:
     """Probe (or take `cluster`), plan, and train; every row with what was predicted before its first run."""
     begun = time.perf_counter()
     if cluster:
@@ -75,7 +77,7 @@ def compare(folder: Path, cluster: str, layouts: tuple[str, ...], rounds: int, s
     rows: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
         for layout in (*layouts, pick):
-            run = undisturbed(folder, layout, "float32" if precision == "fp32" else "bfloat16", steps)
+            run = undisturbed(folder, layout, "float32" if precision == "fp32" else "bfloat16", steps, tries)
             row = rows.setdefault(run["layout"], run | {"given": layout, "rounds": [], "others": [], "pick": False})
             row["rounds"].append(run["seconds"])
             row["others"].append(run["others"])
@@ -97,10 +99,10 @@ def compare(folder: Path, cluster: str, layouts: tuple[str, ...], rounds: int, s
     }  # fmt: skip
 
 
-def undisturbed(folder: Path, layout: str, dtype: str, steps: int) -> dict[str, Any]:
-    """Of up to TRIES runs the first beside which other processes took little of the cores, else the least disturbed."""
+def undisturbed(folder: Path, layout: str, dtype: str, steps: int, tries: int) -> dict[str, Any]:
+    """Of up to `tries` runs the first beside which other processes took little of the cores, else the least disturbed."""
     runs: list[dict[str, Any]] = []
-    while len(runs) < TRIES and (not runs or runs[-1]["others"] > DISTURBED):
+    while len(runs) < tries and (not runs or runs[-1]["others"] > DISTURBED):
         runs.append(train(folder, layout, dtype, steps))
     return min(runs, key=lambda run: run["others"])
 

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
-from fiveply.plan import cost, footprint, workload
+from fiveply.plan import cost, footprint, traffic, workload
 from fiveply.plan.machine import Machine, Passes
 from fiveply.plan.operations import Operation
 from fiveply.plan.software import Software
@@ -36,8 +36,8 @@ from fiveply.world.launch import launch
 from fiveply.world.mesh import Transport
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
-BUDGET = 0.03
-"""Seconds for one figure: a world takes about half a minute."""
+BUDGET, ROUNDS = 0.03, 3
+"""Seconds for one figure, and how often all are taken: a world takes about half a minute."""
 PHASES = ("forward", "input", "weight", "step")
 
 
@@ -53,18 +53,17 @@ def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> 
     device = torch.device("cuda", 0) if found.kind == "cuda" else torch.device("cpu")
     shared: dict[str, dict[str, Any]] = {}
     errors: dict[str, dict[str, float]] = {}
-    rest: list[float] = []
     for ranks in worlds:
         print(f"measuring with {ranks} rank{'s' * (ranks > 1)}", file=sys.stderr)
-        measured = launch(measure.measure, ranks, dtypes, dtypes[-1], transport, device, BUDGET)
+        rounds = ROUNDS if ranks <= found.count else 1  # ranks that share a core are slow
+        measured = launch(measure.measure, ranks, dtypes, dtypes[-1], transport, device, BUDGET, rounds)
         machine, off = fit(measured, found, dtypes[-1])
         shared[str(ranks)] = _changed(machine)
         errors[str(ranks)] = off
-        rest += [step.rest for step in measured.steps]
     main = shared[str(found.count)]
     cluster = ClusterSpec(
         auto.cluster(found).device if found.kind == "cuda" else "cpu", found.count, found.count, found.memory_bytes, main,
-        shared if found.kind == "cpu" else {}, float(np.median(rest)),
+        shared if found.kind == "cpu" else {},
     )  # fmt: skip
     cluster.save(out)
     return {
@@ -111,7 +110,7 @@ def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dic
     if measured.calls:
         machine, errors["collectives"] = _fit_calls(machine, measured)
     machine, errors["steps"] = _fit_steps(machine, NAMES[computed], measured)
-    return machine, errors
+    return _with_waits(machine, NAMES[computed], measured), errors
 
 
 def _fit_products(
@@ -203,18 +202,40 @@ def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
     return msgspec.structs.replace(machine, link=links, network=network), float(np.mean(errors))
 
 
+def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine:
+    """Ranks that compute between their collectives come to each at different times: by the median, what a call takes longer
+    then than among ranks that do nothing else."""
+    software, longer = software_of(precision), [0.0]
+    for hidden, layers, rows, seconds in measured.waits:
+        spec = measure.model(hidden, layers)
+        layout = resolve(Layout(tp=measured.ranks), spec, sequence=SEQUENCE, global_batch=rows)
+        calls = [
+            call
+            for part in workload.parts(spec, layout.stages, 0)
+            for call in traffic.part_traffic(spec, layout, part, sequence=SEQUENCE, software=software, precision=precision)
+        ]
+        alone = sum(call.count * cost.collective_seconds(call, machine, 1) for call in calls)
+        longer.append((seconds - alone) / (1 + sum(call.count for call in calls)))  # the sums of the step are one more
+    late = float(np.median(longer[1:] or longer))
+    links = {
+        name: link if name == "send" else msgspec.structs.replace(link, start=link.start + max(0.0, late))
+        for name, link in machine.link.items()
+    }
+    return msgspec.structs.replace(machine, link=links)
+
+
 def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
     """What forwards, backwards and updates take beyond products and attention is linear in the bytes of their other
     operations and in the number of these."""
     software = software_of(precision)
     bare = msgspec.structs.replace(machine, passes=dict.fromkeys(PHASES, Passes(0.0, math.inf)))
-    rows: dict[str, list[list[float]]] = {"forward": [], "backward": [], "optimizer": []}
+    rows: dict[str, list[list[float]]] = {"forward": [], "backward": [], "optimizer": [], "rest": []}
     known: dict[str, list[float]] = {name: [] for name in rows}
     for step in measured.steps:
         spec = measure.model(step.hidden, step.layers)
         layout = resolve(Layout(dp=measured.ranks), spec, sequence=SEQUENCE, global_batch=step.rows * measured.ranks)
         count, moved = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
-        fixed = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        fixed = dict.fromkeys(rows, 0.0)
         for part in workload.parts(spec, layout.stages, 0):
             work = workload.work(spec, layout, part, sequence=SEQUENCE, software=software, precision=precision)
             for one in work.operations:
@@ -229,7 +250,9 @@ def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Ma
                     moved[one.phase] += size * one.count
         rows["forward"].append([count["forward"], moved["forward"], 1.0])
         rows["backward"].append([count["input"] + count["weight"], moved["input"], moved["weight"], 1.0])
-        rows["optimizer"].append([1.0, cost.optimizer_bytes(metrics.parameter_count(spec), software)])
+        held = metrics.parameter_count(spec)
+        rows["optimizer"].append([1.0, cost.optimizer_bytes(held, software)])
+        rows["rest"].append([1.0, 2 * held * software.gradient_bytes])
         for name, seconds in fixed.items():
             known[name].append(seconds)
     found: dict[str, list[float]] = {}
@@ -239,12 +262,13 @@ def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Ma
         beyond = wholes - np.array(known[name])
         found[name] = least_squares(np.array(matrix) / wholes[:, None], beyond / wholes)  # relative errors
         errors += np.abs((np.array(known[name]) + np.array(matrix) @ found[name]) / wholes - 1).tolist()
-    forward, backward, update = found["forward"], found["backward"], found["optimizer"]
+    forward, backward, update, sums = found.values()
     passes = {
         "forward": Passes(forward[0], _stream(forward[1], machine)),
         "input": Passes(backward[0], _stream(backward[1], machine)),
         "weight": Passes(backward[0], _stream(backward[2], machine)),
         "step": Passes(update[0], _stream(update[1], machine)),
+        "sums": Passes(sums[0], _stream(sums[1], machine)),
     }
     return msgspec.structs.replace(machine, passes=passes, action=(forward[2] + backward[3]) / 2), float(
         np.mean(errors)

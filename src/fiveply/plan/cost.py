@@ -170,6 +170,11 @@ def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> 
     return _pass("step", optimizer_bytes(parameters, software), machine)
 
 
+def sums_seconds(gradient_bytes: float, machine: Machine) -> float:
+    """Zeroing a rank's gradients and taking their norm, and what else is done once a step, where that was measured."""
+    return _pass("sums", 2 * gradient_bytes, machine) if "sums" in machine.passes else 0.0
+
+
 def optimizer_bytes(parameters: int, software: Software) -> float:
     """That one optimiser step reads and writes."""
     return parameters * (2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes)

@@ -97,7 +97,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that a memory-bound kernel takes at least."""
     passes: dict[str, Passes] = {}
     """By phase, where they were measured apart: of `forward` and `input`, of adding up gradients (`weight`), of the optimiser
-    (`step`, one launch in all). Elsewhere `launch` and `stream`, and no launch for the last two."""
+    (`step`, one launch in all), of zeroing and norming gradients (`sums`, likewise, with all else that is done once a step).
+    Elsewhere `launch` and `stream`, and no launch for `weight` and `step`; `sums` are not counted."""
     action: float = 0.0
     """Seconds of the host's around one micro-batch's forward, and around its backward."""
     host: float = 1e-5

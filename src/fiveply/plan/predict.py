@@ -262,7 +262,10 @@ class Predictor:
         job, software = self.job, self.job.software
         state = footprint.state(job.spec, layout, traffic.held_units(job.spec, layout, number), software=software)
         owned = round(state.optimizer / software.optimizer_bytes)
-        terms = {"optimizer": cost.optimizer_seconds(owned, job.machine, software), "sums": 0.0}
+        terms = {
+            "optimizer": cost.optimizer_seconds(owned, job.machine, software),
+            "sums": cost.sums_seconds(state.gradients, job.machine),
+        }
         gathered = largest = reduced = 0.0
         for call in calls:
             if call.phase == "step":

@@ -141,6 +141,7 @@ def recalibrate(measured: dict[str, float], expected: dict[str, float], world: i
     for key in ("launch", "host", "action"):
         values[key] = values.get(key, 0.0) * slower
     passes = values.setdefault("passes", {})
+    passes.pop("sums", None)  # what was recorded of them stands in `step_seconds` then
     update = passes.pop("step", None) or {"launch": 0.0, "stream": values["stream"]}
     for kind in (*values["products"].values(), values["attention"], *passes.values()):
         kind["launch"] *= slower

@@ -40,7 +40,9 @@ CALLS = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23)
 """Bytes."""
 TRAINED = ((256, 4, 1), (256, 4, 4), (256, 4, 16), (256, 1, 2), (512, 2, 2), (512, 2, 8), (128, 4, 2), (128, 4, 16))
 """Hidden size, layers and rows of the whole steps."""
-SEQUENCE, STEPS, ROUNDS = 128, 4, 3
+WAITED = ((256, 4, 2), (256, 4, 8))
+"""The same of those that are tensor parallel."""
+SEQUENCE, STEPS = 128, 4
 
 
 def model(hidden: int, layers: int) -> ModelSpec:
@@ -66,7 +68,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Seconds, each the least of a few medians; of rank 0's view, or the mean over ranks where they may differ."""
+    """Seconds, each a median of medians; of rank 0's view, or the mean over ranks where they may differ."""
 
     ranks: int
     threads: int
@@ -81,13 +83,15 @@ class Measured(msgspec.Struct, frozen=True):
     calls: dict[str, list[tuple[int, float]]]
     """By operation, (bytes of the larger tensor, seconds)."""
     steps: list[Step]
+    waits: list[tuple[int, int, int, float]] = []
+    """Of steps that are tensor parallel over all ranks: hidden size, layers, rows, seconds in collectives."""
 
 
 def measure(
-    dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, budget: float
+    dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, budget: float, rounds: int
 ) -> Measured:
     """Collective; `budget` seconds for each single figure. `dtypes` of the products, `computed` of attention and steps. The
-    least of a few rounds: what else runs on a machine comes and goes, and only ever adds."""
+    median of `rounds`, since what else runs on a machine comes and goes."""
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     axis = (
         Axis("world", list(range(size)), Groups(transport).get(list(range(size)), name="probe"), rank)
@@ -95,7 +99,7 @@ def measure(
         else None
     )
 
-    def timed(work: Callable[[], Any], seconds: float = budget / ROUNDS) -> float:
+    def timed(work: Callable[[], Any], seconds: float = budget / rounds) -> float:
         """The median over ranks' means of repeated calls, begun together."""
         work()
         if axis is not None:
@@ -111,8 +115,9 @@ def measure(
         own = statistics.median(times)
         return own if axis is None else statistics.fmean(axis.gather_objects(own))
 
-    rounds = [_measure(dtypes, computed, transport, device, axis, timed, budget / ROUNDS) for _ in range(ROUNDS)]
-    return _least(rounds)
+    return _middle(
+        [_measure(dtypes, computed, transport, device, axis, timed, budget / rounds) for _ in range(rounds)]
+    )
 
 
 def _measure(
@@ -130,26 +135,29 @@ def _measure(
         bandwidth=3 * large.nbytes / timed(lambda: torch.add(large, large, out=large)),
         launch=timed(lambda: small.add(1.0)),
         calls=_calls(axis, device, budget) if axis is not None else {},
-        steps=[_step(*shape, size, Dtypes(kind, torch.float32, torch.float32), transport, device) for shape in TRAINED],
-    )
+        steps=[_step(shape, Layout(dp=size), kind, transport, device)[0] for shape in TRAINED],
+        waits=[(*shape, _step(shape, Layout(tp=size), kind, transport, device)[1]) for shape in WAITED
+               if size > 1 and not model(*shape[:2]).heads % size],
+    )  # fmt: skip
 
 
-def _least(rounds: Sequence[Measured]) -> Measured:
-    def shortest(figures: Sequence[Sequence[tuple[Any, ...]]], seconds: int) -> list[Any]:
-        """The last `seconds` numbers of each figure over the rounds."""
-        return [(*same[0][:-seconds], *map(min, zip(*(one[-seconds:] for one in same), strict=True)))
+def _middle(rounds: Sequence[Measured]) -> Measured:
+    def middle(figures: Sequence[Sequence[tuple[Any, ...]]], seconds: int) -> list[Any]:
+        """Of the last `seconds` numbers of each figure, the median over the rounds."""
+        return [(*same[0][:-seconds], *map(statistics.median, zip(*(one[-seconds:] for one in same), strict=True)))
                 for same in zip(*figures, strict=True)]  # fmt: skip
 
     first = rounds[0]
-    steps = shortest([[msgspec.structs.astuple(step) for step in one.steps] for one in rounds], 4)
+    steps = middle([[msgspec.structs.astuple(step) for step in one.steps] for one in rounds], 4)
     return msgspec.structs.replace(
         first,
-        products={name: shortest([one.products[name] for one in rounds], 1) for name in first.products},
-        attention=shortest([one.attention for one in rounds], 2),
-        bandwidth=max(one.bandwidth for one in rounds),
-        launch=min(one.launch for one in rounds),
-        calls={name: shortest([one.calls[name] for one in rounds], 1) for name in first.calls},
+        products={name: middle([one.products[name] for one in rounds], 1) for name in first.products},
+        attention=middle([one.attention for one in rounds], 2),
+        bandwidth=statistics.median(one.bandwidth for one in rounds),
+        launch=statistics.median(one.launch for one in rounds),
+        calls={name: middle([one.calls[name] for one in rounds], 1) for name in first.calls},
         steps=[Step(*step) for step in steps],
+        waits=middle([one.waits for one in rounds], 1),
     )  # fmt: skip
 
 
@@ -224,18 +232,19 @@ def _calls(axis: Axis, device: torch.device, budget: float) -> dict[str, list[tu
 
 
 def _step(
-    hidden: int, layers: int, rows: int, ranks: int, dtypes: Dtypes, transport: Transport, device: torch.device
-) -> Step:
-    """Medians of a few steps, data parallel over all ranks."""
-    spec = model(hidden, layers)
-    layout = resolve(Layout(dp=ranks), spec, sequence=SEQUENCE, global_batch=rows * ranks)
-    run = RunSpec(name="probe", train=Train(steps=STEPS + 2, global_batch=rows * ranks))
-    mesh = Mesh(layout, spec, Groups(transport))
-    job = Job(run, spec, mesh, dtypes, device=device)
-    tokens = np.random.default_rng(0).integers(0, spec.vocabulary, 64 * SEQUENCE * rows * ranks).astype(np.uint32)
+    shape: tuple[int, int, int], axes: Layout, dtype: torch.dtype, transport: Transport, device: torch.device
+) -> tuple[Step, float]:
+    """Medians of a few steps of `shape`, rows a replica, and of the seconds in collectives. Replicas step by themselves, all at
+    once: what they exchange is measured apart."""
+    hidden, layers, rows = shape
+    spec, batch = model(hidden, layers), rows * axes.dp
+    run = RunSpec(name="probe", train=Train(steps=STEPS + 2, global_batch=batch, sync_every=STEPS + 9))
+    mesh = Mesh(resolve(axes, spec, sequence=SEQUENCE, global_batch=batch), spec, Groups(transport))
+    job = Job(run, spec, mesh, Dtypes(dtype, torch.float32, torch.float32), device=device)
+    tokens = np.random.default_rng(0).integers(0, spec.vocabulary, 64 * SEQUENCE * batch).astype(np.uint32)
     file = TokenFile("random tokens", tokens, np.array([0, len(tokens)], np.int64))
-    batches = Batches([file], sequence=SEQUENCE, global_batch=rows * ranks, seed=0)
-    found: list[tuple[float, float, float, float]] = []
+    batches = Batches([file], sequence=SEQUENCE, global_batch=batch, seed=0)
+    found: list[tuple[float, ...]] = []
     for step in range(STEPS + 2):
         mesh.recorder.start(device)
         begun = time.perf_counter()
@@ -248,5 +257,6 @@ def _step(
             name = "talk" if event.kind in ("wait", "issue") else event.kind
             if name in shares:
                 shares[name] += high - low
-        found.append((shares["forward"], shares["backward"], shares["optimizer"], whole - sum(shares.values())))
-    return Step(hidden, layers, rows, *(statistics.median(column) for column in zip(*found[2:], strict=True)))
+        found.append((*shares.values(), whole - sum(shares.values())))
+    forward, backward, update, talk, rest = (statistics.median(column) for column in zip(*found[2:], strict=True))
+    return Step(hidden, layers, rows, forward, backward, update, rest), talk
