@@ -62,7 +62,9 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(found, indent=1))
 
 
-def compare(folder: Path, cluster: str, layouts: tuple[str, ...], rounds: int, steps: int, tries: int) -> dict[str, Any]:
+def compare(
+    folder: Path, cluster: str, layouts: tuple[str, ...], rounds: int, steps: int, tries: int
+) -> dict[str, Any]:
     """Probe (or take `cluster`), plan, and train; every row with what was predicted before its first run."""
     begun = time.perf_counter()
     if cluster:

@@ -63,7 +63,9 @@ def figures(true: Machine, ranks: int) -> Measured:
         layout = resolve(Layout(dp=ranks), spec, sequence=measure.SEQUENCE, global_batch=rows * ranks)
         (rank,) = Predictor(Job(spec, true, software, measure.SEQUENCE, rows * ranks, "fp32")).ranks(layout)
         one = rank.stages[0].seconds
-        return Step(hidden, layers, rows, one.forward, one.input + one.weight, rank.after["optimizer"], rank.after["sums"])
+        return Step(
+            hidden, layers, rows, one.forward, one.input + one.weight, rank.after["optimizer"], rank.after["sums"]
+        )
 
     shapes = [shape for m, n, k in measure.PRODUCTS for shape in ((m, n, k), (m, k, n), (n, k, m))]
     return Measured(

@@ -212,7 +212,9 @@ def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine
         calls = [
             call
             for part in workload.parts(spec, layout.stages, 0)
-            for call in traffic.part_traffic(spec, layout, part, sequence=SEQUENCE, software=software, precision=precision)
+            for call in traffic.part_traffic(
+                spec, layout, part, sequence=SEQUENCE, software=software, precision=precision
+            )
         ]
         alone = sum(call.count * cost.collective_seconds(call, machine, 1) for call in calls)
         longer.append((seconds - alone) / (1 + sum(call.count for call in calls)))  # the sums of the step are one more

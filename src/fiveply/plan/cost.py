@@ -170,6 +170,14 @@ def optimizer_seconds(parameters: int, machine: Machine, software: Software) -> 
     return _pass("step", optimizer_bytes(parameters, software), machine)
 
 
+def copied_seconds(collective: Collective, machine: Machine, *, each: bool) -> float:
+    """Adding a reduced part to the rank's gradients; and where they are reduced for `each` micro-batch, zeroing the flat buffer
+    that they are copied into (the copy takes the place of adding them up). Only where such passes were measured."""
+    if collective.phase != "weight" or collective.operation != "reduce-scatter" or "weight" not in machine.passes:
+        return 0.0
+    return _pass("weight", collective.bytes * (3 / collective.size + each), machine)
+
+
 def sums_seconds(gradient_bytes: float, machine: Machine) -> float:
     """Zeroing a rank's gradients and taking their norm, and what else is done once a step, where that was measured."""
     return _pass("sums", 2 * gradient_bytes, machine) if "sums" in machine.passes else 0.0
@@ -257,7 +265,8 @@ def part_seconds(
     for collective in collectives:
         if collective.phase not in phases:
             continue
-        seconds = collective.count * collective_seconds(collective, machine, strides[collective.axis])
+        seconds = collective_seconds(collective, machine, strides[collective.axis])
+        seconds = collective.count * (seconds + copied_seconds(collective, machine, each=True))
         share = _overlap(collective, software)
         beside = computing["weight" if collective.hides == "weight" else collective.phase]
         hidden = min(seconds * share, beside / software.contention)

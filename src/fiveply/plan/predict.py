@@ -236,7 +236,7 @@ class Predictor:
         reduce = tail = 0.0
         for call in calls:
             if call.part in parts and call.axis in REDUCING and call.phase != "step":
-                once = self.call(call, layout) * call.count
+                once = (self.call(call, layout) + cost.copied_seconds(call, self.job.machine, each=False)) * call.count
                 reduce += once
                 if not call.hides or call.part == parts[0]:
                     tail += once

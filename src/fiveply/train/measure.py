@@ -115,9 +115,7 @@ def measure(
         own = statistics.median(times)
         return own if axis is None else statistics.fmean(axis.gather_objects(own))
 
-    return _middle(
-        [_measure(dtypes, computed, transport, device, axis, timed, budget / rounds) for _ in range(rounds)]
-    )
+    return _middle([_measure(dtypes, computed, transport, device, axis, timed, budget / rounds) for _ in range(rounds)])
 
 
 def _measure(
