@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-gloo lint bench clean install
+.PHONY: demo test test-slow test-gloo lint bench bench-plan clean install
 
 demo: .venv/demo.stamp
 	$(BIN)/python recipes/demo.py
@@ -30,6 +30,9 @@ bench: .venv/test.stamp
 	-$(PIP) install -q -c constraints.txt -e '.[bench-source]'
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/serving.py
+
+bench-plan: .venv/demo.stamp
+	$(BIN)/python benchmarks/plan_cpu.py
 
 install: .venv/demo.stamp
 

@@ -12,6 +12,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -20,6 +21,8 @@ RUN = Path("runs/demo")
 FILE = Path(__file__).with_name("demo.toml")
 FIVEPLY = [sys.executable, "-m", "fiveply.cli"]
 LEAVE_OFF, RESUMED_LAYOUT, SERVED_LAYOUT = 240, "dp=2,tp=2,zero=1", "pp=2"
+TRIED_STEPS = 24
+"""Of the planner's pick."""
 
 
 def main() -> None:
@@ -46,9 +49,10 @@ def main() -> None:
     print("ROMEO.\n" + answer["completions"][0]["text"])
     say(f"4. Serve it as {SERVED_LAYOUT} and ask one question over HTTP, as any client of OpenAI's API would")
     serve_one_question()
-    say("5. Report")
+    say("5. Report, and the planner's own pick for this machine")
     report = fiveply("report", str(RUN), "--json")["report"]
 
+    lines = planned([first, last])
     vocabulary = json.loads((RUN / "facts.json").read_text())["model"]["vocabulary"]
     print(f"loss            {math.log(vocabulary):.2f} nats per token at random, {first['loss']:.3f} at step {first['step']}, "
           f"{last['loss']:.3f} at step {last['step']}")  # fmt: skip
@@ -57,13 +61,15 @@ def main() -> None:
     )
     print(f"layouts         {first['layout']} at {first['tokens_per_second']:,.0f} tokens/s, then")
     print(f"                {last['layout']} at {last['tokens_per_second']:,.0f} tokens/s")
-    planned([first, last])
+    for number, line in enumerate(lines):
+        print(f"{'' if number else 'planner':15} {line}")
     print(f"report          {report}")
     print(f"time            {time.perf_counter() - begun:.0f} s")
 
 
-def planned(runs: list[dict[str, object]]) -> None:
-    """The planner's own pick for this machine, and what it expected of the layouts that were shown beside what they took."""
+def planned(runs: list[dict[str, object]]) -> list[str]:
+    """Lines: the planner's own pick for this machine and why; what it, and the layouts of `runs`, were expected to take and
+    took."""
     from fiveply.spec.layout import Layout
     from fiveply.spec.run import RunSpec
     from fiveply.train import auto, setup
@@ -71,16 +77,26 @@ def planned(runs: list[dict[str, object]]) -> None:
     run = RunSpec.load(FILE)
     spec, dtypes = run.model_spec(), setup.dtypes(run.precision)
     batch = {"sequence": run.data.sequence, "global_batch": run.train.global_batch}
-    print(f"planner         {auto.reason(auto.plan(spec, auto.cluster(), dtypes, **batch))}")
-    for shown in runs:
+    answer = auto.plan(spec, auto.cluster(), dtypes, **batch)
+    lines = [auto.reason(answer)]
+    for shown in [tried(str(answer.ranked[0].prediction.layout)), *runs]:
         expected = auto.predicted(spec, Layout.parse(shown["layout"]), dtypes, **batch)
         took = run.data.sequence * run.train.global_batch / shown["tokens_per_second"]
         if expected:
-            print(
-                f"                {shown['layout']}: {expected['seconds']['p50']:.2f} s a step expected, {took:.2f} s measured"
+            lines.append(
+                f"{shown['layout']}: {expected['seconds']['p50']:.2f} s a step expected, {took:.2f} s measured"
             )
     if not auto.MEASURED.is_file():
-        print("                by what is known of any CPU: `fiveply probe` measures this one")
+        lines.append("by what is known of any CPU: `fiveply probe` measures this one")
+    return lines
+
+
+def tried(layout: str) -> dict[str, object]:
+    """A few steps under the planner's pick, in a run that is not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"folder={folder}", f"train.stop_at={TRIED_STEPS}", "train.record=0"]
+        return fiveply("train", str(FILE), "--layout", layout, "--json",
+                       *(part for setting in settings for part in ("--set", setting)))  # fmt: skip
 
 
 def fiveply(*args: str) -> dict[str, object]:

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 import fiveply
 from fiveply import pipeline_schedule, timeline
-from fiveply.own_module import World, auto, join
+from fiveply.own_module import World, join
 from fiveply.report import record
 from fiveply.report.page import write_report
 from fiveply.spec.errors import InputError
@@ -485,14 +485,26 @@ def test_join_alone_and_with_too_few_ranks() -> None:
         iter(join().loader(TensorDataset(torch.ones(3), torch.ones(3)), global_batch=2)).__next__()
 
 
-def test_auto_is_data_parallel_with_the_least_zero_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Linear(1000, 1000, bias=False)  # 4 MB
-    memory = {0: 40e6, 1: 22e6, 2: 15e6, 3: 9e6}
-    found = type(fiveply.own_module.find())  # type: ignore[attr-defined]
-    for zero, memory_bytes in memory.items():
-        monkeypatch.setattr("fiveply.own_module.find", lambda b=memory_bytes: found("cpu", 4, "", int(b), False, 4))
-        assert str(auto(model, 4)) == ("dp=4" if zero == 0 else f"dp=4,zero={zero}")
-    assert str(auto(model, 1)) == "dp=1"
+def planned(stages: list[str], batch: bool) -> list[tuple[str, list[float]]]:
+    """Every rank's layout, and its losses."""
+    world = World(None, SEED)
+    random = torch.Generator().manual_seed(SEED)
+    rows = torch.randn(8, 7, generator=random).double(), torch.randn(8, 3, generator=random).double()
+    job = world.parallelize(
+        lambda: TwoLayers().double(), loss=nn.MSELoss(), optimizer=adam, stages=stages, batch=rows if batch else None
+    )
+    found = str(job.layout), [float(job.step(rows)) for _ in range(2)]
+    return [found] if job.mesh.world is None else job.mesh.world.gather_objects(found)
+
+
+@pytest.mark.parametrize(("stages", "batch"), [([], False), ([], True), (["fc1", "fc2"], True)])
+def test_auto_plans_one_layout_for_all_ranks_and_trains_by_it(stages: list[str], batch: bool) -> None:
+    (first, losses), other = launch(planned, 2, stages, batch)
+    ((alone, expected),) = planned(stages, batch)
+    assert other == (first, losses)
+    assert Layout.parse(first).world == 2
+    assert alone == "dp=1"
+    assert losses == pytest.approx(expected, rel=1e-9)
 
 
 # refusals

@@ -37,12 +37,12 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import check_module
 from fiveply.spec.placement import part
 from fiveply.spec.plan import layout_text
+from fiveply.train import module_plan
 from fiveply.train.loader import Batch, Loader, Passes, split_global
 from fiveply.train.module_optimizer import Factory, ModuleOptimizer
 from fiveply.train.module_record import ModuleRecord, note
 from fiveply.train.module_state import gathered, load, save
 from fiveply.world import launch
-from fiveply.world.device import find
 from fiveply.world.mesh import Groups, Mesh
 from fiveply.world.recorder import Recorder
 from fiveply.world.watchdog import LIMIT_SECONDS, Watchdog
@@ -62,10 +62,11 @@ class StepLoss(float):
 def join(layout: str | Layout = AUTO, *, seed: int = 0, hang_timeout: float = LIMIT_SECONDS) -> World:
     """Join the ranks that torchrun, Slurm or `fiveply train script.py` started; a process on its own is one rank.
 
-    A layout on the command line goes before `layout`, with a note. "auto" waits for the model: data parallel over all
-    ranks, at the least zero whose state fits. Seeds torch by `seed`, so that what a script draws is equal on all ranks.
-    hang_timeout: seconds that no rank goes on while some wait, until the run ends with a report of who waits for whom; 0
-    for never. Raises InputError where the layout takes another number of ranks than were started.
+    A layout on the command line goes before `layout`, with a note. "auto" waits for the model, and then plans for it
+    (`train/module_plan.py`): dp and zero, and pp where stages are named and a batch is given. Seeds torch by `seed`, so that
+    what a script draws is equal on all ranks. hang_timeout: seconds that no rank goes on while some wait, until the run ends
+    with a report of who waits for whom; 0 for never. Raises InputError where the layout takes another number of ranks than
+    were started.
     """
     given = layout_text(str(layout)) or AUTO
     told = command_line.get() or given
@@ -115,6 +116,7 @@ class World:
         run: str | Path | None = None,
         record: int = 10,
         strict: bool = True,
+        batch: Any = None,
     ) -> Job:
         """Build `model()` on every rank under the seed, and keep this rank's part of it. Collective; raises InputError.
 
@@ -122,7 +124,8 @@ class World:
         once with this rank's tensors. tp: linears by name, "column" or "row". stages: modules at whose first call a pipeline
         stage begins. clip: largest global gradient norm, 0 for none. run: a directory for metrics, which `fiveply report`
         draws; record: the step that it draws as a timeline, 0 for none. strict=False leaves what would differ by layout as
-        it is, for `fiveply.verify` to find.
+        it is, for `fiveply.verify` to find. batch: a whole global batch (input, target), of which `join("auto")` reads the
+        shapes; without one it plans by the parameters alone.
         """
         if isinstance(model, nn.Module):
             raise InputError("a module that is built already can't be placed", where="parallelize", key="model",
@@ -139,7 +142,7 @@ class World:
             raise InputError(
                 f"gives {type(module).__name__}", where="parallelize", key="model", fix="return an nn.Module"
             )
-        self.layout = check_module(self.layout or auto(module, self.size), len(stages))
+        self.layout = check_module(self.layout or self._auto(module, loss, stages, batch), len(stages))
         mesh = Mesh(self.layout, None, self._groups, self._recorder)
         if strict:
             _check_equal(module, mesh)
@@ -173,6 +176,22 @@ class World:
             raise InputError('join("auto") chooses a layout for a model', where="loader", fix="call parallelize first")
         return self.layout.coordinates(self.rank).dp, self.layout.dp
 
+    def _auto(self, module: nn.Module, loss: Loss, stages: Sequence[str], batch: Any) -> Layout:
+        """The first rank's pick, on every rank: hosts may differ."""
+        if self.size == 1:
+            return Layout()
+        told: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                told[0], why = module_plan.choose(module, self.size, loss, stages, batch)
+                note(why)
+            except InputError as error:
+                told[0] = error
+        dist.broadcast_object_list(told)
+        if isinstance(told[0], InputError):
+            raise told[0]
+        return told[0]
+
     def _note(self, batch: Batch) -> None:
         self.batch = batch
 
@@ -190,15 +209,6 @@ class World:
         with ExitStack() as stack:
             stack.enter_context(self._watchdog)
             atexit.register(stack.pop_all().close)
-
-
-def auto(module: nn.Module, ranks: int) -> Layout:
-    """Data parallel over all ranks, at the lowest zero whose parameters, gradients and two moments fill at most half of a
-    device. (Until a planner knows modules.)"""
-    held = sum(x.nbytes for x in [*module.parameters(), *module.buffers()])
-    shares = {0: 4.0, 1: 2 + 2 / ranks, 2: 1 + 3 / ranks, 3: 4 / ranks}
-    fitting = [zero for zero, share in shares.items() if share * held <= find().memory_bytes / 2]
-    return Layout(dp=ranks, zero=0 if ranks == 1 else fitting[0] if fitting else 3)
 
 
 def _check_equal(module: nn.Module, mesh: Mesh) -> None:

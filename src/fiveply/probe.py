@@ -7,6 +7,8 @@ the very functions that plan (`plan/cost.py`).
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +19,8 @@ import msgspec
 import numpy as np
 import torch
 
-from fiveply.plan import cost, footprint, workload
-from fiveply.plan.machine import Machine
+from fiveply.plan import cost, footprint, traffic, workload
+from fiveply.plan.machine import Machine, Passes
 from fiveply.plan.operations import Operation
 from fiveply.plan.software import Software
 from fiveply.report import expected, timelines
@@ -27,20 +29,23 @@ from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, divisors
 from fiveply.spec.legality import resolve
-from fiveply.train import auto, measure
-from fiveply.train.measure import SEQUENCE, SPEC, Measured
+from fiveply.train import auto, measure, metrics
+from fiveply.train.measure import SEQUENCE, Measured
 from fiveply.world.device import Devices, find
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Transport
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
-BUDGET = 0.03
-"""Seconds for one figure: a world takes about half a minute."""
+BUDGET, ROUNDS = 0.03, 3
+"""Seconds for one figure, and how often all are taken: a world takes about half a minute."""
+PHASES = ("forward", "input", "weight", "step")
 
 
 def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> dict[str, Any]:
     """Measure, fit, write `out`; returns the cluster's values and how well they fit. Collective where ranks were started."""
     begun, found = time.perf_counter(), find()
+    if not Path(out).resolve().parent.is_dir():
+        raise InputError("no such folder", where="--out", key=str(out), fix="make it first, or give another place")
     worlds = divisors(found.count) + ([2 * found.count] if found.kind == "cpu" else [])
     if found.kind == "cuda":
         worlds = [found.count]
@@ -48,18 +53,17 @@ def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> 
     device = torch.device("cuda", 0) if found.kind == "cuda" else torch.device("cpu")
     shared: dict[str, dict[str, Any]] = {}
     errors: dict[str, dict[str, float]] = {}
-    rest: list[float] = []
     for ranks in worlds:
         print(f"measuring with {ranks} rank{'s' * (ranks > 1)}", file=sys.stderr)
-        measured = launch(measure.measure, ranks, dtypes, dtypes[-1], transport, device, BUDGET)
+        rounds = ROUNDS if ranks <= found.count else 1  # ranks that share a core are slow
+        measured = launch(measure.measure, ranks, dtypes, dtypes[-1], transport, device, BUDGET, rounds)
         machine, off = fit(measured, found, dtypes[-1])
         shared[str(ranks)] = _changed(machine)
         errors[str(ranks)] = off
-        rest += [step.rest for step in measured.steps]
     main = shared[str(found.count)]
     cluster = ClusterSpec(
         auto.cluster(found).device if found.kind == "cuda" else "cpu", found.count, found.count, found.memory_bytes, main,
-        shared if found.kind == "cpu" else {}, float(np.median(rest)),
+        shared if found.kind == "cpu" else {},
     )  # fmt: skip
     cluster.save(out)
     return {
@@ -106,7 +110,7 @@ def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dic
     if measured.calls:
         machine, errors["collectives"] = _fit_calls(machine, measured)
     machine, errors["steps"] = _fit_steps(machine, NAMES[computed], measured)
-    return machine, errors
+    return _with_waits(machine, NAMES[computed], measured), errors
 
 
 def _fit_products(
@@ -198,36 +202,98 @@ def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
     return msgspec.structs.replace(machine, link=links, network=network), float(np.mean(errors))
 
 
+def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine:
+    """Ranks that compute between their collectives come to each at different times: by the median, what a call takes longer
+    then than among ranks that do nothing else."""
+    software, longer = software_of(precision), [0.0]
+    for hidden, layers, rows, seconds in measured.waits:
+        spec = measure.model(hidden, layers)
+        layout = resolve(Layout(tp=measured.ranks), spec, sequence=SEQUENCE, global_batch=rows)
+        calls = [
+            call
+            for part in workload.parts(spec, layout.stages, 0)
+            for call in traffic.part_traffic(
+                spec, layout, part, sequence=SEQUENCE, software=software, precision=precision
+            )
+        ]
+        alone = sum(call.count * cost.collective_seconds(call, machine, 1) for call in calls)
+        longer.append((seconds - alone) / (1 + sum(call.count for call in calls)))  # the sums of the step are one more
+    late = float(np.median(longer[1:] or longer))
+    links = {
+        name: link if name == "send" else msgspec.structs.replace(link, start=link.start + max(0.0, late))
+        for name, link in machine.link.items()
+    }
+    return msgspec.structs.replace(machine, link=links)
+
+
 def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
-    """What whole steps take beyond products and attention is linear in the bytes of other operations and in their number."""
+    """What forwards, backwards and updates take beyond products and attention is linear in the bytes of their other
+    operations and in the number of these."""
     software = software_of(precision)
-    rows: list[tuple[float, float]] = []
-    beyond: list[float] = []
-    wholes: list[float] = []
-    fixed: list[float] = []
+    bare = msgspec.structs.replace(machine, passes=dict.fromkeys(PHASES, Passes(0.0, math.inf)))
+    rows: dict[str, list[list[float]]] = {"forward": [], "backward": [], "optimizer": [], "rest": []}
+    known: dict[str, list[float]] = {name: [] for name in rows}
     for step in measured.steps:
-        layout = resolve(Layout(dp=measured.ranks), SPEC, sequence=SEQUENCE, global_batch=step.rows * measured.ranks)
-        moved = operations = known = 0.0
-        for part in workload.parts(SPEC, layout.stages, 0):
-            work = workload.work(SPEC, layout, part, sequence=SEQUENCE, software=software, precision=precision)
+        spec = measure.model(step.hidden, step.layers)
+        layout = resolve(Layout(dp=measured.ranks), spec, sequence=SEQUENCE, global_batch=step.rows * measured.ranks)
+        count, moved = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
+        fixed = dict.fromkeys(rows, 0.0)
+        for part in workload.parts(spec, layout.stages, 0):
+            work = workload.work(spec, layout, part, sequence=SEQUENCE, software=software, precision=precision)
             for one in work.operations:
-                if one.kind == "memory":
-                    moved, operations = moved + one.bytes * one.count, operations + one.count
-                else:
-                    known += cost.operation_seconds(one, machine, software, precision)
-        rows.append((moved, operations))
-        beyond.append(step.compute - known)
-        wholes.append(step.compute)
-        fixed.append(known)
-    weights = 1 / np.array(wholes)  # relative errors
-    matrix, wanted = np.array(rows), np.array(beyond)
-    (per_byte, per_operation), *_ = np.linalg.lstsq(matrix * weights[:, None], wanted * weights, rcond=None)
-    per_byte = max(float(per_byte), 0.2 / measured.bandwidth)
-    per_operation = max(float(per_operation), 0.2 * measured.launch)
-    stream = 1 / (per_byte * machine.bandwidth)
-    fitted = msgspec.structs.replace(machine, stream=stream, launch=per_operation)
-    found = matrix @ np.array((per_byte, per_operation)) + np.array(fixed)
-    return fitted, float(np.mean(np.abs(found / np.array(wholes) - 1)))
+                fixed["forward" if one.phase == "forward" else "backward"] += cost.operation_seconds(
+                    one, bare, software, precision
+                )
+                if one.kind == "memory" or one.phase == "weight":
+                    count[one.phase] += one.count
+                    size = (
+                        one.bytes if one.kind == "memory" else 2 * one.shape[0] * one.shape[1] * software.gradient_bytes
+                    )
+                    moved[one.phase] += size * one.count
+        rows["forward"].append([count["forward"], moved["forward"], 1.0])
+        rows["backward"].append([count["input"] + count["weight"], moved["input"], moved["weight"], 1.0])
+        held = metrics.parameter_count(spec)
+        rows["optimizer"].append([1.0, cost.optimizer_bytes(held, software)])
+        rows["rest"].append([1.0, 2 * held * software.gradient_bytes])
+        for name, seconds in fixed.items():
+            known[name].append(seconds)
+    found: dict[str, list[float]] = {}
+    errors: list[float] = []
+    for name, matrix in rows.items():
+        wholes = np.array([getattr(step, name) for step in measured.steps])
+        beyond = wholes - np.array(known[name])
+        found[name] = least_squares(np.array(matrix) / wholes[:, None], beyond / wholes)  # relative errors
+        errors += np.abs((np.array(known[name]) + np.array(matrix) @ found[name]) / wholes - 1).tolist()
+    forward, backward, update, sums = found.values()
+    passes = {
+        "forward": Passes(forward[0], _stream(forward[1], machine)),
+        "input": Passes(backward[0], _stream(backward[1], machine)),
+        "weight": Passes(backward[0], _stream(backward[2], machine)),
+        "step": Passes(update[0], _stream(update[1], machine)),
+        "sums": Passes(sums[0], _stream(sums[1], machine)),
+    }
+    return msgspec.structs.replace(machine, passes=passes, action=(forward[2] + backward[3]) / 2), float(
+        np.mean(errors)
+    )
+
+
+def _stream(per_byte: float, machine: Machine) -> float:
+    """At most what a cache gives."""
+    return min(50.0, 1 / (max(per_byte, 1e-15) * machine.bandwidth))
+
+
+def least_squares(matrix: Any, wanted: Any) -> list[float]:
+    """min |matrix x - wanted| for x >= 0, by trying which of the few are above zero."""
+    best, least = np.zeros(matrix.shape[1]), math.inf
+    for chosen in itertools.product((False, True), repeat=matrix.shape[1]):
+        columns = np.flatnonzero(chosen)
+        x = np.zeros(matrix.shape[1])
+        if len(columns):
+            x[columns] = np.linalg.lstsq(matrix[:, columns], wanted, rcond=None)[0]
+        error = float(np.sum((matrix @ x - wanted) ** 2))
+        if x.min() >= 0 and error < least:
+            best, least = x, error
+    return best.tolist()
 
 
 def software_of(precision: str) -> Software:

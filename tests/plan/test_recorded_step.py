@@ -8,7 +8,6 @@ for nothing else.
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -138,7 +137,9 @@ def replayed(pipeline: Pipeline) -> list[StageSeconds]:
 def test_a_replay_ends_every_action_when_it_ended(recorded: RecordedStep) -> None:
     for pipeline in pipelines(recorded):
         stages = replayed(pipeline)
-        assert all(value >= 0 for one in stages for value in (one.forward, one.input, one.weight, one.send, one.send_back))
+        assert all(
+            value >= 0 for one in stages for value in (one.forward, one.input, one.weight, one.send, one.send_back)
+        )
         found = simulate(pipeline.schedule, stages)
         ended = {key: event.end for key, event in pipeline.ended().items() if key[0] in COMPUTE}
         got = {(e.kind, e.stage, e.micro_batch): e.end for e in found.events if e.kind in COMPUTE}
@@ -149,7 +150,7 @@ def test_a_replay_ends_every_action_when_it_ended(recorded: RecordedStep) -> Non
 def test_an_action_begins_after_what_it_needs_in_the_run_and_in_its_simulation(recorded: RecordedStep) -> None:
     for pipeline in pipelines(recorded):
         found = simulate(pipeline.schedule, replayed(pipeline))
-        simulated = {(e.kind, e.stage, e.micro_batch): e for e in found.events if e.kind in COMPUTE}
+        simulated: dict[Key, Event] = {(e.kind, e.stage, e.micro_batch): e for e in found.events if e.kind in COMPUTE}
         ran = pipeline.ended()
         for key, event in simulated.items():
             source = pipeline.producer(ran[key])

@@ -146,7 +146,7 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
         m, n, k = shape
         one = product_seconds(m, n, k, machine, precision) / (software.products * machine.clock)
         if operation.phase == "weight":  # added to the gradient so far: read and written
-            one += m * n * 2 * software.gradient_bytes / (machine.bandwidth * machine.stream)
+            one += _pass("weight", m * n * 2 * software.gradient_bytes, machine)
     elif operation.kind == "grouped":
         groups, m, n, k = shape
         one = product_seconds(max(1, m), n, k, machine, precision, max(1, groups))
@@ -154,18 +154,43 @@ def operation_seconds(operation: Operation, machine: Machine, software: Software
     elif operation.kind == "attention":
         one = attention_seconds(operation, machine, software, precision) / machine.clock
     else:
-        one = machine.launch + operation.bytes * software.memory_passes / (machine.bandwidth * machine.stream)
+        one = _pass(operation.phase, operation.bytes * software.memory_passes, machine)
     return one * operation.count
+
+
+def _pass(phase: str, moved: float, machine: Machine) -> float:
+    """Of one operation bound by memory."""
+    if found := machine.passes.get(phase):
+        return found.launch + moved / (machine.bandwidth * found.stream)
+    return (machine.launch if phase in ("forward", "input") else 0.0) + moved / (machine.bandwidth * machine.stream)
 
 
 def optimizer_seconds(parameters: int, machine: Machine, software: Software, *, on_host: bool = False) -> float:
     """One optimiser step of the `parameters` that a rank holds: gradient, master copy and moments read, all but the gradient
     written, and the parameter written; the gradients' norm reads them once more. `on_host`: gradients go there and parameters
     come back first and last, and the rest runs at the host's memory, of which a device's share is about its bus (estimate)."""
-    moved = 2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes
+    moved = optimizer_bytes(parameters, software)
     if on_host:
-        return parameters * (moved + software.reduce_bytes + software.parameter_bytes) / machine.host_bandwidth
-    return parameters * moved / (machine.bandwidth * machine.stream)
+        return (moved + parameters * (software.reduce_bytes + software.parameter_bytes)) / machine.host_bandwidth
+    return _pass("step", moved, machine)
+
+
+def copied_seconds(collective: Collective, machine: Machine, *, each: bool) -> float:
+    """Adding a reduced part to the rank's gradients; and where they are reduced for `each` micro-batch, zeroing the flat buffer
+    that they are copied into (the copy takes the place of adding them up). Only where such passes were measured."""
+    if collective.phase != "weight" or collective.operation != "reduce-scatter" or "weight" not in machine.passes:
+        return 0.0
+    return _pass("weight", collective.bytes * (3 / collective.size + each), machine)
+
+
+def sums_seconds(gradient_bytes: float, machine: Machine) -> float:
+    """Zeroing a rank's gradients and taking their norm, and what else is done once a step, where that was measured."""
+    return _pass("sums", 2 * gradient_bytes, machine) if "sums" in machine.passes else 0.0
+
+
+def optimizer_bytes(parameters: int, software: Software) -> float:
+    """That one optimiser step reads and writes."""
+    return parameters * (2 * software.gradient_bytes + 2 * software.optimizer_bytes + software.parameter_bytes)
 
 
 # --- collectives ---
@@ -309,7 +334,7 @@ def exchanged(
     for collective, once in calls:
         if collective.phase not in phases:
             continue
-        seconds = collective.count * once
+        seconds = collective.count * (once + copied_seconds(collective, machine, each=True))
         share = overlap(collective.axis, collective.operation, software)
         beside = computing["weight" if collective.hides == "weight" else collective.phase]
         seconds = exposed(seconds, beside, share, software.contention)

@@ -100,6 +100,8 @@ def job_of(
 ) -> Job:  # fmt: skip
     """The job on `world` of the cluster's devices."""
     habits = system or software(precision)
+    if is_cpu(cluster):  # the cores that compute are those that move bytes
+        habits = msgspec.structs.replace(habits, overlap_gradients=0.0, overlap_parameters=0.0)
     if cluster.step_seconds:
         habits = msgspec.structs.replace(habits, step_seconds=cluster.step_seconds)
     return Job(spec, machine_of(cluster, world), habits, sequence, global_batch, precision)

@@ -63,6 +63,13 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds: the longer, the larger a call must be to reach the bandwidth."""
 
 
+class Passes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Operations bound by memory: seconds = launch + bytes / (the machine's bandwidth x stream)."""
+
+    launch: float
+    stream: float
+
+
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Devices of one kind. Bytes, seconds, FLOP/s (dense)."""
 
@@ -88,6 +95,12 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Devices that the fast link joins; a host's where 0."""
     launch: float = 3e-6
     """Seconds that a memory-bound kernel takes at least."""
+    passes: dict[str, Passes] = {}
+    """By phase, where they were measured apart: of `forward` and `input`, of adding up gradients (`weight`), of the optimiser
+    (`step`, one launch in all), of zeroing and norming gradients (`sums`, likewise, with all else that is done once a step).
+    Elsewhere `launch` and `stream`, and no launch for `weight` and `step`; `sums` are not counted."""
+    action: float = 0.0
+    """Seconds of the host's around one micro-batch's forward, and around its backward."""
     host: float = 1e-5
     """Seconds of the host's time to launch one kernel."""
     host_bandwidth: float = 25e9

@@ -265,10 +265,14 @@ class Predictor:
         for one in priced:
             for name, seconds in one.terms.items():
                 terms[name] += seconds
+        action = self.job.machine.action
+        forward, back = forward + action, back + action
+        if action:
+            terms["launch"] += 2 * action
         reduce = tail = 0.0
         for call in calls:
             if call.part in parts and call.axis in REDUCING and call.phase != "step":
-                once = self.call(call, layout) * call.count
+                once = (self.call(call, layout) + cost.copied_seconds(call, self.job.machine, each=False)) * call.count
                 reduce += once
                 if not call.hides or call.part == parts[0]:
                     tail += once
@@ -293,10 +297,11 @@ class Predictor:
         """Sums, the optimiser, and gathering what it updated, as far as the next forward does not hide that."""
         job, software = self.job, self.job.software
         here, held_units = msgspec.structs.replace(layout, offload="none"), traffic.held_units(job.spec, layout, number)
-        owned = footprint.state(job.spec, here, held_units, software=software).optimizer / software.optimizer_bytes
+        state = footprint.state(job.spec, here, held_units, software=software)
+        owned = round(state.optimizer / software.optimizer_bytes)
         on_host = layout.offload == "optimizer"
-        update = cost.optimizer_seconds(round(owned), job.machine, software, on_host=on_host)
-        terms = {"offload" if on_host else "optimizer": update, "sums": 0.0}
+        update = cost.optimizer_seconds(owned, job.machine, software, on_host=on_host)
+        terms = {"offload" if on_host else "optimizer": update, "sums": cost.sums_seconds(state.gradients, job.machine)}
         gathered = largest = reduced = 0.0
         for call in calls:
             if call.phase == "step":

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from fiveply.parallel.data_parallel import Dtypes
-from fiveply.plan import cost, explain, footprint, machine, table
+from fiveply.plan import explain, footprint, machine, table
 from fiveply.plan.explain import TERMS, Answer, Ranked, interval_text
 from fiveply.plan.predict import Predictor
 from fiveply.plan.space import Limits
@@ -40,14 +40,7 @@ def cluster(found: Devices | None = None, ranks: int = 0) -> ClusterSpec:
     if MEASURED.is_file():
         measured = ClusterSpec.load(MEASURED)
         if (measured.device == "cpu") == (found.kind == "cpu"):
-            return ClusterSpec(
-                measured.device,
-                count,
-                measured.devices_per_node,
-                measured.memory_bytes,
-                measured.measured,
-                measured.shared,
-            )
+            return msgspec.structs.replace(measured, count=count)
     if found.kind == "cpu":
         return ClusterSpec("cpu", count, found.count, found.memory_bytes)
     try:
@@ -86,16 +79,19 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def reason(answer: Answer) -> str:
-    """`planned dp=2 for 2 of cpu: 0.30 s (0.27-0.33) a step; next tp=2, 8% slower by tensor collectives`."""
+    """`planned dp=2 for cpu:2: 0.30 s (0.27-0.33) a step expected; tp=2 would take 8% longer, mostly by tensor collectives`."""
     top = answer.ranked[0]
-    text = (
-        f"planned {top.prediction.layout} for {answer.cluster}: {interval_text(top.prediction.seconds)} a step expected"
-    )
+    text = f"planned {_named(top)} for {answer.cluster}: {interval_text(top.prediction.seconds)} a step expected"
     if len(answer.ranked) == 1:
         return text + "; no other layout fits"
     other = answer.ranked[1]
     share = other.prediction.seconds.p50 / top.prediction.seconds.p50 - 1
-    return f"{text}; {other.prediction.layout} would take {share:.1%} longer{_because(top, other)}"
+    return f"{text}; {_named(other)} would take {share:.1%} longer{_because(top, other)}"
+
+
+def _named(one: Ranked) -> str:
+    """With a degree where all are 1, which a layout's own text leaves out."""
+    return f"{'dp=1,' if one.world == 1 else ''}{one.prediction.layout}"
 
 
 def _because(top: Ranked, other: Ranked) -> str:
@@ -132,27 +128,38 @@ def recalibrate(measured: dict[str, float], expected: dict[str, float], world: i
     """Change `path` (from what is known of this machine, where it isn't there) such that a step recorded on `world` ranks would
     have been predicted: seconds by share, measured and expected. Returns what was changed."""
     found = cluster()
-    values = dict(found.shared.get(str(world)) or found.measured) or msgspec.to_builtins(cost.machine(found))
-    slower = _ratio(measured, expected, "compute")
-    talking = _ratio(measured, expected, "communication")
+    values = dict(found.shared.get(str(world)) or found.measured) or msgspec.to_builtins(
+        explain.machine_of(found, world)
+    )
+    slower, talking, updating = (
+        _ratio(measured, expected, share) for share in ("compute", "communication", "optimizer")
+    )
     for key in ("name", "count", "devices_per_node", "dollars_per_hour"):
         values.pop(key, None)
     values["peak"] = {name: flops / slower for name, flops in values["peak"].items()}
-    values["bandwidth"] = values["bandwidth"] / slower
-    values["launch"] = values["launch"] * slower
+    values["bandwidth"] /= slower
+    for key in ("launch", "host", "action"):
+        values[key] = values.get(key, 0.0) * slower
+    passes = values.setdefault("passes", {})
+    passes.pop("sums", None)  # what was recorded of them stands in `step_seconds` then
+    update = passes.pop("step", None) or {"launch": 0.0, "stream": values["stream"]}
+    for kind in (*values["products"].values(), values["attention"], *passes.values()):
+        kind["launch"] *= slower
+    passes["step"] = {"launch": update["launch"] * updating, "stream": update["stream"] * slower / updating}
     for link in (*values["link"].values(), values["network"]):
-        link["bandwidth"], link["start"], link["hop"] = (
-            link["bandwidth"] / talking,
-            link["start"] * talking,
-            link["hop"] * talking,
-        )
+        link["bandwidth"] /= talking
+        for key in ("start", "hop", "half"):
+            link[key] = link.get(key, 0.0) * talking
     shared = found.shared | {str(world): values} if explain.is_cpu(found) else {}
     rest = measured.get("rest", 0.0) + measured.get("data", 0.0)
     ClusterSpec(
         found.device, found.count, found.devices_per_node, found.memory_bytes, found.measured if shared else values, shared,
         rest or found.step_seconds,
     ).save(path)  # fmt: skip
-    return f"{path}: computing {1 / slower:.2f} times as fast, communication {1 / talking:.2f} times, {1e3 * rest:.1f} ms beside both"
+    return (
+        f"{path}: computing {1 / slower:.2f} times as fast, communication {1 / talking:.2f} times, the optimiser "
+        f"{1 / updating:.2f} times, {1e3 * rest:.1f} ms beside these"
+    )
 
 
 def _ratio(measured: dict[str, float], expected: dict[str, float], share: str) -> float:

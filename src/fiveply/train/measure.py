@@ -19,12 +19,12 @@ import torch.distributed as dist
 from fiveply.corpus.batches import Batches, TokenFile
 from fiveply.model.attention import RowsAttention
 from fiveply.parallel.data_parallel import Dtypes
-from fiveply.parallel.parallelize import products_on
+from fiveply.parallel.parallelize import blocked_backward_on, products_on
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.run import RunSpec, Train
-from fiveply.timeline import COMPUTE_KINDS, innermost
+from fiveply.timeline import innermost
 from fiveply.train.job import Job
 from fiveply.world.collectives import Axis
 from fiveply.world.mesh import Groups, Mesh, Transport
@@ -38,25 +38,37 @@ ATTENTION = ((1, 128, 4, 64), (8, 128, 4, 64), (2, 512, 4, 64), (1, 1024, 8, 32)
 """Rows, sequence, heads, head size."""
 CALLS = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23)
 """Bytes."""
-ROWS, SEQUENCE, STEPS = (1, 4, 16), 128, 5
-SPEC = ModelSpec(
-    family="llama", vocabulary=1024, hidden=256, layers=4, heads=4, kv_heads=4, head_dim=64, ffn=704, positions=256
-)
-"""The model of the whole steps."""
+TRAINED = ((256, 4, 1), (256, 4, 4), (256, 4, 16), (256, 1, 2), (512, 2, 2), (512, 2, 8), (128, 4, 2), (128, 4, 16))
+"""Hidden size, layers and rows of the whole steps."""
+WAITED = ((256, 4, 2), (256, 4, 8))
+"""The same of those that are tensor parallel."""
+SEQUENCE, STEPS = 128, 4
+
+
+def model(hidden: int, layers: int) -> ModelSpec:
+    """Of the whole steps."""
+    heads = hidden // 64
+    return ModelSpec(
+        family="llama", vocabulary=1024, hidden=hidden, layers=layers, heads=heads, kv_heads=heads, head_dim=64,
+        ffn=hidden * 11 // 4, positions=SEQUENCE,
+    )  # fmt: skip
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One step of `rows` rows a rank: seconds of computing, of the optimiser, and of all that is neither these nor collectives."""
+    """One step of one micro-batch a rank: seconds of forward, of backward without what it waits for, of the optimiser, and of
+    all that is neither these nor collectives."""
 
+    hidden: int
+    layers: int
     rows: int
-    compute: float
+    forward: float
+    backward: float
     optimizer: float
     rest: float
-    whole: float
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Seconds, each a median; of rank 0's view, or the mean over ranks where they may differ."""
+    """Seconds, each a median of medians; of rank 0's view, or the mean over ranks where they may differ."""
 
     ranks: int
     threads: int
@@ -71,12 +83,15 @@ class Measured(msgspec.Struct, frozen=True):
     calls: dict[str, list[tuple[int, float]]]
     """By operation, (bytes of the larger tensor, seconds)."""
     steps: list[Step]
+    waits: list[tuple[int, int, int, float]] = []
+    """Of steps that are tensor parallel over all ranks: hidden size, layers, rows, seconds in collectives."""
 
 
 def measure(
-    dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, budget: float
+    dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, budget: float, rounds: int
 ) -> Measured:
-    """Collective; `budget` seconds for each single figure. `dtypes` of the products, `computed` of attention and steps."""
+    """Collective; `budget` seconds for each single figure. `dtypes` of the products, `computed` of attention and steps. The
+    median of `rounds`, since what else runs on a machine comes and goes."""
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     axis = (
         Axis("world", list(range(size)), Groups(transport).get(list(range(size)), name="probe"), rank)
@@ -84,7 +99,7 @@ def measure(
         else None
     )
 
-    def timed(work: Callable[[], Any], seconds: float = budget) -> float:
+    def timed(work: Callable[[], Any], seconds: float = budget / rounds) -> float:
         """The median over ranks' means of repeated calls, begun together."""
         work()
         if axis is not None:
@@ -100,7 +115,14 @@ def measure(
         own = statistics.median(times)
         return own if axis is None else statistics.fmean(axis.gather_objects(own))
 
-    kind = getattr(torch, computed)
+    return _middle([_measure(dtypes, computed, transport, device, axis, timed, budget / rounds) for _ in range(rounds)])
+
+
+def _measure(
+    dtypes: Sequence[str], computed: str, transport: Transport, device: torch.device, axis: Axis | None,
+    timed: Callable[..., float], budget: float,
+) -> Measured:  # fmt: skip
+    size, kind = 1 if axis is None else axis.size, getattr(torch, computed)
     large = torch.ones(1 << 24, dtype=torch.float32, device=device)
     small = torch.ones(256, device=device)
     return Measured(
@@ -111,19 +133,43 @@ def measure(
         bandwidth=3 * large.nbytes / timed(lambda: torch.add(large, large, out=large)),
         launch=timed(lambda: small.add(1.0)),
         calls=_calls(axis, device, budget) if axis is not None else {},
-        steps=[_step(rows, size, Dtypes(kind, torch.float32, torch.float32), transport, device) for rows in ROWS],
-    )
+        steps=[_step(shape, Layout(dp=size), kind, transport, device)[0] for shape in TRAINED],
+        waits=[(*shape, _step(shape, Layout(tp=size), kind, transport, device)[1]) for shape in WAITED
+               if size > 1 and not model(*shape[:2]).heads % size],
+    )  # fmt: skip
+
+
+def _middle(rounds: Sequence[Measured]) -> Measured:
+    def middle(figures: Sequence[Sequence[tuple[Any, ...]]], seconds: int) -> list[Any]:
+        """Of the last `seconds` numbers of each figure, the median over the rounds."""
+        return [(*same[0][:-seconds], *map(statistics.median, zip(*(one[-seconds:] for one in same), strict=True)))
+                for same in zip(*figures, strict=True)]  # fmt: skip
+
+    first = rounds[0]
+    steps = middle([[msgspec.structs.astuple(step) for step in one.steps] for one in rounds], 4)
+    return msgspec.structs.replace(
+        first,
+        products={name: middle([one.products[name] for one in rounds], 1) for name in first.products},
+        attention=middle([one.attention for one in rounds], 2),
+        bandwidth=statistics.median(one.bandwidth for one in rounds),
+        launch=statistics.median(one.launch for one in rounds),
+        calls={name: middle([one.calls[name] for one in rounds], 1) for name in first.calls},
+        steps=[Step(*step) for step in steps],
+        waits=middle([one.waits for one in rounds], 1),
+    )  # fmt: skip
 
 
 def _products(
     dtype: torch.dtype, device: torch.device, timed: Callable[..., float]
 ) -> list[tuple[int, int, int, float]]:
-    """x W^T, as layers compute it."""
+    """A layer's three: its output, and the gradients of its input and of its weight."""
     products = products_on(device, dtype)
     found: list[tuple[int, int, int, float]] = []
     for m, n, k in PRODUCTS:
-        x, w = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        x, w, g = (torch.randn(*shape, device=device).to(dtype) for shape in ((m, k), (n, k), (m, n)))
         found.append((m, n, k, timed(lambda x=x, w=w: products.forward(x, w))))
+        found.append((m, k, n, timed(lambda g=g, w=w: products.grad_input([g], [w]))))
+        found.append((n, k, m, timed(lambda g=g, x=x: products.grad_weights([g], x))))
     return found
 
 
@@ -132,7 +178,8 @@ def _attention(
 ) -> tuple[int, int, int, int, float, float]:
     rows, sequence, heads, size = shape
     q, k, v = (torch.randn(rows * sequence, heads, size, device=device).to(dtype).requires_grad_() for _ in range(3))
-    attention, gradient = RowsAttention(rows), torch.ones(rows * sequence, heads, size, dtype=dtype, device=device)
+    attention = RowsAttention(rows, blocked_backward=blocked_backward_on(device, dtype))
+    gradient = torch.ones(rows * sequence, heads, size, dtype=dtype, device=device)
 
     def forward() -> torch.Tensor:
         return attention(q, k, v, layer=0, window=0)
@@ -182,16 +229,20 @@ def _calls(axis: Axis, device: torch.device, budget: float) -> dict[str, list[tu
     return found
 
 
-def _step(rows: int, ranks: int, dtypes: Dtypes, transport: Transport, device: torch.device) -> Step:
-    """The median of a few steps of SPEC, data parallel over all ranks."""
-    layout = resolve(Layout(dp=ranks), SPEC, sequence=SEQUENCE, global_batch=rows * ranks)
-    run = RunSpec(name="probe", train=Train(steps=STEPS + 2, global_batch=rows * ranks))
-    mesh = Mesh(layout, SPEC, Groups(transport))
-    job = Job(run, SPEC, mesh, dtypes, device=device)
-    tokens = np.random.default_rng(0).integers(0, SPEC.vocabulary, 64 * SEQUENCE * rows * ranks).astype(np.uint32)
+def _step(
+    shape: tuple[int, int, int], axes: Layout, dtype: torch.dtype, transport: Transport, device: torch.device
+) -> tuple[Step, float]:
+    """Medians of a few steps of `shape`, rows a replica, and of the seconds in collectives. Replicas step by themselves, all at
+    once: what they exchange is measured apart."""
+    hidden, layers, rows = shape
+    spec, batch = model(hidden, layers), rows * axes.dp
+    run = RunSpec(name="probe", train=Train(steps=STEPS + 2, global_batch=batch, sync_every=STEPS + 9))
+    mesh = Mesh(resolve(axes, spec, sequence=SEQUENCE, global_batch=batch), spec, Groups(transport))
+    job = Job(run, spec, mesh, Dtypes(dtype, torch.float32, torch.float32), device=device)
+    tokens = np.random.default_rng(0).integers(0, spec.vocabulary, 64 * SEQUENCE * batch).astype(np.uint32)
     file = TokenFile("random tokens", tokens, np.array([0, len(tokens)], np.int64))
-    batches = Batches([file], sequence=SEQUENCE, global_batch=rows * ranks, seed=0)
-    found: list[tuple[float, float, float, float]] = []
+    batches = Batches([file], sequence=SEQUENCE, global_batch=batch, seed=0)
+    found: list[tuple[float, ...]] = []
     for step in range(STEPS + 2):
         mesh.recorder.start(device)
         begun = time.perf_counter()
@@ -199,14 +250,11 @@ def _step(rows: int, ranks: int, dtypes: Dtypes, transport: Transport, device: t
             job.update(job.gradients(batches, step), step)
         whole = time.perf_counter() - begun
         events = sorted((e for e in mesh.recorder.stop() if e.lane == "compute"), key=lambda e: (e.start, -e.end))
-        shares = {"compute": 0.0, "optimizer": 0.0, "talk": 0.0}
+        shares = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0, "talk": 0.0}
         for event, low, high in innermost(events):
-            if event.kind in COMPUTE_KINDS:
-                shares["compute"] += high - low
-            elif event.kind == "optimizer":
-                shares["optimizer"] += high - low
-            elif event.kind in ("wait", "issue"):
-                shares["talk"] += high - low
-        found.append((shares["compute"], shares["optimizer"], whole - sum(shares.values()), whole))
-    compute, optimizer, rest, whole = (statistics.median(column) for column in zip(*found[2:], strict=True))
-    return Step(rows, compute, optimizer, rest, whole)
+            name = "talk" if event.kind in ("wait", "issue") else event.kind
+            if name in shares:
+                shares[name] += high - low
+        found.append((*shares.values(), whole - sum(shares.values())))
+    forward, backward, update, talk, rest = (statistics.median(column) for column in zip(*found[2:], strict=True))
+    return Step(hidden, layers, rows, forward, backward, update, rest), talk
