@@ -3,8 +3,8 @@
     python benchmarks/serving_calibration.py published_inference.csv
 
 Without a fit all factors (`software.Serving`, `Machine.experts`) are 1. A term's factor is one that all systems share times the
-system's own, both held near 1 (standard deviation 0.1), so that what one system's rows say counts for the others too; experts
-have one by the device's generation. A source here is a model under a system, on whatever devices.
+system's own, so that what one system's rows say counts for the others too; experts have one by the device's generation. All are held
+near 1 as if each row were a tenth of one, since rows of a source err alike. A source here is a model under a system, on whatever devices.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def case(row: Row) -> Case:
 
 
 def fit(cases: Sequence[Case]) -> dict[str, float]:
-    return calibrate.fit(cases, prior=0.1, noise=0.1)
+    return calibrate.fit(cases, prior=0.035, noise=0.1)
 
 
 def main(path: str, every: int = 1) -> None:

@@ -145,15 +145,15 @@ def bench_plan(
     from fiveply.plan import inference_score, score
 
     if table and inference_score.is_table(table):
-        found = inference_score.score(table)
-        show = benches.show_serving
+        serving = inference_score.score(table)
+        values, show = serving, functools.partial(benches.show_serving, serving)
     else:
-        found = score.score(table)
-        show = benches.show
+        training = score.score(table)
+        values, show = training, functools.partial(benches.show, training)
     if json:
-        print_json(msgspec.to_builtins(found))
+        print_json(msgspec.to_builtins(values))
     else:
-        show(found, Console())
+        show(Console())
 
 
 @functools.partial(command, of=bench, name="serve")

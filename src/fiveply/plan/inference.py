@@ -103,7 +103,10 @@ def decode(served: Served, layout: Layout, rows: int, context: int) -> dict[str,
         for name, count in _parts(served.spec, layout.stages, number):
             for term, seconds in _decoded(served, _bare(layout), name, each, context).items():
                 stage[term] += count * seconds
-    terms = defaultdict(float, {name: sum(stage[name] for stage in stages) for name in set().union(*stages)})
+    terms: dict[str, float] = defaultdict(float)
+    for stage in stages:
+        for term, seconds in stage.items():
+            terms[term] += seconds
     if layout.pp > 1:
         size = each * served.spec.hidden * ELEMENT_BYTES[served.precision]
         hop = cost.call_seconds("send", size, 2, served.machine, layout.tp)

@@ -105,7 +105,7 @@ def is_table(path: str | Path) -> bool:
     """Whether the CSV file at `path` has the columns of this score."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return set(NEEDED) <= set(next(csv.reader(file), []))
+            return set(NEEDED) <= set(next(csv.reader(file), list[str]()))
     except (OSError, UnicodeDecodeError, csv.Error):
         return False
 

@@ -10,7 +10,8 @@ from rich.table import Table
 from fiveply.plan.serving import Answer, Choice, plain
 from fiveply.report.text import bytes_text, count_text, plural
 
-SHOWN = 10
+SHOWN, WIDE = 10, 100
+"""Layouts, and columns from which each stands beside its figures, not below them."""
 
 
 def show(found: Answer, console: Console) -> None:
@@ -32,17 +33,21 @@ def show(found: Answer, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for name in ("", "TTFT", "waiting", "TPOT", "requests", "tokens/s", "a device", "memory, of all"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("limit", "layout"):
-        table.add_column(name, no_wrap=name != "layout", overflow="fold")
+    wide = console.width >= WIDE
+    for name in ("limit", "layout")[: 1 + wide]:
+        table.add_column(name, no_wrap=True)
     for number, one in enumerate(found.ranked[:SHOWN], 1):
         latency = one.latency
         table.add_row(
             f"{number}{'*' if one.refusal else ' '}", f"{latency.ttft * 1e3:,.0f} ms", f"{latency.waiting * 1e3:,.0f}",
             f"{latency.tpot * 1e3:.3g} ms", f"{one.layout.dp} x {one.requests}", count_text(one.tokens_per_second),
             count_text(one.per_device), f"{bytes_text(one.memory_bytes)} {one.memory_bytes / one.capacity:.0%}",
-            one.limit, plain(one.layout),
+            one.limit, *([plain(one.layout)] if wide else []),
         )  # fmt: skip
     console.print(table)
+    if not wide:
+        below = (f"{number} {plain(one.layout)}" for number, one in enumerate(found.ranked[:SHOWN], 1))
+        console.print("layouts: " + "; ".join(below), soft_wrap=True)
     top = found.ranked[0].latency
     longest = sorted(top.terms.items(), key=lambda term: -term[1])
     console.print(
