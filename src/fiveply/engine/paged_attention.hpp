@@ -11,6 +11,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "products.hpp"
 
 namespace {
@@ -30,8 +34,13 @@ typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
 inline Vector<float>::type load(const float* x) { return *reinterpret_cast<const Vector<float>::type*>(x); }
 inline Vector<double>::type load(const double* x) { return *reinterpret_cast<const Vector<double>::type*>(x); }
 inline Vector<float>::type load(const bfloat16* x) {
+#ifdef __AVX512F__  // which compilers make two halves of by themselves
+  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
+  return (Vector<float>::type)wide;
+#else
   Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16;
   return reinterpret_cast<Vector<float>::type&>(wide);
+#endif
 }
 // exp(x) for x <= 0: 2^n times a polynomial in the rest (Cephes' coefficients); 0 below -87.
 inline Vector<float>::type exponential(Vector<float>::type x) {
@@ -132,8 +141,8 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* ou
         for (; i + 4 <= d; i += 4)
           for (int c = 0; c < 4; c++) {
             part[c] += load(k + (i + c) * BLOCK) * x[i + c];
-            __builtin_prefetch(next + (i + c) * BLOCK);
-            __builtin_prefetch(soon + (i + c) * BLOCK);
+            if (m == 0) __builtin_prefetch(next + (i + c) * BLOCK);
+            if (m == 0) __builtin_prefetch(soon + (i + c) * BLOCK);
           }
         for (; i < d; i++) part[0] += load(k + i * BLOCK) * x[i];
         V score = (part[0] + part[1]) + (part[2] + part[3]);
