@@ -55,6 +55,8 @@ def test_a_peer_that_is_missing_is_said_so(serving: Any) -> None:
         {"who": "fiveply", "tokens_per_second": speed, "first_token_seconds": {"batch 1": 0.1}, "same_tokens": 1.0},
         {"who": "CTranslate2", "missing": "not installed (ctranslate2)"},
     ]
-    lines = serving.table([serving._compared(row, rows[0], "fiveply_is_faster_by") for row in rows], "peers").splitlines()
+    lines = serving.table(
+        [serving._compared(row, rows[0], "fiveply_is_faster_by") for row in rows], "peers"
+    ).splitlines()
     assert "not installed (ctranslate2)" in lines[-1]
     assert len({line.count("|") for line in lines}) == 1

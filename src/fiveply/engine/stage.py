@@ -78,7 +78,9 @@ class Stage:
     def _block(self, block: Block, products: FusedProducts) -> kernels.Block:
         attention, mlp = block.self_attn, block.mlp
         assert mlp.gate_proj is not None
-        biases: list[Tensor] = [one.bias for one in (attention.q_proj, attention.k_proj, attention.v_proj) if one.bias is not None]
+        biases: list[Tensor] = [
+            one.bias for one in (attention.q_proj, attention.k_proj, attention.v_proj) if one.bias is not None
+        ]
         if biases:
             self._kept.append(torch.cat(biases))
         pair = (attention.q_norm, attention.k_norm)
