@@ -41,25 +41,27 @@ inline void rotated(float* x, const float* cos, const float* sin, int64_t half) 
 }
 
 template <class T>
-void add_and_norm(const Model& m, T* x, const T* added, const T* weight, float* out, int64_t tokens) {
-#pragma omp for schedule(static)
+void add_and_norm(const Model& m, T* x, const T* added, const T* weight, float* out, int64_t tokens, Barrier& all) {
+#pragma omp for schedule(static) nowait
   for (int64_t t = 0; t < tokens; t++) {
     T* row = x + t * m.hidden;
     if (added)
       for (int64_t i = 0; i < m.hidden; i++) store(row + i, number(row[i]) + number(added[t * m.hidden + i]));
     normed(row, weight, out + t * m.hidden, m.hidden, m.eps);
   }
+  all.wait();
 }
 
 template <class T>
 void attention_part(const Model& m, const Block& b, const Step& step, const float* cos, const float* sin, T* x,
-                    const T* added, T* out, float* scratch) {
+                    const T* added, T* out, float* scratch, Barrier& all) {
   const int64_t tokens = step.tokens, d = m.head_dim, own = (m.heads + 2 * m.kv_heads) * d;
   const Shape shape{m.heads, m.kv_heads, d, m.padded, b.window, own, own, own};
   float *h = scratch, *qkv = h + tokens * m.hidden, *mixed = qkv + tokens * own;
-  add_and_norm(m, x, added, static_cast<const T*>(b.attention_norm), h, tokens);
+  add_and_norm(m, x, added, static_cast<const T*>(b.attention_norm), h, tokens, all);
   product(h, static_cast<const T*>(b.qkv), qkv, tokens, m.hidden, own, m.hidden);
-#pragma omp for schedule(static)
+  all.wait();
+#pragma omp for schedule(static) nowait
   for (int64_t item = 0; item < tokens * (m.heads + m.kv_heads); item++) {
     const int64_t t = item / (m.heads + m.kv_heads), head = item % (m.heads + m.kv_heads);
     const bool key = head >= m.heads;
@@ -73,18 +75,22 @@ void attention_part(const Model& m, const Block& b, const Step& step, const floa
     rotated(y, cos + t * (d / 2), sin + t * (d / 2), d / 2);
     if (key) keep(shape, step.slots[t], head - m.heads, y, v, static_cast<T*>(b.keys), static_cast<T*>(b.values));
   }
+  all.wait();
   attend_all<float, T, float>(shape, step, qkv, mixed, static_cast<const T*>(b.keys), static_cast<const T*>(b.values));
+  all.wait();
   product(mixed, static_cast<const T*>(b.o), out, tokens, m.heads * d, m.hidden, m.heads * d);
+  all.wait();
 }
 
 template <class T>
-void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* added, T* out, float* scratch) {
+void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* added, T* out, float* scratch, Barrier& all) {
   const int64_t tokens = step.tokens;
   float *h = scratch, *both = h + tokens * m.hidden;
-  add_and_norm(m, x, added, static_cast<const T*>(b.mlp_norm), h, tokens);
+  add_and_norm(m, x, added, static_cast<const T*>(b.mlp_norm), h, tokens, all);
   product(h, static_cast<const T*>(b.gate_up), both, tokens, m.hidden, 2 * m.ffn, m.hidden);
+  all.wait();
   const int64_t pieces = (m.ffn + PANEL - 1) / PANEL;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t item = 0; item < tokens * pieces; item++) {
     const int64_t first = item % pieces * PANEL;
     float* gate = both + item / pieces * 2 * m.ffn + first;
@@ -92,7 +98,9 @@ void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* a
     const Vector<float>::type y = g * (g > 0 ? zero + 1 : e) / (1 + e) * load(gate + m.ffn);
     for (int64_t c = 0; c < std::min<int64_t>(PANEL, m.ffn - first); c++) gate[c] = y[c];
   }
+  all.wait();
   product(both, static_cast<const T*>(b.down), out, tokens, m.ffn, m.hidden, 2 * m.ffn);
+  all.wait();
 }
 
 // Parts [first, end) of the blocks, an even one a block's attention, an odd one its MLP. `x`: the residual stream. `out`: what
@@ -101,13 +109,14 @@ template <class T>
 void parts(const Model& m, const Block* blocks, int64_t first, int64_t end, const Step& step, const float* cos,
            const float* sin, T* x, T* out, float* scratch) {
   const int64_t layer = m.hidden * ((m.heads + m.kv_heads) * 2 * m.head_dim + 3 * m.ffn);
+  Barrier all;
 #pragma omp parallel if (step.tokens * layer > (1 << 18))
   for (int64_t part = first; part < end; part++) {
     const T* added = part ? out : nullptr;
     if (part % 2)
-      mlp_part(m, blocks[part / 2], step, x, added, out, scratch);
+      mlp_part(m, blocks[part / 2], step, x, added, out, scratch, all);
     else
-      attention_part(m, blocks[part / 2], step, cos, sin, x, added, out, scratch);
+      attention_part(m, blocks[part / 2], step, cos, sin, x, added, out, scratch, all);
   }
 }
 

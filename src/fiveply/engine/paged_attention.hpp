@@ -11,6 +11,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "products.hpp"
 
 namespace {
@@ -30,8 +34,13 @@ typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
 inline Vector<float>::type load(const float* x) { return *reinterpret_cast<const Vector<float>::type*>(x); }
 inline Vector<double>::type load(const double* x) { return *reinterpret_cast<const Vector<double>::type*>(x); }
 inline Vector<float>::type load(const bfloat16* x) {
+#ifdef __AVX512F__  // which compilers make two halves of by themselves
+  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
+  return (Vector<float>::type)wide;
+#else
   Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16;
   return reinterpret_cast<Vector<float>::type&>(wide);
+#endif
 }
 // exp(x) for x <= 0: 2^n times a polynomial in the rest (Cephes' coefficients); 0 below -87.
 inline Vector<float>::type exponential(Vector<float>::type x) {
@@ -65,70 +74,104 @@ struct Shape {
 // Tokens [first, first + count) of one sequence, at positions from `position` on; `row` of the tables is its own.
 struct Tile { int64_t first, count, position, row; };
 
+template <class A> inline A largest(const typename Vector<A>::type& v) {
+  A most = v[0];
+  for (int j = 1; j < BLOCK; j++) most = v[j] > most ? v[j] : most;
+  return most;
+}
+template <class A> inline A total_of(const typename Vector<A>::type& v) {
+  A part[BLOCK];
+  for (int j = 0; j < BLOCK; j++) part[j] = v[j];
+  for (int half = BLOCK / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) part[j] += part[j + half];
+  return part[0];
+}
+
+// sums * shrink + the values of keys [low, high] with weights p, in W vectors. `blocks`: where each of the group's is.
+template <int W, class T, class A>
+inline void mix(A* sums, A shrink, const A* p, const T* const* blocks, int64_t low, int64_t high, int64_t padded) {
+  typedef typename Vector<A>::type V;
+  V acc[W];
+  for (int w = 0; w < W; w++) acc[w] = load(sums + w * BLOCK) * shrink;
+  for (int64_t key = low; key <= high; key++) {
+    const T* v = blocks[key / BLOCK] + key % BLOCK * padded;
+    for (int w = 0; w < W; w++) acc[w] += load(v + w * BLOCK) * p[key];
+  }
+  for (int w = 0; w < W; w++) *reinterpret_cast<V*>(sums + w * BLOCK) = acc[w];
+}
+
 template <class Q, class T, class A>
 void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* out, const T* keys, const T* values,
             const int32_t* table, double scale, std::vector<A>& scratch) {
   typedef typename Vector<A>::type V;
+  const A lowest = -std::numeric_limits<A>::infinity();
   const int64_t group = s.heads / s.kv_heads, rows = tile.count * group, d = s.head_dim, padded = s.padded;
-  const int64_t key_bytes = d * BLOCK, value_bytes = BLOCK * padded;
+  const int64_t key_numbers = d * BLOCK, value_numbers = BLOCK * padded;
   scratch.resize(rows * (d + padded + 2) + KEYS);
   A *query = scratch.data(), *sums = query + rows * d, *most = sums + rows * padded, *total = most + rows, *p = total + rows;
   for (int64_t m = 0; m < rows; m++) {
     const Q* from = q + (tile.first + m / group) * s.q_stride + (kv_head * group + m % group) * d;
     for (int64_t i = 0; i < d; i++) query[m * d + i] = number(from[i]) * A(scale);
     for (int64_t i = 0; i < padded; i++) sums[m * padded + i] = 0;
-    most[m] = -std::numeric_limits<A>::infinity();
+    most[m] = lowest;
     total[m] = 0;
   }
+  V places;
+  for (int j = 0; j < BLOCK; j++) places[j] = A(j);
   const int64_t oldest = s.window ? std::max<int64_t>(0, tile.position - s.window + 1) : 0;
   const int64_t newest = tile.position + tile.count - 1;
   for (int64_t base = oldest / KEYS * KEYS; base <= newest; base += KEYS) {
+    const T *key_blocks[GROUP + 1], *value_blocks[GROUP];
+    for (int64_t b = 0; b < GROUP && base + b * BLOCK <= newest; b++) {
+      const int64_t at = table[base / BLOCK + b] * s.kv_heads + kv_head;
+      key_blocks[b] = keys + at * key_numbers, value_blocks[b] = values + at * value_numbers;
+      key_blocks[b + 1] = key_blocks[b];
+    }
     for (int64_t m = 0; m < rows; m++) {
       const int64_t own = tile.position + m / group;
       const int64_t low = std::max<int64_t>(base, s.window ? own - s.window + 1 : 0) - base;
       const int64_t high = std::min<int64_t>(base + KEYS - 1, own) - base;
       if (low > high) continue;
-      A best = -std::numeric_limits<A>::infinity();
+      const A* x = query + m * d;
+      V best = V{} + lowest, sum = {};
       for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
-        const T* k = keys + (table[base / BLOCK + b] * s.kv_heads + kv_head) * key_bytes;
-        const A* x = query + m * d;
+        const T *k = key_blocks[b], *next = key_blocks[b + 1], *soon = value_blocks[b];
         V part[4] = {};
         int64_t i = 0;
         for (; i + 4 <= d; i += 4)
-          for (int c = 0; c < 4; c++) part[c] += load(k + (i + c) * BLOCK) * x[i + c];
+          for (int c = 0; c < 4; c++) {
+            part[c] += load(k + (i + c) * BLOCK) * x[i + c];
+            if (m == 0) __builtin_prefetch(next + (i + c) * BLOCK);
+            if (m == 0) __builtin_prefetch(soon + (i + c) * BLOCK);
+          }
         for (; i < d; i++) part[0] += load(k + i * BLOCK) * x[i];
         V score = (part[0] + part[1]) + (part[2] + part[3]);
-        for (int64_t j = 0; j < BLOCK; j++) {
-          const int64_t at = b * BLOCK + j;
-          p[at] = at < low || at > high ? -std::numeric_limits<A>::infinity() : score[j];
-          best = p[at] > best ? p[at] : best;
+        if (b * BLOCK < low || b * BLOCK + BLOCK - 1 > high) {
+          const A first = A(low - b * BLOCK), last = A(high - b * BLOCK);
+          score = places < first ? V{} + lowest : score;
+          score = places > last ? V{} + lowest : score;
         }
+        *reinterpret_cast<V*>(p + b * BLOCK) = score;
+        best = score > best ? score : best;
       }
-      const A top = best > most[m] ? best : most[m];
-      const A shrink = std::exp(most[m] - top);
-      A sum = 0;
+      const A top = std::max(largest<A>(best), most[m]), shrink = std::exp(most[m] - top);
       for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
-        V e = exponential(load(p + b * BLOCK) - top);
+        const V e = exponential(load(p + b * BLOCK) - top);
         *reinterpret_cast<V*>(p + b * BLOCK) = e;
-        for (int j = 0; j < BLOCK; j++) sum += e[j];
+        sum += e;
       }
       most[m] = top;
-      total[m] = total[m] * shrink + sum;
+      total[m] = total[m] * shrink + total_of<A>(sum);
+      const T* from[GROUP];
       for (int64_t c = 0; c < padded; c += BLOCK * WIDE) {
-        const int wide = int(std::min<int64_t>(WIDE, (padded - c) / BLOCK));
-        V acc[WIDE];
-        for (int w = 0; w < wide; w++) acc[w] = load(sums + m * padded + c + w * BLOCK) * shrink;
-        for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
-          const T* v = values + (table[base / BLOCK + b] * s.kv_heads + kv_head) * value_bytes + c;
-          const int64_t from = std::max<int64_t>(low - b * BLOCK, 0), to = std::min<int64_t>(high - b * BLOCK, BLOCK - 1);
-          if (wide == WIDE)
-            for (int64_t j = from; j <= to; j++)
-              for (int w = 0; w < WIDE; w++) acc[w] += load(v + j * padded + w * BLOCK) * p[b * BLOCK + j];
-          else
-            for (int64_t j = from; j <= to; j++)
-              for (int w = 0; w < wide; w++) acc[w] += load(v + j * padded + w * BLOCK) * p[b * BLOCK + j];
+        for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) from[b] = value_blocks[b] + c;
+        A* to = sums + m * padded + c;
+        switch (std::min<int64_t>(WIDE, (padded - c) / BLOCK)) {
+          case 4: mix<4>(to, shrink, p, from, low, high, padded); break;
+          case 3: mix<3>(to, shrink, p, from, low, high, padded); break;
+          case 2: mix<2>(to, shrink, p, from, low, high, padded); break;
+          default: mix<1>(to, shrink, p, from, low, high, padded);
         }
-        for (int w = 0; w < wide; w++) *reinterpret_cast<V*>(sums + m * padded + c + w * BLOCK) = acc[w];
       }
     }
   }
@@ -165,12 +208,12 @@ void keep(const Shape& s, int64_t slot, int64_t kv_head, const Q* k, const Q* v,
   for (int64_t i = d; i < s.padded; i++) to[i] = T{};
 }
 
-// On each thread of a team: its part of the tiles.
+// On each thread of a team: its part of the tiles; without a barrier.
 template <class Q, class T, class A>
 void attend_all(const Shape& s, const Step& step, const Q* q, Q* out, const T* keys, const T* values) {
   std::vector<A> scratch;
   const double scale = 1 / std::sqrt(double(s.head_dim));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
   for (int64_t item = 0; item < step.tile_count * s.kv_heads; item++) {
     const Tile& tile = step.tiles[item / s.kv_heads];
     attend<Q, T, A>(s, tile, item % s.kv_heads, q, out, keys, values, step.tables + tile.row * step.table_stride, scale, scratch);

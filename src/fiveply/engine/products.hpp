@@ -7,7 +7,11 @@
 // is slower than that where it has no tiles).
 
 #pragma once
+#include <omp.h>
+#include <sched.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -24,6 +28,26 @@ constexpr int BUSY = 4;  // passes over panels that take longer than reading the
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
+
+// Where a team's threads wait for one another. Who waits long lets others have its core: on a busy machine OpenMP's own
+// barrier spins until its turn is over, while the thread that it waits for has none.
+class Barrier {
+  static constexpr int SPINS = 4000;  // some ten microseconds
+  std::atomic<int> waiting{0}, round{0};
+
+ public:
+  void wait() {
+    const int size = omp_get_num_threads(), own = round.load();
+    if (size == 1) return;
+    if (waiting.fetch_add(1) + 1 == size) {
+      waiting.store(0);
+      round.store(own + 1);
+      return;
+    }
+    for (int spins = 0; round.load() == own; spins++)
+      if (spins > SPINS) sched_yield();
+  }
+};
 
 struct bfloat16 { uint16_t bits; };
 
@@ -101,12 +125,12 @@ void by_rows(std::integer_sequence<int, C...>, int64_t rows, A... a) {
   ((rows == C + 1 ? rows_of_x<W, Y, C + 1>(a...) : void()), ...);
 }
 
-// On each thread of a team: its part of the panels, for all rows of x. `inner`: a multiple of DEEP.
+// On each thread of a team: its part of the panels, for all rows of x; without a barrier. `inner`: a multiple of DEEP.
 template <class W, class Y>
 void product(const float* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t outer, int64_t x_stride) {
   const int64_t panels = (outer + PANEL - 1) / PANEL, together = rows > MOST / 2 ? 2 : 4;  // that stay in cache meanwhile
   const int64_t passes = (rows + MOST - 1) / MOST;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t first = 0; first < panels; first += together)
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t m = pass * MOST;

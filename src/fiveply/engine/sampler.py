@@ -35,6 +35,13 @@ class Row(NamedTuple):
     allowed_V: Tensor | None = None
     """Where False, a token may not be chosen."""
 
+    @property
+    def likeliest(self) -> bool:
+        """Whether the token of the largest logit is all that is asked for."""
+        asked = self.sampling
+        shaped = asked.penalises or asked.logit_bias or self.allowed_V is not None
+        return asked.temperature == 0 and asked.top_logprobs < 0 and not shaped
+
 
 def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[tuple[int, Score | None]]:
     """A token for each row, -1 where its logits are not finite, and its score where asked for.

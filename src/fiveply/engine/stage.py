@@ -33,7 +33,7 @@ class Stage:
         products, weight = decoder.products, next(decoder.parameters())
         assert isinstance(products, FusedProducts)
         self._parts: Any = kernels.function("parts", weight.dtype, weight.device)
-        blocks = list(decoder.model.layers.values())
+        blocks = [block for block in decoder.model.layers.values() if isinstance(block, Block)]
         if self._parts is None or not blocks or not _is_llama_like(decoder, products):
             self._parts = None
             return
@@ -78,7 +78,9 @@ class Stage:
     def _block(self, block: Block, products: FusedProducts) -> kernels.Block:
         attention, mlp = block.self_attn, block.mlp
         assert mlp.gate_proj is not None
-        biases = [one.bias for one in (attention.q_proj, attention.k_proj, attention.v_proj) if one.bias is not None]
+        biases: list[Tensor] = [
+            one.bias for one in (attention.q_proj, attention.k_proj, attention.v_proj) if one.bias is not None
+        ]
         if biases:
             self._kept.append(torch.cat(biases))
         pair = (attention.q_norm, attention.k_norm)
@@ -95,6 +97,7 @@ class Stage:
 def _is_llama_like(decoder: Decoder, products: FusedProducts) -> bool:
     """Whether `blocks.hpp` computes these blocks, with matrices that are packed."""
     spec, block = decoder.spec, next(iter(decoder.model.layers.values()))
+    assert isinstance(block, Block)
     attention, mlp = block.self_attn, block.mlp
     inputs = [attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj]
     return (
