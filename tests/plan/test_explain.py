@@ -49,7 +49,8 @@ def test_what_nothing_else_fits_goes_to_the_host() -> None:
     eight = explain.answer(spec, ClusterSpec("h100", 8), **batch)
     assert {one.prediction.layout.offload for one in eight.ranked} == {"none"}
     asked = explain.why(eight, "offload=activations").best
-    assert asked and asked.prediction.layout.offload == "activations"
+    assert asked
+    assert asked.prediction.layout.offload == "activations"
     assert asked.prediction.seconds.p50 > eight.ranked[0].prediction.seconds.p50
 
 

@@ -142,7 +142,7 @@ def test_offload_empties_the_device() -> None:
 def test_ranks_of_a_pipeline_differ() -> None:
     spec = ModelSpec.load("llama-3.1-8b")
     layout = resolve(Layout.parse("pp=4,tp=2,micro_batch=1,stages=9+9+9+5"), spec, sequence=4096, global_batch=16)
-    ranks = footprint.by_rank(spec, layout, sequence=4096, global_batch=16)
+    ranks = [footprint.footprint(spec, layout, sequence=4096, global_batch=16, pp_rank=rank) for rank in range(4)]
     activations = [rank.activations for rank in ranks]
     assert activations == sorted(activations, reverse=True)
     units_of_last = traffic.held_units(spec, layout, 3)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiveply import pipeline_schedule
-from fiveply.pipeline_schedule import COMPUTE, Action, Kind, Schedule, ScheduleError, build, peak_in_flight
-from fiveply.plan.simulate import StageSeconds, bound, memory, simulate, step_seconds
+from fiveply.pipeline_schedule import COMPUTE, Action, Kind, Schedule, ScheduleError, build
+from fiveply.plan.simulate import StageSeconds, bound, ends, simulate
 
 EVEN = StageSeconds(1.0, 1.0, 1.0)
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb", 1), ("zbv", 2)]
@@ -81,7 +80,7 @@ def test_a_short_step_and_its_increment_give_the_end_of_a_long_one(
     name, vp = schedule
     stages = data.draw(st.lists(stage, min_size=pp * vp, max_size=pp * vp))
     plain = simulate(build(name, pp, micro_batches, vp), stages, blocking=blocking).seconds
-    quick = step_seconds(name, pp, vp, micro_batches, stages, blocking=blocking)
+    quick = ends(name, pp, vp, micro_batches, stages, blocking=blocking).seconds((name, pp, vp), stages)
     assert plain * (1 - 1.001e-3) <= quick <= plain * (1 + 1e-9)
     assert bound(name, pp, vp, micro_batches, stages, blocking=blocking) <= plain * (1 + 1e-9)
 
@@ -90,7 +89,7 @@ def test_a_short_step_and_its_increment_give_the_end_of_a_long_one(
 def test_even_stages_of_a_large_step_are_exact(name: str, vp: int) -> None:
     stages = [StageSeconds(1.0, 1.25, 0.75, send=0.1, send_back=0.1)] * 8 * vp
     plain = simulate(build(name, 8, 256, vp), stages).seconds
-    assert step_seconds(name, 8, vp, 256, stages) == pytest.approx(plain, rel=1e-9)
+    assert ends(name, 8, vp, 256, stages).seconds((name, 8, vp), stages) == pytest.approx(plain, rel=1e-9)
 
 
 def test_a_slow_stage_sets_the_pace_and_transfers_delay_only_the_fill() -> None:
@@ -114,23 +113,6 @@ def test_a_reduction_hides_behind_the_last_backward_as_far_as_it_may() -> None:
     assert end(reduce=1.5) == pytest.approx(13.5)
     assert end(reduce=1.5, reduce_early=1.5, reduce_tail=0.25) == pytest.approx(12.25)
     assert end(reduce=3.0, reduce_early=1.5, reduce_tail=0.25) == pytest.approx(13.5)
-
-
-def test_the_first_forward_waits_for_its_parameters() -> None:
-    schedule = build("1f1b", 1, 2, gather=True)
-    found = simulate(schedule, [StageSeconds(1.0, 1.0, 1.0, gather=0.5)])
-    assert found.seconds == pytest.approx(6.5)
-    assert [e.operation for e in found.events if e.lane == "communication"] == ["all-gather"]
-
-
-@pytest.mark.parametrize(("name", "vp"), SCHEDULES)
-def test_memory_over_time_peaks_at_the_schedules_in_flight_activations(name: str, vp: int) -> None:
-    schedule = build(name, 4, 12, vp)
-    curves = memory(schedule, simulate(schedule, [EVEN] * 4 * vp), [1] * 4 * vp)
-    assert [max(alive for _, alive in curve) for curve in curves] == list(peak_in_flight(schedule))
-    assert all(curve[-1][1] == 0 for curve in curves)
-    for curve in curves:
-        assert list(accumulate((time for time, _ in curve), max)) == [time for time, _ in curve]
 
 
 def test_a_schedule_that_waits_for_ever_is_refused() -> None:

@@ -410,8 +410,3 @@ def interval(
 
 NINETIETH = 1.2816
 """Standard deviations from the middle of a normal distribution to its 90% point."""
-
-
-def memory_error(machine: Machine, software: Software) -> tuple[float, float]:
-    """(mean, standard deviation) of log(measured / predicted) allocated bytes."""
-    return 0.0, software.memory_spread

@@ -13,7 +13,7 @@ import msgspec
 from fiveply.plan import cost, footprint, workload
 from fiveply.plan.machine import Machine
 from fiveply.plan.predict import ORDERS, Job, Prediction, Predictor
-from fiveply.plan.search import Search, Searched
+from fiveply.plan.search import BUDGET, Search, Searched
 from fiveply.plan.software import Software
 from fiveply.plan.space import Limits
 from fiveply.spec.architecture import ModelSpec
@@ -238,6 +238,10 @@ def _nothing(spec: ModelSpec, cluster: ClusterSpec, job: Job, limits: Limits, se
 # --- reasons ---
 
 
+ASKED = BUDGET // 5
+"""Effort of looking for the best layout that grants a wish."""
+
+
 class WhyNot(msgspec.Struct, frozen=True):
     """What a wish would cost: `reason` in words; `best` the fastest layout that grants it, if any fits."""
 
@@ -255,14 +259,17 @@ def why(answer: Answer, wish: str, limits: Limits | None = None) -> WhyNot:
     chosen = {key: getattr(top.prediction.layout, key) for key in wished.fixed}
     if chosen == wished.fixed:
         return WhyNot(wish, "the plan has it", top)
-    found = answer.search.run(both, wanted=1)
+    found = answer.search.run(both, wanted=1, budget=ASKED)
     if found.choices:
         best = rank(answer.search.predictors[found.choices[0].order], found.choices[0].layout)
         more = best.prediction.seconds.p50 - top.prediction.seconds.p50
         if more <= 0:
             return WhyNot(wish, "it is as fast", best)
         return WhyNot(
-            wish, f"{more / top.prediction.seconds.p50:+.1%} time: " + ", ".join(differences(top, best)), best
+            wish,
+            f"{'at most ' if found.gap else ''}{more / top.prediction.seconds.p50:+.1%} time: "
+            + ", ".join(differences(top, best)),
+            best,
         )
     if found.legal:
         return WhyNot(

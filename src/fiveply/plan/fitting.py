@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiveply.pipeline_schedule import Kind, build
-from fiveply.plan import cost, footprint, traffic, units, workload
+from fiveply.plan import footprint, traffic, units, workload
 from fiveply.plan.predict import Predictor
 from fiveply.plan.space import Kinds, Splits, chunks_of
 from fiveply.spec.layout import Layout
@@ -58,9 +58,8 @@ class Fitting:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor, self.job, self.spec = predictor, predictor.job, predictor.job.spec
         job = self.job
-        bias, deviation = cost.memory_error(job.machine, job.software)
         room = max(0.0, job.machine.memory_bytes - job.software.context_bytes)
-        self.capacity = room * math.exp(-bias - deviation * NormalDist().inv_cdf(1 - RISK))
+        self.capacity = room * math.exp(-job.software.memory_spread * NormalDist().inv_cdf(1 - RISK))
         self._unit_of = units.alike(self.spec)
         self.units = list(dict.fromkeys(self._unit_of.values()))
         """The first unit of each kind."""

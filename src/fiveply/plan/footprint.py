@@ -256,23 +256,6 @@ def footprint(
     )
 
 
-def by_rank(
-    spec: ModelSpec,
-    layout: Layout,
-    *,
-    sequence: int,
-    global_batch: int,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-) -> tuple[Footprint, ...]:
-    """Of tensor rank 0, which holds the larger part of every uneven cut, on each pipeline rank."""
-    return tuple(
-        footprint(spec, layout, sequence=sequence, global_batch=global_batch, pp_rank=pp_rank, software=software,
-                  precision=precision)
-        for pp_rank in range(layout.pp)
-    )  # fmt: skip
-
-
 @functools.lru_cache(maxsize=256)
 def _schedule(name: str, pp: int, micro_batches: int, vp: int, zero: int = 0) -> Schedule:
     return pipeline_schedule.build(name, pp, micro_batches, vp, gather=zero == 3, reduce_each=zero >= 2)

@@ -14,12 +14,11 @@ from statistics import NormalDist
 
 import msgspec
 
-from fiveply.pipeline_schedule import Schedule, build
 from fiveply.plan import cost, footprint, traffic, workload
 from fiveply.plan.cost import Computed, PartSeconds, Wire
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
-from fiveply.plan.simulate import Ends, Simulated, StageSeconds, ends, simulate
+from fiveply.plan.simulate import Ends, StageSeconds, ends
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
 from fiveply.spec.architecture import ModelSpec
@@ -133,9 +132,9 @@ class Predictor:
 
     def p_oom(self, peak: int) -> float:
         """That allocated bytes, log-normal around `peak`, and what lies outside tensors exceed a device's memory."""
-        bias, deviation = cost.memory_error(self.job.machine, self.job.software)
-        room = self.job.machine.memory_bytes - self.job.software.context_bytes
-        return 1.0 if room <= 0 else 1 - NormalDist(bias, deviation).cdf(math.log(room / peak))
+        software = self.job.software
+        room = self.job.machine.memory_bytes - software.context_bytes
+        return 1.0 if room <= 0 else 1 - NormalDist(sigma=software.memory_spread).cdf(math.log(room / peak))
 
     def footprints(self, layout: Layout) -> tuple[Footprint, ...]:
         """By pipeline rank. Of many, some between the ends are walked, and others take the larger of the walked beside them:
@@ -162,16 +161,6 @@ class Predictor:
             job.spec, layout, sequence=job.sequence, global_batch=layout.dp * layout.micro_batch * micro_batches,
             pp_rank=rank, software=job.software, precision=job.precision,
         )  # fmt: skip
-
-    def schedule(self, layout: Layout) -> Schedule:
-        """Compute and transfers as the runtime executes them; what is gathered and reduced for every micro-batch is part of
-        its computation here, what is reduced once stands at the end of each chunk's last gradient."""
-        return build(layout.schedule, layout.pp, self.micro_batches(layout), layout.chunks)
-
-    def simulate(self, layout: Layout) -> Simulated:
-        """Every event of the step."""
-        seconds = [stage.seconds for stage in self.stages(layout)]
-        return simulate(self.schedule(layout), seconds, blocking=self.blocking)
 
     # parts, stages, ranks
 

@@ -180,9 +180,8 @@ def _bytes(row: Row, prediction: Prediction) -> float:
 
 
 def _range(predicted: float, row: Row) -> tuple[float, float]:
-    bias, deviation = cost.memory_error(machine(row), row.software)
-    middle, width = predicted * math.exp(bias), math.exp(cost.NINETIETH * deviation)
-    return middle / width, middle * width
+    width = math.exp(cost.NINETIETH * row.software.memory_spread)
+    return predicted / width, predicted * width
 
 
 RESERVED = 1.05

@@ -1,11 +1,11 @@
 """A pipeline's step by its own schedule: the actions that the runtime executes, with each stage's seconds.
 
-Each rank has a lane that computes, in the order of its actions, and one that gathers and reduces meanwhile. A transfer
+Each rank has a lane that computes, in the order of its actions, and one that reduces meanwhile. A transfer
 takes its seconds between the end of what it sends and the start of what needs it, and holds the sender up only where the
 system sends synchronously (`blocking`).
 
 `simulate` executes every action and says all that happened; it also replays a step of which each action's seconds are
-known. `step_seconds` finds the same end of the step in milliseconds
+known. `ends` finds the same end of the step in milliseconds
 for any number of micro-batches: with constant seconds a schedule becomes periodic (it is a linear system over maximum and
 plus; Baccelli et al. 1992, Synchronization and Linearity), so a short step and its increment are enough.
 """
@@ -35,8 +35,6 @@ class StageSeconds(msgspec.Struct, frozen=True):
     """From the end of a forward until the next stage has its output."""
     send_back: float = 0.0
     """From the end of a backward until the previous stage has its gradient."""
-    gather: float = 0.0
-    """Of the parameters that the first forward needs (zero 3)."""
     reduce: float = 0.0
     """Of its gradients, each time that the schedule says so."""
     reduce_early: float = 0.0
@@ -75,14 +73,14 @@ none); and whether it is handed to another rank."""
 
 class _Program(NamedTuple):
     """`steps`: (rank, what, need, out, travel). `what` from 0 on is a place in the table of costs, by kind of computation and
-    stage; -1 - stage gathers, and so on by _OTHERS. `travel` is a place in the table of transfers, 0 for none."""
+    stage; -1 - stage reduces, and beyond the stages waits for that. `travel` is a place in the table of transfers, 0 for none."""
 
     steps: tuple[tuple[int, int, int, int, int], ...]
     slots: int
 
 
 _CODES = {kind: code for code, kind in enumerate(COMPUTE)}
-_OTHERS = {Kind.GATHER: 0, Kind.REDUCE: 1, Kind.FINISH: 2}
+_OTHERS = (Kind.REDUCE, Kind.FINISH)
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
@@ -108,9 +106,8 @@ def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bo
         elif kind is Kind.FINISH:
             events.append(Event(rank, "wait", chunk, micro_batch, end - exposed[rank], end, axis="dp"))
         else:
-            seconds, operation = (one.gather, "all-gather") if kind is Kind.GATHER else (one.reduce, "reduce-scatter")
-            events.append(Event(rank, "collective", chunk, micro_batch, end - seconds, end, "communication", stage,
-                                "dp", operation))  # fmt: skip
+            events.append(Event(rank, "collective", chunk, micro_batch, end - one.reduce, end, "communication", stage, "dp",
+                                "reduce-scatter"))  # fmt: skip
     events = [event for event in events if event.end > event.start or event.kind in COMPUTE]
     ordered = sorted(events, key=lambda event: (event.rank, event.lane, event.start))
     return Simulated(max(finish), tuple(busy), tuple(exposed), tuple(finish), tuple(ordered))
@@ -185,15 +182,6 @@ def ends(
                 return later(found, low - end)
         count *= 2
     return run(micro_batches)[0]
-
-
-def step_seconds(
-    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False,
-    tolerance: float = 1e-3,
-) -> float:  # fmt: skip
-    """The end of the step as `simulate` would give it, by `ends`."""
-    found = ends(name, pp, vp, micro_batches, stages, blocking=blocking, tolerance=tolerance)
-    return found.seconds((name, pp, vp), stages)
 
 
 def _period(trajectory: NDArray[np.float64], step: int, pp: int) -> tuple[int, float, float] | None:
@@ -300,17 +288,13 @@ def _place(stage: int, micro_batch: int, each: int) -> int:
 
 def _program(schedule: Schedule, entries: list[_Entry], each: int = 1) -> _Program:
     count = schedule.stages * each
-    gathered: set[int] = set()
     steps: list[tuple[int, int, int, int, int]] = []
     for action, rank, number, need, out, crosses in entries:
         kind, stage = action.kind, _place(number, action.micro_batch, each)
         if kind in _OTHERS:
-            steps.append((rank, -1 - stage - count * _OTHERS[kind] if stage >= 0 else -1 - 2 * count, 0, 1, 0))
+            steps.append((rank, -1 - stage if stage >= 0 else -1 - count, 0, 1, 0))
             continue
         code = _CODES[kind]
-        if code == 0 and schedule.gather and stage not in gathered:
-            gathered.add(stage)
-            code = len(COMPUTE)  # the first forward, which waits for its parameters
         travel = 0 if not crosses else 1 + stage + (count if code in (1, 2) else 0)
         steps.append((rank, code * count + stage, need, out, travel))
     return _Program(tuple(steps), 2 + 2 * schedule.stages * schedule.micro_batches)
@@ -321,15 +305,12 @@ def _run(
 ) -> tuple[list[float], list[float], list[float]]:
     """The end of each entry; when each rank is done, and how long it then waited for its other lane."""
     count = len(stages)
-    first = len(COMPUTE) * count
-    forward = [stage.forward for stage in stages]
     costs = [
-        *forward, *(stage.input + stage.weight for stage in stages), *(stage.input for stage in stages),
-        *(stage.weight for stage in stages), *forward,
+        *(stage.forward for stage in stages), *(stage.input + stage.weight for stage in stages),
+        *(stage.input for stage in stages), *(stage.weight for stage in stages),
     ]  # fmt: skip
     travels = [0.0, *(stage.send for stage in stages), *(stage.send_back for stage in stages)]
     clock, lane, exposed = [0.0] * pp, [0.0] * pp, [0.0] * pp
-    gathered = [0.0] * count
     arrival = [0.0] * program.slots
     ended: list[float] = []
     note = ended.append
@@ -338,42 +319,15 @@ def _run(
         if what >= 0:
             if (arrived := arrival[need]) > start:
                 start = arrived
-            if what >= first and gathered[what - first] > start:
-                start = gathered[what - first]
             clock[rank] = end = start + costs[what]
             arrival[out] = end + travels[travel]
             if blocking:
                 clock[rank] = arrival[out]
         elif what >= -count:
-            end = max(start, lane[rank]) + stages[-1 - what].gather
-            lane[rank] = gathered[-1 - what] = end
-        elif what >= -2 * count:
-            one = stages[-1 - what - count]
+            one = stages[-1 - what]
             lane[rank] = end = max(max(lane[rank], start - one.reduce_early) + one.reduce, start + one.reduce_tail)
         else:
             clock[rank] = end = max(start, lane[rank])
             exposed[rank] = end - start
         note(end)
     return ended, clock, exposed
-
-
-def memory(schedule: Schedule, simulated: Simulated, kept: Sequence[int]) -> list[list[tuple[float, int]]]:
-    """By rank, (time, bytes alive from there on) of activations; `kept`: bytes of one micro-batch, by global stage.
-
-    Alive from the start of a forward to the end of its backward, or of its weight gradient.
-    """
-    changes: list[list[tuple[float, int]]] = [[(0.0, 0)] for _ in range(schedule.pp)]
-    for event in simulated.events:
-        if event.kind == Kind.FORWARD:
-            changes[event.rank].append((event.start, kept[event.stage]))
-        elif event.kind in (Kind.BACKWARD, Kind.WEIGHT):
-            changes[event.rank].append((event.end, -kept[event.stage]))
-    curves: list[list[tuple[float, int]]] = []
-    for of_rank in changes:
-        of_rank.sort()
-        alive, curve = 0, list[tuple[float, int]]()
-        for time, change in of_rank:
-            alive += change
-            curve.append((time, alive))
-        curves.append(curve)
-    return curves
