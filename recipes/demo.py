@@ -21,7 +21,7 @@ RUN = Path("runs/demo")
 FILE = Path(__file__).with_name("demo.toml")
 FIVEPLY = [sys.executable, "-m", "fiveply.cli"]
 LEAVE_OFF, RESUMED_LAYOUT, SERVED_LAYOUT = 240, "dp=2,tp=2,zero=1", "pp=2"
-TRIED_STEPS = 24
+TRIED_STEPS = 12
 """Of the planner's pick."""
 
 

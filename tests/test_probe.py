@@ -107,6 +107,14 @@ def test_the_fit_finds_the_machine_that_made_the_figures(ranks: int) -> None:
         assert predicted == pytest.approx(true, rel=0.05), text
 
 
+def test_a_gpu_that_no_file_describes_is_measured_all_the_same() -> None:
+    unknown = Devices("cuda", 2, "A GPU of next year", 64 << 30, True, 16)
+    fitted, _ = probe.fit(figures(TRUE, 2), unknown, "float32")
+    assert fitted.memory_bytes == unknown.memory_bytes
+    assert fitted.peak["fp32"] == pytest.approx(TRUE.peak["fp32"], rel=0.25)
+    assert "A GPU of next year" in fitted.sources["all"]
+
+
 def test_a_pass_that_takes_no_time_is_not_negative() -> None:
     """Products slower in a step than by themselves leave less than nothing to the rest."""
     given = figures(TRUE, 1)

@@ -1,7 +1,7 @@
 """probe: measure this machine and fit the planner's model of it, for `--cluster FILE` and `layout = "auto"`.
 
-Ranks as many as there are devices measure at the same time (`train/measure.py`); on CPUs also fewer with more cores each, and
-twice as many, since they slow each other down in ways that no one rank shows. The fit is by least squares of the logarithm, on
+Ranks as many as there are devices measure at the same time (`train/measure.py`); on CPUs also one, half as many, and twice as
+many, since they slow each other down in ways that no one rank shows. The fit is by least squares of the logarithm, on
 the very functions that plan (`plan/cost.py`).
 """
 
@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
-from fiveply.plan import cost, footprint, traffic, workload
+from fiveply.plan import cost, footprint, table, traffic, workload
 from fiveply.plan.machine import Machine, Passes
 from fiveply.plan.operations import Operation
 from fiveply.plan.software import Software
@@ -27,7 +27,7 @@ from fiveply.report import expected, timelines
 from fiveply.report.record import load
 from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError
-from fiveply.spec.layout import Layout, divisors
+from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.train import auto, measure, metrics
 from fiveply.train.measure import SEQUENCE, Measured
@@ -38,6 +38,8 @@ from fiveply.world.mesh import Transport
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 BUDGET, ROUNDS = 0.03, 3
 """Seconds for one figure, and how often all are taken: a world takes about half a minute."""
+LEAST_SPREAD = 0.03
+"""Of the intervals on a measured machine: what steps vary by from round to round."""
 PHASES = ("forward", "input", "weight", "step")
 
 
@@ -46,9 +48,9 @@ def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> 
     begun, found = time.perf_counter(), find()
     if not Path(out).resolve().parent.is_dir():
         raise InputError("no such folder", where="--out", key=str(out), fix="make it first, or give another place")
-    worlds = divisors(found.count) + ([2 * found.count] if found.kind == "cpu" else [])
-    if found.kind == "cuda":
-        worlds = [found.count]
+    worlds = (
+        [found.count] if found.kind == "cuda" else sorted({1, max(1, found.count // 2), found.count, 2 * found.count})
+    )
     dtypes = ["float32", "bfloat16"] if found.fast_bf16 else ["float32"]
     device = torch.device("cuda", 0) if found.kind == "cuda" else torch.device("cpu")
     shared: dict[str, dict[str, Any]] = {}
@@ -62,7 +64,7 @@ def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> 
         errors[str(ranks)] = off
     main = shared[str(found.count)]
     cluster = ClusterSpec(
-        auto.cluster(found).device if found.kind == "cuda" else "cpu", found.count, found.count, found.memory_bytes, main,
+        _kind(found), found.count, found.count, found.memory_bytes, main,
         shared if found.kind == "cpu" else {},
     )  # fmt: skip
     cluster.save(out)
@@ -93,9 +95,17 @@ def _changed(machine: Machine) -> dict[str, Any]:
     }
 
 
+def _kind(found: Devices) -> str:
+    """Whose file says what is not measured: the device's own, or for a GPU that has none an A100's."""
+    try:
+        return "cpu" if found.kind == "cpu" else table.device(found.name)
+    except table.RowError:
+        return "a100-80"
+
+
 def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dict[str, float]]:
     """A rank's share of the machine, as the planner sees it, and the mean error of each kind of figure in the fit."""
-    base = cost.machine(ClusterSpec("cpu" if found.kind == "cpu" else auto.cluster(found).device, found.count))
+    base = cost.machine(ClusterSpec(_kind(found), found.count))
     memory = found.memory_bytes * (max(1, found.count // measured.ranks) if found.kind == "cpu" else 1)
     if measured.ranks > found.count:
         memory = memory * found.count // measured.ranks
@@ -110,6 +120,7 @@ def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dic
     if measured.calls:
         machine, errors["collectives"] = _fit_calls(machine, measured)
     machine, errors["steps"] = _fit_steps(machine, NAMES[computed], measured)
+    machine = msgspec.structs.replace(machine, spread=max(LEAST_SPREAD, errors["steps"]))
     return _with_waits(machine, NAMES[computed], measured), errors
 
 

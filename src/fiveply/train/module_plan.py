@@ -30,8 +30,8 @@ from fiveply.spec.layout import Layout, divisors
 from fiveply.spec.placement import part
 from fiveply.train import auto
 
-UNSEEN = 0.5
-"""Share of a device that state may fill where activations are unknown."""
+SEEN, UNSEEN = 0.9, 0.5
+"""Share of a device that state and kept activations may fill; that state may, where activations are unknown."""
 _aten: Any = torch.ops.aten
 _MATRICES = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
 Price = Callable[[Operation], float]
@@ -73,10 +73,10 @@ def choose(
         except Exception as error:  # whatever a module does that needs values
             seen, unknown = {}, " ".join(str(error).split())[:120] or type(error).__name__
     found: list[tuple[float, float, Layout]] = []
-    for layout in _layouts(ranks, len(stages) if seen and _can_be_cut(module, stages) else 0):
+    for layout in _layouts(ranks, len(stages) if seen and stages and _can_be_cut(module, stages) else 0):
         count, size = _micro_batches(layout, rows)
         found.append((*one.of(layout, count, seen.get(size)), layout))
-    room = one.machine.memory_bytes * (1.0 if seen else UNSEEN)
+    room = one.machine.memory_bytes * (SEEN if seen else UNSEEN)
     fitting = [(seconds, layout) for seconds, held, layout in found if held <= room]
     if not fitting:
         least = min(held for _, held, _ in found)
