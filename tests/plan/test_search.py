@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import msgspec
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from fiveply.pipeline_schedule import Kind, build
 from fiveply.plan import explain, machine, space
 from fiveply.plan.fitting import Fitting, alive
+from fiveply.plan.floors import SURE
 from fiveply.plan.predict import ORDERS, Job, Predictor
-from fiveply.plan.search import search
+from fiveply.plan.search import Search, search
 from fiveply.plan.space import Limits
 from fiveply.plan.stages import Weights, balance, deal
 from fiveply.spec.architecture import ModelSpec
@@ -166,6 +168,29 @@ def test_what_is_alive_is_the_schedules_own(name: str, vp: int, pp: int, micro_b
             now += (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.INPUT))
             most = max(most, now)
         assert alive(name, pp, vp, micro_batches)[rank] * vp == pytest.approx(most)
+
+
+@pytest.mark.parametrize("memory", [0, 55_000_000])
+def test_no_bound_of_seconds_exceeds_what_a_layout_takes(memory: int) -> None:
+    """Of a split, of a pipeline, of a state; each is at least the one before, but for what `SURE` leaves."""
+    wanted = job(memory)
+    listed = [entry for entry in everything(wanted, 4) if evenly(entry[1], entry[1].stages)]
+    found = Search(wanted, 4)
+    found.run(Limits())
+    floors, fitting, columns = found.floors, found.fitting, found.splits.columns
+    places = {found.splits.layout(row): row for row in range(len(columns["tp"]))}
+    for seconds, layout, order in random.Random(0).sample(listed, 300):
+        split = msgspec.structs.replace(layout, schedule="1f1b", vp=0, stages=(), zero=0, dp_shard=0)
+        kinds, orders = space.states(layout.dp, layout.cp, Limits()), space.pipelines(SMALL, layout.pp, Limits())
+        send = min(predictor.transfer(layout) for predictor in floors.predictors.values())
+        by_pipeline = floors.pipelines(split, kinds, orders, fitting.busiest(split, orders, kinds), send)
+        pipeline = by_pipeline[orders.index((layout.schedule, layout.vp))]
+        state = floors.states(layout, order, kinds, [kinds.index((layout.zero, layout.dp_shard))])[0]
+        large = floors.large([split])[0][int(layout.recompute == "full")] * layout.micro_batch
+        any_pipeline = found._least(np.array([places[split]]), large[None])[0]  # pyright: ignore[reportPrivateUsage]
+        assert any_pipeline <= pipeline / SURE
+        assert pipeline <= seconds, layout
+        assert state <= seconds, layout
 
 
 def test_the_gap_bounds_what_an_unfinished_search_has_not_seen() -> None:

@@ -5,6 +5,7 @@ Values only; `report/plan_text.py` and `report/plan_page.py` draw them.
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any, Literal
 
@@ -137,16 +138,16 @@ def answer(
     found: list[tuple[Ranked, Search]] = []
     searched: list[Searched] = []
     search = None
-    for world in worlds or _worlds(cluster, objective):
+    for allowed, world in itertools.product(_limits(limits), worlds or _worlds(cluster, objective)):
+        if found and (objective == "devices" or allowed is not limits):
+            break
         job = job_of(
             spec, cluster, world, sequence=sequence, global_batch=global_batch, precision=precision, system=system
         )
         search = Search(job, world)
-        one = _searched(search, limits, wanted)
+        one = search.run(allowed, wanted=wanted)
         searched.append(one)
         found += [(rank(search.predictors[choice.order], choice.layout), search) for choice in one.choices]
-        if objective == "devices" and found:
-            break
     assert search is not None
     if not found:
         raise _nothing(spec, cluster, search.job, limits, searched)
@@ -159,14 +160,14 @@ def answer(
     return Answer(found[0][1], cluster, objective, ranked, total, time.perf_counter() - began)
 
 
-def _searched(search: Search, limits: Limits, wanted: int) -> Searched:
-    """Where nothing fits on the devices, with the optimiser or with activations on the host."""
-    found = search.run(limits, wanted=wanted)
-    for kind in ("optimizer", "activations"):
-        if found.legal and not found.choices and "offload" not in limits.fixed and limits.allows("offload", kind):
-            away = msgspec.structs.replace(limits, fixed=limits.fixed | {"offload": kind})
-            found = search.run(away, wanted=wanted)
-    return found
+def _limits(limits: Limits) -> list[Limits]:
+    """First as given; where nothing fits so, with the optimiser or with activations on the host."""
+    kinds = [
+        kind
+        for kind in ("optimizer", "activations")
+        if "offload" not in limits.fixed and limits.allows("offload", kind)
+    ]
+    return [limits, *(msgspec.structs.replace(limits, fixed=limits.fixed | {"offload": kind}) for kind in kinds)]
 
 
 def _rank_by(objective: Objective, one: Ranked) -> tuple[float, float]:

@@ -141,7 +141,7 @@ class Fitting:
         left = np.full((2, len(kinds), layout.pp), self.capacity - each[self._kind_layer, 1].min())
         left[:, :, 0] -= state[:, self._place["embed"]]
         left[(0, 1), :, (-1, 0)] -= state[:, self._place[self._head]]  # a V ends on its first rank
-        micro_batches = self.job.global_batch // layout.dp // layout.micro_batch
+        micro_batches = self._predictor.micro_batches(layout)
         chunks, instances = _instances(tuple(orders), layout.pp, micro_batches)
         folded = np.array([int(name == "zbv") for name, _ in orders])
         takes = _most_layers(left[folded], held, kept, instances[:, None], chunks[:, None, None])
@@ -166,7 +166,7 @@ class Fitting:
         and the most that one of its parts needs for itself."""
         divided = self.divided(layout)
         each = self._part_bytes(layout) * layout.micro_batch
-        micro_batches = self.job.global_batch // layout.dp // layout.micro_batch
+        micro_batches = self._predictor.micro_batches(layout)
         kept = divided.parts @ each[:, 0]
         if layout.pp > 1 and layout.schedule in ("zb", "zbv"):
             held = np.stack((kept, divided.parts @ each[:, 2]), axis=1) / layout.chunks

@@ -135,7 +135,13 @@ class Floors:
         for name in np.unique(names).tolist():
             some = names == name
             least[:, some] = self.any_division(
-                name, chunks[some], layout.pp, self._micro_batches(layout), busiest[:, some], model, send
+                name,
+                chunks[some],
+                layout.pp,
+                self.predictors[ORDERS[0]].micro_batches(layout),
+                busiest[:, some],
+                model,
+                send,
             )
         return np.where(busiest <= self.spec.layers, least, np.inf).min(axis=0)
 
@@ -173,10 +179,7 @@ class Floors:
             (each.sum(axis=1) + more) @ divided.parts.T + (send * divided.crossings if self.blocking else 0.0),
             forward, input_gradient + (0.0 if name in ("zb", "zbv") else weight), there, there[::-1],
         )  # fmt: skip
-        return least_end(name, self._micro_batches(layout), lanes, blocking=self.blocking)
-
-    def _micro_batches(self, layout: Layout) -> int:
-        return self.job.global_batch // layout.dp // layout.micro_batch
+        return least_end(name, self.predictors[ORDERS[0]].micro_batches(layout), lanes, blocking=self.blocking)
 
     # of a state
 

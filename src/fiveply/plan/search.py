@@ -37,7 +37,7 @@ from fiveply.spec.layout import Layout
 
 BUDGET = 30_000
 """Of EFFORT, about three seconds of a core."""
-HASTY, PROOF = 0.25, 0.9
+HASTY, PROOF = 0.15, 0.8
 """The shares of it until which something good is looked for in haste, and what could beat it."""
 FEW = 20
 """Divisions of the layers that are all tried."""
@@ -190,7 +190,7 @@ class Search:
 
     def _actions(self, layout: Layout) -> int:
         """About how many are run to find the end of its step."""
-        return 3 * layout.stage_count * min(self._micro_batches(layout), 6 * layout.pp)
+        return 3 * layout.stage_count * min(self.predictors[ORDERS[0]].micro_batches(layout), 6 * layout.pp)
 
     def _known(self, level: Level, payload: Any) -> float:
         """Seconds of the best layout found of the same degrees."""
@@ -321,9 +321,6 @@ class Search:
         if found:
             self._push(found[0].least, "pipeline", (layout, order, found))
 
-    def _micro_batches(self, layout: Layout) -> int:
-        return self.job.global_batch // layout.dp // layout.micro_batch
-
     # 3. divisions
 
     def _divide(self, layout: Layout, order: str, found: list[Pipeline]) -> None:
@@ -351,7 +348,7 @@ class Search:
         self, layout: Layout, order: str, ahead: float, least: int, folded: bool, most: list[int] | None = None
     ) -> tuple[int, ...] | None:
         """Remembered by what of it counts: seconds to a thousandth of a layer's."""
-        count = self._micro_batches(layout) if ahead else 1
+        count = self.predictors[ORDERS[0]].micro_batches(layout) if ahead else 1
         if most is not None:
             return balance(
                 self.floors.weights(layout, order), layout.pp, count, ahead, least=least, folded=folded, most=most
