@@ -37,16 +37,19 @@ def test_terms_and_waterfall_add_up_to_the_step(answered: Answer) -> None:
 
 
 def test_what_nothing_else_fits_goes_to_the_host() -> None:
-    spec, batch = ModelSpec.load("llama-3.1-8b"), {"sequence": 2048, "global_batch": 32}
-    found = explain.answer(spec, ClusterSpec("h100", 1), **batch)
+    def planned(devices: int, *fixed: str) -> Answer:
+        spec, cluster = ModelSpec.load("llama-3.1-8b"), ClusterSpec("h100", devices)
+        return explain.answer(spec, cluster, sequence=2048, global_batch=32, limits=Limits.parse(fixed))
+
+    found = planned(1)
     assert [one.prediction.layout.offload for one in found.ranked] == ["optimizer"]
     # Gradients there, parameters back, and the state once through the host's memory.
     least = 8e9 * (4 + 2 + 2 * 12) / found.job.machine.host_bandwidth
     assert found.ranked[0].prediction.terms["offload"] > least
     assert found.ranked[0].refusal
     with pytest.raises(InputError, match="does not fit"):
-        explain.answer(spec, ClusterSpec("h100", 1), **batch, limits=Limits.parse(["offload=none"]))
-    eight = explain.answer(spec, ClusterSpec("h100", 8), **batch)
+        planned(1, "offload=none")
+    eight = planned(8)
     assert {one.prediction.layout.offload for one in eight.ranked} == {"none"}
     asked = explain.why(eight, "offload=activations").best
     assert asked
