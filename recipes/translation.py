@@ -30,7 +30,7 @@ RUN, PAIRS = Path("runs/translation"), Path("runs/translation.jsonl")
 LONGEST = 160  # characters of a verse in either language
 SETTINGS = {
     "model.overrides.vocab_size": 4096, "data.sequence": 256, "data.respect_documents": "true", "data.held_out": 0.01,
-    "train.global_batch": 32, "train.evaluate_every": 200, "optimizer.lr": "3e-3",
+    "train.global_batch": 8, "train.evaluate_every": 200, "optimizer.lr": "3e-3",
 }  # fmt: skip
 EACH, AT_ONCE, SHOWN = 10, 8, 3
 
@@ -103,7 +103,7 @@ def translated(url: str, english: str) -> str:
 
 
 def main() -> None:
-    asked = serving.options(__doc__, steps=500, verses=40)
+    asked = serving.options(__doc__, steps=600, verses=40)
     known, held_out = pairs()
     train(known, asked.steps)
     chosen = held_out[:: max(1, len(held_out) // asked.verses)][: asked.verses]
