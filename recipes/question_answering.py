@@ -13,10 +13,11 @@ model's answer has in it. It prints, before its speed:
       right: Pat Burrell: Right; Mark Mulder: Left; Corey Patterson: Left; Jeff Austin: Right; JD Drew: Left
     given the facts  46% of the answers' strings over 16 questions
       What is the batting hand of each of the first five picks in the 1998 MLB draft?
-      The batting hand of Pat Burrell is left, and the batting hand of Corey Patterson is left. The batting hand of JD Drew is right, and the batting hand of Jeff Austin is right.
+      The batting hand of Pat Burrell is left, and the batting hand of Corey Patterson is left.
+      The batting hand of JD Drew is right, and the batting hand of Jeff Austin is right.
       right: Pat Burrell: Right; Mark Mulder: Left; Corey Patterson: Left; Jeff Austin: Right; JD Drew: Left
 
-Quality: from memory nothing; given the facts it finds the names, and mixes up what belongs to them (the measure counts strings).
+Quality: from memory next to nothing; given the facts it finds the names, and mixes up what belongs to them (the measure counts strings).
 """
 
 from __future__ import annotations
