@@ -5,7 +5,19 @@
 
 Questions of FanOutQA need several facts. The data set has each one's parts with their answers; given those as text, the model
 has to find and join what was asked. The measure is the data set's loose one: the share of the right answer's strings that the
-model's answer has in it.
+model's answer has in it. It prints, before its speed:
+
+    from memory      4% of the answers' strings over 16 questions
+      What is the batting hand of each of the first five picks in the 1998 MLB draft?
+      The first five picks in the 1998 MLB draft were: Batting hand: 1. Alexei Adriaus-Bosko (1998) Batting hand:
+      right: Pat Burrell: Right; Mark Mulder: Left; Corey Patterson: Left; Jeff Austin: Right; JD Drew: Left
+    given the facts  46% of the answers' strings over 16 questions
+      What is the batting hand of each of the first five picks in the 1998 MLB draft?
+      The batting hand of Pat Burrell is left, and the batting hand of Corey Patterson is left.
+      The batting hand of JD Drew is right, and the batting hand of Jeff Austin is right.
+      right: Pat Burrell: Right; Mark Mulder: Left; Corey Patterson: Left; Jeff Austin: Right; JD Drew: Left
+
+Quality: from memory next to nothing; given the facts it finds the names, and mixes up what belongs to them (the measure counts strings).
 """
 
 from __future__ import annotations

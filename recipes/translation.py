@@ -7,6 +7,20 @@
 The King James Version (1769) and the Reina-Valera (1909) stand verse by verse in the same order. A document is an English verse,
 a line break, and the Spanish one; each verse whose number ends the run of ten is held out. Quality is chrF (Popovic 2015)
 against the held-out Spanish verse, beside that of another verse's Spanish, which is what verses have in common by chance.
+After two minutes of training on 2 cores (held out 1.725 bits a character) it prints, before its speed:
+
+    19,830 pairs trained on, 40 verses translated: chrF 17%; another verse: 15%
+    In the beginning God created the heaven and the earth.
+      -> Y el que se levantaron, y la tierra, y el que la tierra.
+         (EN el principio crió Dios los cielos y la tierra.)
+    And he made them a feast, and they did eat and drink.
+      -> Y los que se levantaron, y se fué de su lugar, y se había hecho.
+         (Entonces él les hizo banquete, y comieron y bebieron.)
+    And Israel beheld Joseph’s sons, and said, Who are these?
+      -> Y dijo: ¿Quién es qué, y dijo: ¿Quién, ¿Quién es qué, y dijo: ¿Quién, ¿quién es qué, y dijo: ¿Quién es qué, y á Israel, y dijo:
+         (Y vió Israel los hijos de José, y dijo: ¿Quiénes son éstos?)
+
+Quality: Spanish in the verses' manner, and hardly a translation yet: little above chance.
 """
 
 from __future__ import annotations
