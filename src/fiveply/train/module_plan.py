@@ -24,7 +24,7 @@ from fiveply.parallel.trace import Cut
 from fiveply.plan import cost, explain, footprint
 from fiveply.plan.machine import Machine
 from fiveply.plan.operations import Operation
-from fiveply.plan.simulate import StageSeconds, step_seconds
+from fiveply.plan.simulate import StageSeconds, ends
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout, divisors
 from fiveply.spec.placement import part
@@ -151,7 +151,8 @@ class _Pricing:
             StageSeconds(sum(one.forward), sum(one.backward), 0.0, send=send, send_back=back)
             for one, send, back in zip(stages, [*sends, 0.0], [0.0, *sends], strict=True)
         ]
-        return step_seconds(layout.schedule, layout.pp, layout.chunks, micro_batches, seconds)
+        shape = layout.schedule, layout.pp, layout.chunks
+        return ends(*shape, micro_batches, seconds).seconds(shape, seconds)
 
     def _update(self, layout: Layout, micro_batches: int, elements: int) -> float:
         """Reducing gradients, gathering parameters, and the optimiser, of the rank with most parameters."""
