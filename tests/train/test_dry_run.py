@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from dataclasses import replace
@@ -57,6 +58,7 @@ def on_ranks(cases: list[Drawn]) -> list[list[dict[str, Any]]]:
         groups = Groups()
         return [ran(case, groups) for case in cases]
 
+    gc.collect()  # as in `plan.dry`
     return launch(ranks, cases[0].resolved.world, timeout_seconds=120)
 
 
