@@ -29,7 +29,7 @@ template <class A> struct Vector;
 template <> struct Vector<float> { typedef float type __attribute__((vector_size(64), aligned(4), may_alias)); };
 template <> struct Vector<double> { typedef double type __attribute__((vector_size(128), aligned(8), may_alias)); };
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t WholeWords __attribute__((vector_size(64), aligned(4), may_alias));
 
 inline Vector<float>::type load(const float* x) { return *reinterpret_cast<const Vector<float>::type*>(x); }
 inline Vector<double>::type load(const double* x) { return *reinterpret_cast<const Vector<double>::type*>(x); }
@@ -38,7 +38,7 @@ inline Vector<float>::type load(const bfloat16* x) {
   const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
   return (Vector<float>::type)wide;
 #else
-  Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16;
+  WholeWords wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), WholeWords) << 16;
   return reinterpret_cast<Vector<float>::type&>(wide);
 #endif
 }

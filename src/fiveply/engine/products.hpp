@@ -18,16 +18,21 @@
 
 namespace {
 
-constexpr int PANEL = 16;  // rows of W in a panel, numbers in a vector
+constexpr int PANEL = 16;  // rows of W in a panel
+// LANES: numbers of a vector, as long as the processor's own (of longer ones some compilers keep no sums in registers).
+// MOST: rows of x that are multiplied together. SUMS: panels times rows whose sums are in registers.
 #ifdef __AVX512F__
-constexpr int MOST = 8, REGISTERS = 16;  // rows of x that are multiplied together, and vectors of sums in registers
+constexpr int LANES = 16, MOST = 8, SUMS = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8, MOST = 6, SUMS = 4;
 #else
-constexpr int MOST = 6, REGISTERS = 6;  // of half or a quarter of the length each
+constexpr int LANES = 4, MOST = 6, SUMS = 4;
 #endif
+constexpr int PARTS = PANEL / LANES;  // vectors of a panel's column
 constexpr int BUSY = 4;  // passes over panels that take longer than reading the next ones
 
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 // Where a team's threads wait for one another. Who waits long lets others have its core: on a busy machine OpenMP's own
 // barrier spins until its turn is over, while the thread that it waits for has none.
@@ -67,7 +72,7 @@ inline void store(bfloat16* to, float x) {  // to the nearest, ties to even
   to->bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
-// Columns of a panel that lie together, as float32: one, or a pair of 16-bit ones.
+// Columns of a panel that lie together, as float32: one, or a pair of 16-bit ones. `w`: where a vector of them begins.
 template <class W> constexpr int DEEP = 1;
 template <> constexpr int DEEP<bfloat16> = 2;
 inline void columns_of(const float* w, Floats* columns) { *columns = *reinterpret_cast<const Floats*>(w); }
@@ -80,29 +85,28 @@ inline void columns_of(const bfloat16* w, Floats* columns) {
 template <class W, class Y, int C, int P>
 inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stride, int64_t y_stride, int64_t left,
                  const W* next, int64_t passes) {
-  constexpr int D = DEEP<W>;
-  Floats sums[C][P] = {};
+  constexpr int D = DEEP<W>, V = P * PARTS;
+  Floats sums[C][V] = {};
   const int64_t step = passes > BUSY ? 0 : D * PANEL / passes;
   for (int64_t i = 0; i < inner; i += D) {
-    Floats columns[P][D];
-    for (int p = 0; p < P; p++) {
-      columns_of(w + (p * inner + i) * PANEL, columns[p]);
+    Floats columns[V][D];
+    for (int v = 0; v < V; v++) columns_of(w + (v / PARTS * inner + i) * PANEL + v % PARTS * LANES * D, columns[v]);
+    for (int p = 0; p < P; p++)
       if (step) __builtin_prefetch(next + p * inner * PANEL, 0, 2);
-    }
     next += step;
     for (int c = 0; c < C; c++)
       for (int d = 0; d < D; d++) {
         const float same = x[c * x_stride + i + d];
-        for (int p = 0; p < P; p++) sums[c][p] += columns[p][d] * same;
+        for (int v = 0; v < V; v++) sums[c][v] += columns[v][d] * same;
       }
   }
   for (int c = 0; c < C; c++)
-    for (int p = 0; p < P; p++) {
-      Y* to = y + c * y_stride + p * PANEL;
-      if (left - p * PANEL >= PANEL)
-        for (int r = 0; r < PANEL; r++) store(to + r, sums[c][p][r]);
+    for (int v = 0; v < V; v++) {
+      Y* to = y + c * y_stride + v * LANES;
+      if (left - v * LANES >= LANES)
+        for (int r = 0; r < LANES; r++) store(to + r, sums[c][v][r]);
       else
-        for (int64_t r = 0; r < left - p * PANEL; r++) store(to + r, sums[c][p][r]);
+        for (int64_t r = 0; r < left - v * LANES; r++) store(to + r, sums[c][v][r]);
     }
 }
 
@@ -110,7 +114,7 @@ inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stri
 template <class W, class Y, int C>
 void rows_of_x(const W* w, const float* x, Y* y, int64_t inner, int64_t outer, int64_t x_stride, int64_t first, int64_t end,
                int64_t pass, int64_t passes) {
-  constexpr int P = 4 * C <= REGISTERS ? 4 : 2 * C <= REGISTERS ? 2 : 1;
+  constexpr int P = 4 * C <= SUMS ? 4 : 2 * C <= SUMS ? 2 : 1;
   const auto multiplied = [&](auto tile_of, int64_t p) {
     const int64_t after = (end + p - first) * inner + pass * inner / passes;
     tile_of(w + p * PANEL * inner, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, w + after * PANEL, passes);
