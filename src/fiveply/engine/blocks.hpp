@@ -19,13 +19,15 @@ struct Block {  // packed matrices; null where the model has no such thing
 
 template <class X, class T>
 void normed(const X* x, const T* weight, float* out, int64_t size, double eps) {  // `out` may be `x`
-  Vector<float>::type squares[4] = {};
+  Floats squares[4][PARTS] = {};
   int64_t i = 0;
   for (; i + 4 * PANEL <= size; i += 4 * PANEL)
-    for (int c = 0; c < 4; c++) squares[c] += load(x + i + c * PANEL) * load(x + i + c * PANEL);
-  const Vector<float>::type all = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    for (int c = 0; c < 4 * PARTS; c++) squares[c / PARTS][c % PARTS] += load(x + i + c * LANES) * load(x + i + c * LANES);
   float sum = 0;
-  for (int c = 0; c < PANEL; c++) sum += all[c];
+  for (int p = 0; p < PARTS; p++) {
+    const Floats all = (squares[0][p] + squares[1][p]) + (squares[2][p] + squares[3][p]);
+    for (int c = 0; c < LANES; c++) sum += all[c];
+  }
   for (; i < size; i++) sum += number(x[i]) * number(x[i]);
   const float scale = 1 / std::sqrt(sum / float(size) + float(eps));
   for (i = 0; i < size; i++) out[i] = number(x[i]) * scale * number(weight[i]);
@@ -89,14 +91,14 @@ void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* a
   add_and_norm(m, x, added, static_cast<const T*>(b.mlp_norm), h, tokens, all);
   product(h, static_cast<const T*>(b.gate_up), both, tokens, m.hidden, 2 * m.ffn, m.hidden);
   all.wait();
-  const int64_t pieces = (m.ffn + PANEL - 1) / PANEL;
+  const int64_t pieces = (m.ffn + LANES - 1) / LANES;
 #pragma omp for schedule(static) nowait
   for (int64_t item = 0; item < tokens * pieces; item++) {
-    const int64_t first = item % pieces * PANEL;
+    const int64_t first = item % pieces * LANES;
     float* gate = both + item / pieces * 2 * m.ffn + first;
-    const Vector<float>::type g = load(gate), zero = {}, e = exponential(g > 0 ? -g : g);
-    const Vector<float>::type y = g * (g > 0 ? zero + 1 : e) / (1 + e) * load(gate + m.ffn);
-    for (int64_t c = 0; c < std::min<int64_t>(PANEL, m.ffn - first); c++) gate[c] = y[c];
+    const Floats g = load(gate), zero = {}, e = exponential(g > 0 ? -g : g);
+    const Floats y = g * (g > 0 ? zero + 1 : e) / (1 + e) * load(gate + m.ffn);
+    for (int64_t c = 0; c < std::min<int64_t>(LANES, m.ffn - first); c++) gate[c] = y[c];
   }
   all.wait();
   product(both, static_cast<const T*>(b.down), out, tokens, m.ffn, m.hidden, 2 * m.ffn);

@@ -19,17 +19,18 @@
 
 namespace {
 
-constexpr int BLOCK = 16;  // tokens of a block, and numbers of a vector
+constexpr int BLOCK = 16;  // tokens of a block
 constexpr int GROUP = 8;   // blocks whose scores are formed together
 constexpr int KEYS = BLOCK * GROUP;
 constexpr int64_t ALONE = 1 << 17;  // products up to which one thread does all
-constexpr int WIDE = 4;  // vectors of an accumulator that stay in registers
+constexpr int WIDE = 4;  // blocks of an accumulator that stay in registers
 
+// Sums and scores in vectors as long as the processor's own, of which EACH make a BLOCK.
+template <class A> constexpr int LONG = LANES * 4 / sizeof(A);
+template <class A> constexpr int EACH = BLOCK / LONG<A>;
 template <class A> struct Vector;
-template <> struct Vector<float> { typedef float type __attribute__((vector_size(64), aligned(4), may_alias)); };
-template <> struct Vector<double> { typedef double type __attribute__((vector_size(128), aligned(8), may_alias)); };
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t WholeWords __attribute__((vector_size(64), aligned(4), may_alias));
+template <> struct Vector<float> { typedef Floats type; };
+template <> struct Vector<double> { typedef double type __attribute__((vector_size(4 * LANES), aligned(8), may_alias)); };
 
 inline Vector<float>::type load(const float* x) { return *reinterpret_cast<const Vector<float>::type*>(x); }
 inline Vector<double>::type load(const double* x) { return *reinterpret_cast<const Vector<double>::type*>(x); }
@@ -38,13 +39,14 @@ inline Vector<float>::type load(const bfloat16* x) {
   const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
   return (Vector<float>::type)wide;
 #else
-  WholeWords wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), WholeWords) << 16;
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+  Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16;
   return reinterpret_cast<Vector<float>::type&>(wide);
 #endif
 }
 // exp(x) for x <= 0: 2^n times a polynomial in the rest (Cephes' coefficients); 0 below -87.
 inline Vector<float>::type exponential(Vector<float>::type x) {
-  typedef int32_t Integers __attribute__((vector_size(64)));
+  typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
   const Vector<float>::type zero = {};
   auto small = x < -87.0f;  // -inf where a key is masked
   x = small ? zero : x;
@@ -62,7 +64,7 @@ inline Vector<float>::type exponential(Vector<float>::type x) {
   return small ? zero : y;
 }
 inline Vector<double>::type exponential(Vector<double>::type x) {
-  for (int j = 0; j < BLOCK; j++) x[j] = std::exp(x[j]);
+  for (int j = 0; j < LONG<double>; j++) x[j] = std::exp(x[j]);
   return x;
 }
 
@@ -74,36 +76,38 @@ struct Shape {
 // Tokens [first, first + count) of one sequence, at positions from `position` on; `row` of the tables is its own.
 struct Tile { int64_t first, count, position, row; };
 
-template <class A> inline A largest(const typename Vector<A>::type& v) {
-  A most = v[0];
-  for (int j = 1; j < BLOCK; j++) most = v[j] > most ? v[j] : most;
+template <class A> inline A largest(const typename Vector<A>::type* v) {  // of a BLOCK
+  A most = v[0][0];
+  for (int j = 1; j < BLOCK; j++) most = std::max(most, A(v[j / LONG<A>][j % LONG<A>]));
   return most;
 }
-template <class A> inline A total_of(const typename Vector<A>::type& v) {
+template <class A> inline A total_of(const typename Vector<A>::type* v) {
   A part[BLOCK];
-  for (int j = 0; j < BLOCK; j++) part[j] = v[j];
+  for (int j = 0; j < BLOCK; j++) part[j] = v[j / LONG<A>][j % LONG<A>];
   for (int half = BLOCK / 2; half; half /= 2)
     for (int j = 0; j < half; j++) part[j] += part[j + half];
   return part[0];
 }
 
-// sums * shrink + the values of keys [low, high] with weights p, in W vectors. `blocks`: where each of the group's is.
+// sums * shrink + the values of keys [low, high] with weights p, W blocks of them. `blocks`: where each of the group's is.
 template <int W, class T, class A>
 inline void mix(A* sums, A shrink, const A* p, const T* const* blocks, int64_t low, int64_t high, int64_t padded) {
   typedef typename Vector<A>::type V;
-  V acc[W];
-  for (int w = 0; w < W; w++) acc[w] = load(sums + w * BLOCK) * shrink;
+  constexpr int N = W * EACH<A>, L = LONG<A>;
+  V acc[N];
+  for (int n = 0; n < N; n++) acc[n] = load(sums + n * L) * shrink;
   for (int64_t key = low; key <= high; key++) {
     const T* v = blocks[key / BLOCK] + key % BLOCK * padded;
-    for (int w = 0; w < W; w++) acc[w] += load(v + w * BLOCK) * p[key];
+    for (int n = 0; n < N; n++) acc[n] += load(v + n * L) * p[key];
   }
-  for (int w = 0; w < W; w++) *reinterpret_cast<V*>(sums + w * BLOCK) = acc[w];
+  for (int n = 0; n < N; n++) *reinterpret_cast<V*>(sums + n * L) = acc[n];
 }
 
 template <class Q, class T, class A>
 void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* out, const T* keys, const T* values,
             const int32_t* table, double scale, std::vector<A>& scratch) {
   typedef typename Vector<A>::type V;
+  constexpr int E = EACH<A>, L = LONG<A>;
   const A lowest = -std::numeric_limits<A>::infinity();
   const int64_t group = s.heads / s.kv_heads, rows = tile.count * group, d = s.head_dim, padded = s.padded;
   const int64_t key_numbers = d * BLOCK, value_numbers = BLOCK * padded;
@@ -116,8 +120,8 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* ou
     most[m] = lowest;
     total[m] = 0;
   }
-  V places;
-  for (int j = 0; j < BLOCK; j++) places[j] = A(j);
+  V places[E];
+  for (int j = 0; j < BLOCK; j++) places[j / L][j % L] = A(j);
   const int64_t oldest = s.window ? std::max<int64_t>(0, tile.position - s.window + 1) : 0;
   const int64_t newest = tile.position + tile.count - 1;
   for (int64_t base = oldest / KEYS * KEYS; base <= newest; base += KEYS) {
@@ -133,33 +137,39 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* ou
       const int64_t high = std::min<int64_t>(base + KEYS - 1, own) - base;
       if (low > high) continue;
       const A* x = query + m * d;
-      V best = V{} + lowest, sum = {};
+      V best[E], sum[E] = {};
+      for (int e = 0; e < E; e++) best[e] = V{} + lowest;
       for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
         const T *k = key_blocks[b], *next = key_blocks[b + 1], *soon = value_blocks[b];
-        V part[4] = {};
+        V part[4][E] = {};
         int64_t i = 0;
         for (; i + 4 <= d; i += 4)
           for (int c = 0; c < 4; c++) {
-            part[c] += load(k + (i + c) * BLOCK) * x[i + c];
+            for (int e = 0; e < E; e++) part[c][e] += load(k + (i + c) * BLOCK + e * L) * x[i + c];
             if (m == 0) __builtin_prefetch(next + (i + c) * BLOCK);
             if (m == 0) __builtin_prefetch(soon + (i + c) * BLOCK);
           }
-        for (; i < d; i++) part[0] += load(k + i * BLOCK) * x[i];
-        V score = (part[0] + part[1]) + (part[2] + part[3]);
-        if (b * BLOCK < low || b * BLOCK + BLOCK - 1 > high) {
-          const A first = A(low - b * BLOCK), last = A(high - b * BLOCK);
-          score = places < first ? V{} + lowest : score;
-          score = places > last ? V{} + lowest : score;
+        for (; i < d; i++)
+          for (int e = 0; e < E; e++) part[0][e] += load(k + i * BLOCK + e * L) * x[i];
+        const bool masked = b * BLOCK < low || b * BLOCK + BLOCK - 1 > high;
+        const A first = A(low - b * BLOCK), last = A(high - b * BLOCK);
+        for (int e = 0; e < E; e++) {
+          V score = (part[0][e] + part[1][e]) + (part[2][e] + part[3][e]);
+          if (masked) {
+            score = places[e] < first ? V{} + lowest : score;
+            score = places[e] > last ? V{} + lowest : score;
+          }
+          *reinterpret_cast<V*>(p + b * BLOCK + e * L) = score;
+          best[e] = score > best[e] ? score : best[e];
         }
-        *reinterpret_cast<V*>(p + b * BLOCK) = score;
-        best = score > best ? score : best;
       }
       const A top = std::max(largest<A>(best), most[m]), shrink = std::exp(most[m] - top);
-      for (int64_t b = low / BLOCK; b <= high / BLOCK; b++) {
-        const V e = exponential(load(p + b * BLOCK) - top);
-        *reinterpret_cast<V*>(p + b * BLOCK) = e;
-        sum += e;
-      }
+      for (int64_t b = low / BLOCK; b <= high / BLOCK; b++)
+        for (int e = 0; e < E; e++) {
+          const V weight = exponential(load(p + b * BLOCK + e * L) - top);
+          *reinterpret_cast<V*>(p + b * BLOCK + e * L) = weight;
+          sum[e] += weight;
+        }
       most[m] = top;
       total[m] = total[m] * shrink + total_of<A>(sum);
       const T* from[GROUP];

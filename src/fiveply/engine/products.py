@@ -33,8 +33,8 @@ class FusedProducts(Products):
         tiles = dtype == torch.bfloat16 and onednn and find().bf16_tiles
         self._product = None if tiles else kernels.function("product", dtype, device)
         self._pack = None if tiles else kernels.function("pack", dtype, device)
-        self._onednn = onednn and dtype in (torch.float32, torch.bfloat16)
-        self._reorders = onednn and dtype == torch.bfloat16
+        self._reorders = onednn and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._onednn = self._reorders or (onednn and dtype == torch.float32)
         self._whole_of: dict[int, tuple[Tensor, bool]] = {}  # by the identity of the first part that stands for it
 
     def adopt(self, parts_OI: Sequence[Tensor]) -> list[nn.Parameter]:
