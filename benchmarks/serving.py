@@ -179,6 +179,7 @@ def race(entries: Sequence[Entry], dtype: str, rounds: int, vocabulary: int, *, 
                 for one in made:
                     if not one.missing and (stream or name != "stream"):
                         took, told = one.answer(asked)
+                        print(f"round {round_} of {rounds}, {name}: {one.entry.label} {took:.2f} s", file=sys.stderr)
                         seconds.setdefault(one.entry.label, {}).setdefault(name, []).append(took)
                         if name == f"1 x {OUTPUT}":
                             tokens.setdefault(one.entry.label, []).extend(told[0][:SAME])
