@@ -49,6 +49,8 @@ class RequestError(Exception):
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Not OpenAI's: the usage so far with every piece, as load generators ask."""
 
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -102,11 +104,11 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         """Of the first alternative. Raises RequestError for a biased token that the model lacks."""
         bias: dict[int, float] = {}
         for name, value in (self.logit_bias or {}).items():
-            if not (name.isdecimal() and int(name) < vocabulary):
-                raise RequestError(f"token {name!r} is none of the model's {vocabulary}", "logit_bias")
+            if not (name.isdecimal() and len(name) < 10 and int(name) < vocabulary):
+                raise RequestError(f"token {name[:10]!r} is none of the model's {vocabulary}", "logit_bias")
             bias[int(name)] = value
         return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature, top_k=max(0, self.top_k or 0),
+            temperature=1.0 if self.temperature is None else self.temperature, top_k=min(max(0, self.top_k or 0), vocabulary),
             top_p=1.0 if self.top_p is None else self.top_p, min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0, frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -289,7 +291,8 @@ def completion_logprobs(
 def chat_logprobs(text: Text, tokens: Sequence[int], scores: Sequence[Score]) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         name = text.shown(token)
-        return {"token": name, "logprob": _finite(logprob), "bytes": list(name.encode())}
+        part = "\ufffd" in name  # of a character: its own bytes are not known here
+        return {"token": name, "logprob": _finite(logprob), "bytes": None if part else list(name.encode())}
 
     return {
         "content": [
