@@ -130,6 +130,7 @@ def run(
             break  # the driver sent the ranks home
         except FiveplyError as error:
             if not loop.working or stop_requested():
+                loop.tell(loop.driver.stop, str(error))  # no engine will come for what it still has
                 break
             loop.tell(loop.driver.lost, str(error))
             if restarts and isinstance(error, RunError) and loop.driver.engines > engines:

@@ -228,6 +228,21 @@ def test_models(client: openai.OpenAI) -> None:
         ("completions", b'{"prompt": [5, 258]}', 400, "prompt", "token 258 is none of the model's 258"),
         ("completions", b'{"prompt": "a", "max_tokens": 512}', 400, "max_tokens", "1 tokens + max_tokens 512 exceed"),
         ("completions", b'{"prompt": "a", "logit_bias": {"258": 1}}', 400, "logit_bias", "token '258' is none"),
+        (
+            "completions",
+            b'{"prompt": "a", "logit_bias": {"%s": 1}}' % (b"9" * 5000),
+            400,
+            "logit_bias",
+            "'9999999999' is",
+        ),
+        (
+            "completions",
+            b'{"prompt": "a", "stop": [%s""]}' % (b'"a",' * 64),
+            400,
+            "stop",
+            "Expected `array` of length <= 64",
+        ),
+        ("completions", b'{"prompt": [%s""]}' % (b'"",' * 200), 400, "prompt", "201 answers in one request"),
         ("completions", b'{"prompt": ["a", "b"], "n": 65}', 400, "prompt", "130 answers in one request"),
         ("completions", b'{"prompt": "a", "model": "gpt-4"}', 404, "model", "the model 'gpt-4' is not served here"),
         ("chat/completions", b'{"prompt": "a"}', 400, "prompt", "the parameter 'prompt' is not supported"),
@@ -269,6 +284,14 @@ def test_mistakes_are_named(
     error = answer.json()["error"]
     assert error["param"] == param
     assert message in error["message"]
+
+
+def test_numbers_too_large_for_the_ranks_harm_nobody(server: Process) -> None:
+    losses = server.metric("engine_losses_total")
+    ask = {"prompt": "a", "max_tokens": 3, "seed": 2**80, "temperature": 1}
+    answers = [server.post("completions", ask | {"top_k": k}).json()["choices"][0]["text"] for k in (0, 2**80)]
+    assert answers[0] == answers[1]
+    assert server.metric("engine_losses_total") == losses
 
 
 def test_an_oversize_body_is_cut_off(server: Process) -> None:
@@ -342,6 +365,21 @@ def test_answers_are_finished_before_the_end(speaking: Path) -> None:
         assert said[-1] == "data: [DONE]"
         assert json.loads(said[-2][6:])["choices"][0]["finish_reason"] == "length"
         assert server.process.wait(timeout=30) == 0
+
+
+def test_a_second_interrupt_waits_for_no_answer(speaking: Path) -> None:
+    with serving(speaking) as server:
+        body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 128}
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            eventually(lambda: server.get("/health").json()["status"] == "draining")
+            time.sleep(0.6)  # sooner it counts as the same one
+            server.process.send_signal(signal.SIGINT)
+            said = [line for line in lines if line]
+        assert '"error"' in said[-2]
+        assert server.process.wait(timeout=15) == 1  # answers would have 30 s
 
 
 # --- the application itself -----------------------------------------------------------------------------------------

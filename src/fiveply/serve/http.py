@@ -294,6 +294,7 @@ class Server:
 
     async def _tokens(self, given: protocol.Prompts, param: str) -> list[list[int]]:
         """Of the prompts; long texts are encoded aside, so that others are not kept waiting."""
+        self._check_answers(len(protocol.separate(given, param)), param)
         arguments = given, self.driver.text, self.model.vocabulary, param
         if sum(len(one) if isinstance(one, str) else 0 for one in given) < LONG_TEXT:
             return protocol.prompts_of(*arguments)
@@ -303,9 +304,12 @@ class Server:
         if name not in (None, "", self.model.name):
             raise RequestError(f"the model '{name}' is not served here; '{self.model.name}' is", "model", 404)
 
-    def _check_sizes(self, prompts: list[list[int]], max_tokens: int, answers: int, param: str) -> None:
+    def _check_answers(self, answers: int, param: str) -> None:
         if answers > self.limits.answers:
             raise RequestError(f"{answers} answers in one request; at most {self.limits.answers}", param)
+
+    def _check_sizes(self, prompts: list[list[int]], max_tokens: int, answers: int, param: str) -> None:
+        self._check_answers(answers, param)
         longest = max(map(len, prompts))
         if longest + max_tokens > self.model.positions:
             raise RequestError(

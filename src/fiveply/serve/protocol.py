@@ -27,6 +27,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Prompts = str | list[str | int | list[int]]
 """A text, token ids, or several of either."""
 Share = Annotated[float, Meta(ge=0, le=1)]
+Stops = Annotated[list[str], Meta(max_length=64)]  # each token is searched for all of them, while others wait
 Tokens = Annotated[int, Meta(ge=0)]
 SEEDS = 2**64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of an answer's alternatives, far apart
@@ -78,7 +79,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str | None = None
     n: Count | None = None
-    stop: str | list[str] | None = None
+    stop: str | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
