@@ -125,6 +125,10 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
     "no run to report": ("", ["report", "none"], r"none"),
     "nothing to convert": ("", ["convert", "none.gguf", "out"], r"none\.gguf"),
     "no model to generate from": ("", ["generate", "none", "--prompt", "x"], r"none"),
+    "more likeliest tokens than a rank can count": ("", ["generate", "none", "--top-k", "9" * 30], r"top_k: 9+ is out of range"),
+    "no model to serve": ("", ["serve", "none"], r"none"),
+    "serve nobody": ("", ["serve", "none", "--most-running", "-1"], r"--most-running: -1 is too small; give 0 or more"),
+    "refuse all": ("", ["serve", "none", "--most-waiting", "0"], r"--most-waiting: 0 is too small; give 1 or more"),
 }  # fmt: skip
 
 

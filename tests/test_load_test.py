@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -300,3 +301,12 @@ def test_mistakes_name_their_flag(given: dict[str, Any], flag: str) -> None:
         load_test.measure(**({"url": "http://127.0.0.1:9", "model": "m", "concurrencies": "1"} | given))
     assert error.value.where.startswith(flag)
     assert error.value.fix
+
+
+@pytest.mark.parametrize(("path", "key"), [("", "a\nb"), ("", "ключ"), ("/a b", ""), ("/ä", "")])
+def test_what_http_can_not_carry_is_named(path: str, key: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as nobody,
+        pytest.raises(InputError, match="HTTP can't carry it"),
+    ):
+        load_test.measure(f"http://127.0.0.1:{nobody.getsockname()[1]}{path}", "m", key=key, timeout=20)

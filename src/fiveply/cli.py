@@ -273,6 +273,12 @@ def serve(
 
     if plan and layout:
         raise InputError("both --plan and --layout", where="serve", fix="give one of them")
+    for flag, value, least in (
+        ("--cache-tokens", cache_tokens, 0), ("--most-running", most_running, 0), ("--most-waiting", most_waiting, 1),
+        ("--step-tokens", step_tokens, 1), ("--guess", guess, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise InputError(f"{value} is too small", where=flag, fix=f"give {least} or more")
     given = Plan.load(plan) if plan else None
     layout = given.layout if given else layout or "dp=1"
     together = most_running or (given.requests if given else 0) or Settings().most_running

@@ -43,7 +43,7 @@ class Sampling(msgspec.Struct, frozen=True):
         for key, right, fix in (
             ("max_tokens", self.max_tokens >= 1, "give 1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "give 0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "give 0 (all tokens) or more"),
+            ("top_k", 0 <= self.top_k < 2**63, "give 0 (all tokens) or a number of tokens"),
             ("top_p", 0 < self.top_p <= 1, "give more than 0 and at most 1"),
         ):
             if not right:

@@ -292,6 +292,8 @@ async def _way(load: Load) -> int:
             raise InputError("nobody answers", where=f"--url {load.url.geturl()}", fix="start the server") from None
         except (socket.gaierror, ssl.SSLError) as error:
             raise InputError(str(error), where=f"--url {load.url.geturl()}", fix="mend the address") from None
+        except (h11.LocalProtocolError, UnicodeError) as error:
+            raise InputError(str(error), where="--url or --api-key", fix="HTTP can't carry it: mend it") from None
         except (OSError, h11.RemoteProtocolError):
             return simpler
     raise RunError(f"{load.url.geturl()}: {refusal}")

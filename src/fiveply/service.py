@@ -21,6 +21,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -129,6 +130,7 @@ def run(
             break  # the driver sent the ranks home
         except FiveplyError as error:
             if not loop.working or stop_requested():
+                loop.tell(loop.driver.stop, str(error))  # no engine will come for what it still has
                 break
             loop.tell(loop.driver.lost, str(error))
             if restarts and isinstance(error, RunError) and loop.driver.engines > engines:
@@ -167,13 +169,15 @@ def serve(
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        why = (getattr(error, "strerror", "") or str(error)).partition(" (while")[0]
         raise InputError(
-            f"cannot listen at {host}:{port} ({error.strerror})", where="--port", fix="choose another"
+            f"no place to listen at ({why})", where=f"--host {host} --port {port}", fix="choose another"
         ) from None
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    if not admitted and host not in ("127.0.0.1", "localhost", "::1"):
+    local = ip_address(listener.getsockname()[0]).is_loopback
+    if not admitted and not local:
         print(f"fiveply: anyone who reaches {address} may use it; --api-keys FILE asks for a key", file=sys.stderr)
     model = Model(name, served.spec.vocabulary, served.spec.positions)
 
@@ -182,7 +186,7 @@ def serve(
             holds = f"{served.layout}, {served.dtype}, {driver.capacity:,} tokens of cache"
             print(f"fiveply: {model.name} is ready at {address} ({holds})", file=sys.stderr, flush=True)
 
-        await Server(driver, model, admitted, origins=origins).run(listener, ready)
+        await Server(driver, model, admitted, origins=origins, local=local).run(listener, ready)
 
     with listener:
         run(served, settings, work, apart=True, restarts=True)

@@ -111,13 +111,25 @@ def test_prompts_are_scored_as_lm_eval_asks(client: openai.OpenAI) -> None:
 
 def test_streams_say_what_answers_say(client: openai.OpenAI) -> None:
     ask: dict[str, Any] = {"model": "tiny-talker", "prompt": "Ahoy", "max_tokens": 20, "temperature": 0.8, "seed": 3}
+    ask |= {"logprobs": 1}
     whole = client.completions.create(**ask, echo=True)
     pieces = list(client.completions.create(**ask, echo=True, stream=True, stream_options={"include_usage": True}))
     assert "".join(piece.choices[0].text for piece in pieces[:-1]) == whole.choices[0].text
     assert whole.choices[0].text.startswith("Ahoy")
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        said = [one for piece in pieces[:-1] for one in getattr(piece.choices[0].logprobs, name)]
+        assert said == getattr(whole.choices[0].logprobs, name)
     assert [piece.choices[0].finish_reason for piece in pieces[:-1]][-1] == "length"
     assert pieces[-1].usage == whole.usage
     assert pieces[-1].choices == []
+    assert all(piece.usage is None for piece in pieces[:-1])
+    counted = {"include_usage": True, "continuous_usage_stats": True}  # as load generators ask
+    told = [piece.usage for piece in client.completions.create(**ask, stream=True, stream_options=counted)]
+    assert told[-1] == whole.usage
+    counts = [usage.completion_tokens for usage in told if usage]
+    assert len(counts) == len(told)
+    assert counts == sorted(counts)
+    assert counts[0] < 20
 
 
 def test_conversations(client: openai.OpenAI) -> None:
@@ -135,6 +147,7 @@ def test_conversations(client: openai.OpenAI) -> None:
     content = answer.choices[0].logprobs.content or []
     assert len(content) == 12
     assert all(len(one.top_logprobs) == 2 and one.top_logprobs[0].token == one.token for one in content)
+    assert all(one.bytes == (None if "�" in one.token else list(one.token.encode())) for one in content)
     pieces = list(client.chat.completions.create(**ask, stream=True))
     assert pieces[0].choices[0].delta.role == "assistant"
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == plain.choices[0].text
@@ -215,6 +228,21 @@ def test_models(client: openai.OpenAI) -> None:
         ("completions", b'{"prompt": [5, 258]}', 400, "prompt", "token 258 is none of the model's 258"),
         ("completions", b'{"prompt": "a", "max_tokens": 512}', 400, "max_tokens", "1 tokens + max_tokens 512 exceed"),
         ("completions", b'{"prompt": "a", "logit_bias": {"258": 1}}', 400, "logit_bias", "token '258' is none"),
+        (
+            "completions",
+            b'{"prompt": "a", "logit_bias": {"%s": 1}}' % (b"9" * 5000),
+            400,
+            "logit_bias",
+            "'9999999999' is",
+        ),
+        (
+            "completions",
+            b'{"prompt": "a", "stop": [%s""]}' % (b'"a",' * 64),
+            400,
+            "stop",
+            "Expected `array` of length <= 64",
+        ),
+        ("completions", b'{"prompt": [%s""]}' % (b'"",' * 200), 400, "prompt", "201 answers in one request"),
         ("completions", b'{"prompt": ["a", "b"], "n": 65}', 400, "prompt", "130 answers in one request"),
         ("completions", b'{"prompt": "a", "model": "gpt-4"}', 404, "model", "the model 'gpt-4' is not served here"),
         ("chat/completions", b'{"prompt": "a"}', 400, "prompt", "the parameter 'prompt' is not supported"),
@@ -256,6 +284,14 @@ def test_mistakes_are_named(
     error = answer.json()["error"]
     assert error["param"] == param
     assert message in error["message"]
+
+
+def test_numbers_too_large_for_the_ranks_harm_nobody(server: Process) -> None:
+    losses = server.metric("engine_losses_total")
+    ask = {"prompt": "a", "max_tokens": 3, "seed": 2**80, "temperature": 1}
+    answers = [server.post("completions", ask | {"top_k": k}).json()["choices"][0]["text"] for k in (0, 2**80)]
+    assert answers[0] == answers[1]
+    assert server.metric("engine_losses_total") == losses
 
 
 def test_an_oversize_body_is_cut_off(server: Process) -> None:
@@ -331,16 +367,32 @@ def test_answers_are_finished_before_the_end(speaking: Path) -> None:
         assert server.process.wait(timeout=30) == 0
 
 
+def test_a_second_interrupt_waits_for_no_answer(speaking: Path) -> None:
+    with serving(speaking) as server:
+        body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 128}
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            eventually(lambda: server.get("/health").json()["status"] == "draining")
+            time.sleep(0.6)  # sooner it counts as the same one
+            server.process.send_signal(signal.SIGINT)
+            said = [line for line in lines if line]
+        assert '"error"' in said[-2]
+        assert server.process.wait(timeout=15) == 1  # answers would have 30 s
+
+
 # --- the application itself -----------------------------------------------------------------------------------------
 
 
 def against(
     folder: Path, settings: Settings, limits: Limits, keys: list[str],
     test: Callable[[httpx2.AsyncClient, Driver], Awaitable[None]], cache_tokens: int = 0, origins: Sequence[str] = (),
+    local: bool = False,
 ) -> None:  # fmt: skip
     async def work(driver: Driver) -> None:
         await driver.ready.wait()
-        app = Server(driver, Model("m", 258, 512), keys, limits, origins).app
+        app = Server(driver, Model("m", 258, 512), keys, limits, origins, local).app
         async with httpx2.AsyncClient(
             transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60
         ) as client:
@@ -378,8 +430,16 @@ def test_pages_of_other_sites_are_refused(speaking: Path) -> None:
             return (await client.post("/v1/completions", headers=headers, content=body)).status_code
 
         assert [await status(one) for one in (None, "http://test", "https://test", "https://a.example")] == [200] * 4
-        others = ("http://b.example", "http://test:81", "http://test.a.example", "null", "http://a.example", "test")
-        assert [await status(one) for one in others] == [403] * 6
+        others = [
+            "http://b.example",
+            "http://test:81",
+            "http://test.a.example",
+            "http://a.example",
+            "null",
+            "test",
+            "http://[",
+        ]
+        assert [await status(one) for one in others] == [403] * 7
         assert driver.metrics.requests._value.get() == 4
         asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         for origin, allowed in (("https://a.example", "https://a.example"), ("http://b.example", None)):
@@ -387,6 +447,40 @@ def test_pages_of_other_sites_are_refused(speaking: Path) -> None:
             assert answer.headers.get("access-control-allow-origin") == allowed
 
     against(speaking, Settings(), Limits(), [], test, origins=["https://a.example"])
+
+
+@pytest.mark.parametrize("keys", [[], ["one"]])
+def test_other_names_of_a_loopback_address_are_refused(speaking: Path, keys: list[str]) -> None:
+    """Of a page whose own name was made to lead here: nothing is another site to it, and only a key that it lacks helps."""
+
+    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
+        async def statuses(*hosts: str) -> list[int]:
+            headers = {"Authorization": "Bearer one"}
+            return [(await client.get("/v1/models", headers=headers | {"Host": host})).status_code for host in hosts]
+
+        own = ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.1.2.3", "[::1]", "[::1]:8000", "a.example")
+        assert await statuses(*own) == [200] * 7
+        others = [
+            "b.example",
+            "localhost.b.example:80",
+            "127.0.0.1.b.example",
+            "192.168.0.1",
+            "0.0.0.0",
+            "[",
+            ":80",
+            "a",
+        ]
+        assert await statuses(*others) == [200 if keys else 403] * 8
+        same = await client.get("/v1/models", headers={"Host": "b.example", "Origin": "http://b.example"})
+        assert same.status_code == (401 if keys else 403)
+
+    against(speaking, Settings(), Limits(), keys, test, origins=["https://a.example"], local=True)
+
+
+def test_a_loopback_address_is_guarded_so(server: Process) -> None:
+    answer = httpx2.get(f"{server.url}/v1/models", headers={"Host": "b.example"}, timeout=20)
+    assert answer.status_code == 403
+    assert "--origins http://b.example admits it" in answer.json()["error"]["message"]
 
 
 def test_too_much_is_refused_with_a_time_to_come_back(speaking: Path) -> None:

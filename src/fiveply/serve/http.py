@@ -14,9 +14,10 @@ import hmac
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
@@ -33,7 +34,7 @@ from fiveply.serve.driver import Driver, EngineLost, Overloaded
 from fiveply.serve.event_stream import EventStream, Gone, together, unless_gone
 from fiveply.serve.generation import Generation, Piece
 from fiveply.serve.messages import Sampling, Score
-from fiveply.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, RequestError
+from fiveply.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, RequestError, StreamOptions
 from fiveply.serve.tools import CallReader
 from fiveply.spec.errors import RunError
 
@@ -64,15 +65,15 @@ class Model:
 
 class Server:
     """An ASGI application over `driver`. `keys`: any of them admits to /v1 and /metrics; none: everyone. `origins`: other sites
-    whose pages may ask, as https://a.example."""
+    whose pages may ask, as https://a.example. `local`: only this machine is meant, and no name but its own and those sites'."""
 
     def __init__(
         self, driver: Driver, model: Model, keys: Sequence[str] = (), limits: Limits | None = None,
-        origins: Sequence[str] = (),
+        origins: Sequence[str] = (), local: bool = False,
     ) -> None:  # fmt: skip
         self.driver, self.model, self.limits = driver, model, limits or Limits()
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._origins, self._started = origins, int(time.time())
+        self._origins, self._local, self._started = origins, local and not keys, int(time.time())
         self.app = Starlette(
             routes=[
                 Route("/", self._page),
@@ -117,7 +118,7 @@ class Server:
 
         async def guarded(request: Request) -> Response:
             try:
-                self._check_origin(request)
+                self._check_site(request)
                 self._check_key(request)
                 return await handler(request)
             except RequestError as error:
@@ -128,18 +129,23 @@ class Server:
             except RunError as error:
                 status = 503 if isinstance(error, EngineLost) else 500
                 return _json(RequestError(str(error), status=status, kind="server_error").body(), status)
-            except Gone:
+            except (Gone, ClientDisconnect):
                 return Response(status_code=499)  # nobody reads it
 
         return guarded
 
-    def _check_origin(self, request: Request) -> None:
-        """Browsers send a page's site with what it asks of another one, and a loopback address is as near to them as any."""
-        origin = request.headers.get("origin")
-        if origin and origin not in self._origins and urlsplit(origin).netloc != request.headers.get("host"):
-            raise RequestError(
-                f"a page of {origin} may not ask here; --origins admits it", status=403, kind="permission_error"
-            )
+    def _check_site(self, request: Request) -> None:
+        """Browsers send a page's site with what it asks of another one, and a loopback address is as near to them as any. A site
+        whose own name leads here (DNS rebinding) is no other one to them: the name that was asked for tells it."""
+        origin, host = request.headers.get("origin"), request.headers.get("host", "")
+        own = (origin or "").partition("://")[2] == host
+        if origin and not own and origin not in self._origins:
+            reason = f"a page of {origin} may not ask here; --origins admits it"
+        elif self._local and not (_is_loopback(host) or any(one.endswith(f"://{host}") for one in self._origins)):
+            reason = f"'{host}' is not this machine's name alone, as localhost is; --origins http://{host} admits it"
+        else:
+            return
+        raise RequestError(reason, status=403, kind="permission_error")
 
     def _check_key(self, request: Request) -> None:
         if not self._keys:
@@ -183,21 +189,21 @@ class Server:
         sampling = asked.sampling(-1 if asked.logprobs is None else asked.logprobs, self.model.vocabulary)
         scores = asked.echo and asked.logprobs is not None
         generations = self._submit(prompts, count, max_tokens, sampling, asked, scores=scores)
-        given = protocol.separate(asked.prompt, "prompt")
+        given, offsets = protocol.separate(asked.prompt, "prompt"), [0] * len(generations)
 
         def echoed(index: int) -> str:
             one = given[index // count]
             return one if isinstance(one, str) else text.whole(one)
 
         def choice(index: int, pieces: Sequence[Piece], first: bool = True) -> dict[str, Any]:
-            echo, generation = asked.echo and first, generations[index]
-            logprobs = None
+            echo, logprobs = asked.echo and first, None
             if asked.logprobs is not None:
                 tokens, found = _flat(pieces)
-                before: list[Score | None] = [None, *generation.prompt_scores]
-                prompt = prompts[index // count]
-                logprobs = protocol.completion_logprobs(text, prompt + tokens, before + found) if echo else (
-                    protocol.completion_logprobs(text, tokens, found))  # fmt: skip
+                if echo:
+                    tokens = prompts[index // count] + tokens
+                    found = [None, *generations[index].prompt_scores, *found]
+                logprobs = protocol.completion_logprobs(text, tokens, found, offsets[index])
+                offsets[index] += sum(map(len, logprobs["tokens"]))
             words = (echoed(index) if echo else "") + "".join(piece.text for piece in pieces)
             return {"index": index, "text": words, "logprobs": logprobs, "finish_reason": pieces[-1].finish or None}
 
@@ -288,6 +294,7 @@ class Server:
 
     async def _tokens(self, given: protocol.Prompts, param: str) -> list[list[int]]:
         """Of the prompts; long texts are encoded aside, so that others are not kept waiting."""
+        self._check_answers(len(protocol.separate(given, param)), param)
         arguments = given, self.driver.text, self.model.vocabulary, param
         if sum(len(one) if isinstance(one, str) else 0 for one in given) < LONG_TEXT:
             return protocol.prompts_of(*arguments)
@@ -297,9 +304,12 @@ class Server:
         if name not in (None, "", self.model.name):
             raise RequestError(f"the model '{name}' is not served here; '{self.model.name}' is", "model", 404)
 
-    def _check_sizes(self, prompts: list[list[int]], max_tokens: int, answers: int, param: str) -> None:
+    def _check_answers(self, answers: int, param: str) -> None:
         if answers > self.limits.answers:
             raise RequestError(f"{answers} answers in one request; at most {self.limits.answers}", param)
+
+    def _check_sizes(self, prompts: list[list[int]], max_tokens: int, answers: int, param: str) -> None:
+        self._check_answers(answers, param)
         longest = max(map(len, prompts))
         if longest + max_tokens > self.model.positions:
             raise RequestError(
@@ -357,7 +367,8 @@ class Server:
 
         async def events() -> AsyncGenerator[bytes]:
             top, seen = protocol.head(chunk_kind, self.model.name), set[int]()
-            counting = asked.stream_options is not None and asked.stream_options.include_usage
+            options = asked.stream_options or StreamOptions()
+            counting, so_far = options.include_usage, options.continuous_usage_stats
             async with self._cancelling(generations):
                 try:
                     async with aclosing(together(generations)) as pieces:
@@ -365,9 +376,8 @@ class Server:
                             if piece.text or piece.finish or piece.scores or index not in seen:
                                 choice = (part or whole)(index, [piece], index not in seen)
                                 seen.add(index)
-                                yield protocol.event(
-                                    top | {"choices": [choice]} | ({"usage": None} if counting else {})
-                                )
+                                usage = {"usage": used() if so_far else None} if counting else {}
+                                yield protocol.event(top | {"choices": [choice]} | usage)
                 except RunError as error:
                     yield b"data: " + RequestError(str(error), kind="server_error").body() + b"\n\n"
                 else:
@@ -393,6 +403,14 @@ async def _collect(generation: Generation) -> list[Piece]:
 
 def _flat(pieces: Sequence[Piece]) -> tuple[list[int], list[Score | None]]:
     return [token for piece in pieces for token in piece.tokens], [score for piece in pieces for score in piece.scores]
+
+
+def _is_loopback(host: str) -> bool:
+    """Of a Host header: a name and perhaps a port."""
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
+    return False
 
 
 def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -27,6 +27,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Prompts = str | list[str | int | list[int]]
 """A text, token ids, or several of either."""
 Share = Annotated[float, Meta(ge=0, le=1)]
+Stops = Annotated[list[str], Meta(max_length=64)]  # each token is searched for all of them, while others wait
 Tokens = Annotated[int, Meta(ge=0)]
 SEEDS = 2**64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of an answer's alternatives, far apart
@@ -49,6 +50,8 @@ class RequestError(Exception):
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Not OpenAI's: the usage so far with every piece, as load generators ask."""
 
 
 class TextFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -76,7 +79,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str | None = None
     n: Count | None = None
-    stop: str | list[str] | None = None
+    stop: str | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
@@ -102,11 +105,11 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         """Of the first alternative. Raises RequestError for a biased token that the model lacks."""
         bias: dict[int, float] = {}
         for name, value in (self.logit_bias or {}).items():
-            if not (name.isdecimal() and int(name) < vocabulary):
-                raise RequestError(f"token {name!r} is none of the model's {vocabulary}", "logit_bias")
+            if not (name.isdecimal() and len(name) < 10 and int(name) < vocabulary):
+                raise RequestError(f"token {name[:10]!r} is none of the model's {vocabulary}", "logit_bias")
             bias[int(name)] = value
         return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature, top_k=max(0, self.top_k or 0),
+            temperature=1.0 if self.temperature is None else self.temperature, top_k=min(max(0, self.top_k or 0), vocabulary),
             top_p=1.0 if self.top_p is None else self.top_p, min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0, frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -289,7 +292,8 @@ def completion_logprobs(
 def chat_logprobs(text: Text, tokens: Sequence[int], scores: Sequence[Score]) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         name = text.shown(token)
-        return {"token": name, "logprob": _finite(logprob), "bytes": list(name.encode())}
+        part = "\ufffd" in name  # of a character: its own bytes are not known here
+        return {"token": name, "logprob": _finite(logprob), "bytes": None if part else list(name.encode())}
 
     return {
         "content": [
