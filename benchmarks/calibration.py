@@ -14,10 +14,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+import calibrate
 import msgspec
+from calibrate import Case
 
-from fiveply.plan import calibrate, score, table
-from fiveply.plan.calibrate import Case
+from fiveply.plan import score, table
 from fiveply.plan.machine import Machine
 from fiveply.plan.predict import Job, predict
 from fiveply.plan.software import Software
