@@ -33,7 +33,7 @@ from fiveply.world.device import Devices, find
 
 LINK = Link(3e9, 4e-5, 0.0, half=2e-4)
 TRUE = msgspec.structs.replace(
-    machine.load("cpu"), bandwidth=1.2e10, launch=4e-6, host=0.0, count=2,
+    machine.load("cpu"), bandwidth=1.2e10, launch=4e-6, host=0.0,
     peak={"fp32": 6e10}, products={"fp32": Products(0.9, 40.0, 0.0, 0.1, 1.5e-5, 1.2)},
     attention=Attention(0.3, 80.0, 20.0, 6e-5, 0.7),
     link=dict.fromkeys(machine.load("cpu").link, LINK), network=LINK,

@@ -88,11 +88,7 @@ def recalibrate(run: Path) -> str:
 def _changed(machine: Machine) -> dict[str, Any]:
     """Keys of a hardware file, without what the cluster says itself."""
     values = msgspec.to_builtins(machine)
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in ("name", "count", "devices_per_node") and value is not None
-    }
+    return {key: value for key, value in values.items() if key not in ("name", "devices_per_node")}
 
 
 def _kind(found: Devices) -> str:
@@ -227,7 +223,7 @@ def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine
                 spec, layout, part, sequence=SEQUENCE, software=software, precision=precision
             )
         ]
-        alone = sum(call.count * cost.collective_seconds(call, machine, 1) for call in calls)
+        alone = sum(call.count * cost.call_seconds(call.operation, call.bytes, call.size, machine, 1) for call in calls)
         longer.append((seconds - alone) / (1 + sum(call.count for call in calls)))  # the sums of the step are one more
     late = float(np.median(longer[1:] or longer))
     links = {

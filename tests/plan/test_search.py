@@ -29,10 +29,10 @@ SMALL = ModelSpec(
 )
 
 
-def job(memory: int = 0, devices: int = 4, rows: int = 4) -> Job:
+def job(memory: int = 0, rows: int = 4) -> Job:
     gpu = machine.load("h100")
     # Slow products and a fast link make layouts differ by what each of them splits, not by start-up times alone.
-    gpu = msgspec.structs.replace(gpu, count=devices, memory_bytes=memory or gpu.memory_bytes, devices_per_node=2)
+    gpu = msgspec.structs.replace(gpu, memory_bytes=memory or gpu.memory_bytes, devices_per_node=2)
     return Job(SMALL, gpu, explain.software("bf16"), 512, rows)
 
 

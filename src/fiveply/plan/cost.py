@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -56,7 +56,6 @@ def machine(cluster: ClusterSpec) -> Machine:
         raise InputError(str(error), where="cluster", key="measured", fix="write it with fiveply probe") from None
     return msgspec.structs.replace(
         found,
-        count=cluster.count,
         memory_bytes=cluster.memory_bytes or found.memory_bytes,
         devices_per_node=cluster.devices_per_node or found.devices_per_node,
     )
@@ -64,8 +63,6 @@ def machine(cluster: ClusterSpec) -> Machine:
 
 def used_by(software: Software, machine: Machine) -> Machine:
     """The machine as a system drives it: what its collectives reach of the network."""
-    if software.network == 1.0:
-        return machine
     network = msgspec.structs.replace(machine.network, bandwidth=machine.network.bandwidth * software.network)
     return msgspec.structs.replace(machine, network=network)
 
@@ -196,17 +193,10 @@ def optimizer_bytes(parameters: int, software: Software) -> float:
 # --- collectives ---
 
 
-def collective_seconds(collective: Collective, machine: Machine, stride: int) -> float:
-    """ONE call, nothing hidden; `stride` ranks stand between neighbours of its group."""
-    return call_seconds(
-        collective.operation, collective.bytes, collective.size, machine, stride, copies=collective.copies
-    )
-
-
 def call_seconds(
     operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int, *, copies: int = 1
 ) -> float:
-    """One call over `ranks` ranks, `stride` apart; `copies` as in `wire`."""
+    """One call over `ranks` ranks, `stride` apart, nothing hidden; `copies` as in `wire`."""
     if ranks < 2 and operation not in ("send", "receive"):
         return 0.0
     return wire(operation, ranks, machine, stride, copies=copies).seconds(size_bytes)
@@ -277,21 +267,14 @@ class Computed(msgspec.Struct, frozen=True):
 
 
 def computed(
-    work: Work,
-    machine: Machine,
-    software: Software,
-    precision: str,
-    known: dict[Hashable, float] | None = None,
+    work: Work, machine: Machine, software: Software, precision: str, known: dict[Hashable, float]
 ) -> Computed:
     """`known` remembers operations of the same shape across parts (of one machine, software and precision)."""
     phases: dict[str, float] = {"forward": 0.0, "input": 0.0, "weight": 0.0}
     terms: dict[str, float] = defaultdict(float)
     kernels: dict[str, float] = defaultdict(float)
-    known = {} if known is None else known
     for operation in work.operations:
         phase = operation.phase
-        if phase == "step":
-            continue
         key = (operation.shape, operation.flops, operation.bytes, operation.count, phase, operation.again)
         seconds = known.get(key)
         if seconds is None:
@@ -301,19 +284,6 @@ def computed(
         kernels[phase] += operation.count * software.kernels
     routed = any(operation.module == "router" for operation in work.operations)
     return Computed(phases, terms, kernels, software.experts_stall / 2 if routed else 0.0, work.kept_bytes)
-
-
-def part_seconds(
-    work: Work,
-    collectives: Sequence[Collective],
-    machine: Machine,
-    software: Software,
-    precision: str,
-    strides: Mapping[str, int],
-) -> PartSeconds:
-    """One micro-batch of a part. `strides`: ranks between neighbours on each axis."""
-    calls = [(one, collective_seconds(one, machine, strides[one.axis])) for one in collectives]
-    return exchanged(computed(work, machine, software, precision), calls, machine, software)
 
 
 def exchanged(
@@ -327,17 +297,14 @@ def exchanged(
     """A part's computation with its collectives, and the seconds of one call of each. `away`: what forward keeps goes to the
     host and comes back, beside the computation of the same phase.
 
-    What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
-    share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
+    What may hide a collective is the computation of its own phase; the system's share of overlap says how much of it does, and
+    what runs beside a collective slows down by the system's contention.
     """
     computing, phases, terms = part.phases, dict(part.phases), defaultdict(float, part.terms)
     for collective, once in calls:
-        if collective.phase not in phases:
-            continue
         seconds = collective.count * (once + copied_seconds(collective, machine, each=True))
         share = overlap(collective.axis, collective.operation, software)
-        beside = computing["weight" if collective.hides == "weight" else collective.phase]
-        seconds = exposed(seconds, beside, share, software.contention)
+        seconds = exposed(seconds, computing[collective.phase], share, software.contention)
         phases[collective.phase] += seconds
         terms[AXES.get(collective.axis, collective.axis)] += seconds
     for phase in ("forward", "input") if away else ():

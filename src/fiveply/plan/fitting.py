@@ -58,8 +58,9 @@ class Fitting:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor, self.job, self.spec = predictor, predictor.job, predictor.job.spec
         job = self.job
-        room = max(0.0, job.machine.memory_bytes - job.software.context_bytes)
-        self.capacity = room * math.exp(-job.software.memory_spread * NormalDist().inv_cdf(1 - RISK))
+        self.capacity = job.machine.memory_bytes * math.exp(
+            -job.software.memory_spread * NormalDist().inv_cdf(1 - RISK)
+        )
         self._unit_of = units.alike(self.spec)
         self.units = list(dict.fromkeys(self._unit_of.values()))
         """The first unit of each kind."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fiveply.plan import cost, traffic, units
 from fiveply.plan.bounds import Lanes, Model, least_end, least_of_any
+from fiveply.plan.cost import Wire
 from fiveply.plan.fitting import Fitting
 from fiveply.plan.predict import ORDERS, Job, Predictor
 from fiveply.plan.space import Kinds, chunks_of
@@ -235,9 +236,7 @@ class Floors:
         """Seconds of calls of `size` bytes [state, unit], by ranks and strides of each state; of no bytes, none."""
         wire = self.predictors[ORDERS[0]].wire
         found = [wire(operation, *pair) for pair in zip(ranks[:, 0].tolist(), strides[:, 0].tolist(), strict=True)]
-        start, each, half = np.array(found).T[:, :, None]
-        moving = each * size
-        return (start + moving + np.sqrt(half * moving)) * (size > 0)
+        return Wire(*np.array(found).T[:, :, None]).seconds(size) * (size > 0)
 
     def _more(self, layout: Layout, order: str, kinds: Kinds) -> Array:
         """[state, kind of part]: seconds by which what every micro-batch gathers and reduces delays it (zero 2 and 3)."""

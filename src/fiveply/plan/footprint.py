@@ -2,8 +2,7 @@
 
 State (parameters, gradients, optimiser) follows from the placement table; activations from the kept tensors of each part
 and from how many micro-batches of each chunk are alive while the schedule's actions go by. What is counted are tensors, as
-an allocator that loses nothing would hold them: not its fragmentation, not contexts of the device or of its collectives
-(`Software.context_bytes`), not workspaces of kernels (`workspace_bytes`).
+an allocator that loses nothing would hold them: not its fragmentation, not contexts of the device or of its collectives.
 """
 
 from __future__ import annotations

@@ -113,10 +113,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """That libraries allocate on it beyond what they do on an A100."""
     spread: float = 0.08
     """Standard deviation of log(measured / predicted) that not knowing this kind better adds."""
-    dollars_per_hour: float | None = None
     sources: dict[str, str] = {}
     """Where a figure is from, and when."""
-    count: int = 1
 
     @property
     def joined(self) -> int:

@@ -41,12 +41,11 @@ class Operation(msgspec.Struct, frozen=True):
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A tensor that forward leaves for backward. `count` alike."""
+    """A tensor that forward leaves for backward."""
 
     name: str
     module: Module
     bytes: int
-    count: int = 1
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -70,7 +69,7 @@ class Work(msgspec.Struct, frozen=True):
 
     @property
     def kept_bytes(self) -> int:
-        return sum(kept.bytes * kept.count for kept in self.kept)
+        return sum(kept.bytes for kept in self.kept)
 
     def flops(self, phase: Phase) -> int:
         return sum(operation.flops * operation.count for operation in self.operations if operation.phase == phase)

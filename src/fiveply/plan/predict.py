@@ -131,10 +131,9 @@ class Predictor:
         return self.job.global_batch // layout.dp // layout.micro_batch
 
     def p_oom(self, peak: int) -> float:
-        """That allocated bytes, log-normal around `peak`, and what lies outside tensors exceed a device's memory."""
-        software = self.job.software
-        room = self.job.machine.memory_bytes - software.context_bytes
-        return 1.0 if room <= 0 else 1 - NormalDist(sigma=software.memory_spread).cdf(math.log(room / peak))
+        """That allocated bytes, log-normal around `peak`, exceed a device's memory."""
+        machine, software = self.job.machine, self.job.software
+        return 1 - NormalDist(sigma=software.memory_spread).cdf(math.log(machine.memory_bytes / peak))
 
     def footprints(self, layout: Layout) -> tuple[Footprint, ...]:
         """By pipeline rank. Of many, some between the ends are walked, and others take the larger of the walked beside them:
@@ -314,7 +313,7 @@ class Predictor:
         return {
             "tp": 1, "kv": 1, "etp": 1, "cp": layout.tp, "ep": ep, "dp": dp, "shard": dp,
             "replica": dp * layout.shard_ranks, "edp": max(dp, etp * layout.ep), "pp": pp, "tied": pp,
-            "world": 1, "model": 1,
+            "world": 1,
         }  # fmt: skip
 
     def _expert_stride(self, layout: Layout) -> int:

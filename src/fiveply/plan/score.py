@@ -155,7 +155,7 @@ def machine(row: Row) -> Machine:
     network = found.network
     if row.network:
         network = msgspec.structs.replace(network, bandwidth=row.network)
-    return msgspec.structs.replace(found, count=row.devices, devices_per_node=row.node, network=network)
+    return msgspec.structs.replace(found, devices_per_node=row.node, network=network)
 
 
 def predicted(row: Row) -> Prediction:

@@ -34,8 +34,7 @@ class Collective(msgspec.Struct, frozen=True):
 
     axis: `tp`, `kv`, `cp`, `ep`, `etp`, `dp`, `shard`, `replica`, `edp` (ranks that hold the same experts), `pp`, `tied`, `world`.
     part: the unit whose computation calls it; "" for those of the whole step.
-    hides: what may run meanwhile: "" (exposed), `weight` (the weight gradients of the same part), `block` (the computation
-    of the neighbouring part), `backward` (all that is left of the step's last backward), `expert`.
+    hides: whether other parts' computation may run meanwhile.
     """
 
     axis: str
@@ -45,7 +44,7 @@ class Collective(msgspec.Struct, frozen=True):
     count: int
     phase: Phase
     part: str = ""
-    hides: Literal["", "weight", "block", "backward", "expert"] = ""
+    hides: bool = False
     copies: int = 1
     """Of each row of an exchange, those for ranks of one host cross to it once."""
 
@@ -232,12 +231,12 @@ def _of_state_each(spec: ModelSpec, layout: Layout, part: str, software: Softwar
             continue
         if layout.zero == 3:
             bytes_ = round(size * shards * software.gather_bytes)
-            found.append(Collective(axis, "all-gather", bytes_, shards, 1, "forward", hides="block"))
+            found.append(Collective(axis, "all-gather", bytes_, shards, 1, "forward", hides=True))
             if gathers_again(part, software):
-                found.append(Collective(axis, "all-gather", bytes_, shards, 1, "input", hides="block"))
+                found.append(Collective(axis, "all-gather", bytes_, shards, 1, "input", hides=True))
         if reduces:
             bytes_ = round(size * shards * software.reduce_bytes)
-            found.append(Collective(axis, "reduce-scatter", bytes_, shards, 1, "weight", hides="backward"))
+            found.append(Collective(axis, "reduce-scatter", bytes_, shards, 1, "weight", hides=True))
     return tuple(found)
 
 
@@ -281,7 +280,7 @@ class StepCall(NamedTuple):
     shards: bool
     bytes: Any
     phase: Phase
-    hides: Literal["", "backward"]
+    hides: bool
     made: Any
 
 
@@ -289,10 +288,10 @@ def step_calls(zero: Any, shards: Any, replicas: Any, size: Any, software: Softw
     """Of a buffer whose parts have `size` elements."""
     reduce, gather = size * shards * software.reduce_bytes, size * shards * software.gather_bytes
     return (
-        StepCall("all-reduce", False, reduce, "weight", "backward", (zero == 0) & (replicas > 1)),
-        StepCall("reduce-scatter", True, reduce, "weight", "backward", (zero == 1) & (shards > 1)),
-        StepCall("all-reduce", False, size * software.reduce_bytes, "weight", "", (zero >= 1) & (replicas > 1)),
-        StepCall("all-gather", True, gather, "step", "", (zero >= 1) & (zero <= 2) & (shards > 1)),
+        StepCall("all-reduce", False, reduce, "weight", True, (zero == 0) & (replicas > 1)),
+        StepCall("reduce-scatter", True, reduce, "weight", True, (zero == 1) & (shards > 1)),
+        StepCall("all-reduce", False, size * software.reduce_bytes, "weight", False, (zero >= 1) & (replicas > 1)),
+        StepCall("all-gather", True, gather, "step", False, (zero >= 1) & (zero <= 2) & (shards > 1)),
     )
 
 

@@ -226,9 +226,8 @@ def _norm(tally: Tally, part: Part, rows: int, size: int, name: str) -> None:
 
 def _entered(tally: Tally, split: Split, hidden: int, name: str) -> None:
     """The normed input of a block's products."""
-    if tally.software.norm_output:
-        rows = split.gathered if tally.software.gathered_input else split.local
-        tally.keep(name, "norm", _read(tally, split, rows * hidden))
+    rows = split.gathered if tally.software.gathered_input else split.local
+    tally.keep(name, "norm", _read(tally, split, rows * hidden))
 
 
 def _read(tally: Tally, split: Split, elements: int) -> int:
@@ -251,8 +250,6 @@ def _attention(tally: Tally, part: Part, split: Split) -> None:
         _norm(tally, part, tokens * kv_heads, size, "k_norm")
     if part.rotary:
         tally.memory("rotary", "attention", 2 * (q + kv), 2 * (q + kv))
-    if tally.software.qkv_output:
-        tally.keep("qkv", "attention", (q + 2 * kv) * element)
     tally.keep("queries", "attention", q * element)
     tally.keep("keys and values", "attention", 2 * kv * element)
     _core(tally, part, split, heads, kv_heads, size, size)
@@ -267,8 +264,7 @@ def _latent_attention(tally: Tally, part: Part, split: Split) -> None:
     assert latent is not None
     tokens, local, element = split.tokens, split.local, split.element
     heads, size, value = part.heads // split.tp, latent.nope_dim + latent.rope_dim, latent.value_dim
-    if tally.software.norm_output:
-        tally.keep("attention input", "norm", _read(tally, split, local * part.hidden))
+    tally.keep("attention input", "norm", _read(tally, split, local * part.hidden))
     if latent.q_rank:
         tally.products("attention", local, part.hidden, q_a=latent.q_rank, kv_a=latent.kv_rank + latent.rope_dim)
         tally.keep("query rank", "attention", local * latent.q_rank * element)
@@ -388,9 +384,7 @@ def _vocabulary(tally: Tally, part: Part, split: Split) -> tuple[int, int]:
     products a chunk then. Others keep logits.
     """
     tokens, hidden, element = split.tokens, part.hidden, split.element
-    multiple = tally.software.vocabulary_multiple * split.tp if tally.software.vocabulary_multiple > 1 else 1
-    vocabulary = -(-part.vocabulary // multiple) * multiple
-    own, exact = split.part(vocabulary), max(4, element)
+    own, exact = split.part(part.vocabulary), max(4, element)
     logits, gathered = tokens * own, split.gathered * hidden * element if split.sequence_parallel else 0
     tally.memory("cross-entropy", "loss", 4 * logits, 2 * logits)
     if tally.software.loss != "chunked":
@@ -400,7 +394,7 @@ def _vocabulary(tally: Tally, part: Part, split: Split) -> tuple[int, int]:
         tally.keep("softmax", "loss", logits * (element if tally.software.loss == "fused" else 4))
         more = element + 4 if tally.software.loss == "plain" else element  # the others change logits in place
         return logits * more, logits * more + own * hidden * element
-    chunk = chunk_rows(vocabulary, split.tp)
+    chunk = chunk_rows(part.vocabulary, split.tp)
     for rows, count in ((chunk, tokens // chunk), (tokens % chunk, 1)):
         if rows and count:
             tally.head_chunk(rows, own, hidden, count)
