@@ -13,6 +13,7 @@ import msgspec
 import torch
 from layouts.prover import MODELS, every_layout
 
+from fiveply import pipeline_schedule
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.plan import footprint, traffic, workload
 from fiveply.plan.software import Software
@@ -88,9 +89,21 @@ class Drawn:
         ]
 
     def calls(self) -> Counter[tuple[str, str, int]]:
-        total: Counter[tuple[str, str, int]] = Counter()
-        for one in traffic.traffic(self.spec, self.resolved, self.rank, global_batch=self.rows, **self.how):
+        """In one step, by axis, operation and bytes."""
+        at, layout, total = self.resolved.coordinates(self.rank), self.resolved, Counter[tuple[str, str, int]]()
+        for chunk in range(layout.chunks):
+            for part in workload.parts(self.spec, layout.stages, layout.stage_of(at.pp, chunk)):
+                for one in traffic.part_traffic(self.spec, layout, part, **self.how):
+                    total[one.axis, one.operation, one.bytes] += one.count * self.micro_batches
+        for one in traffic.step_traffic(
+            self.spec, layout, pp_rank=at.pp, tp_rank=at.tp, shard=at.shard, software=self.software
+        ):
             total[one.axis, one.operation, one.bytes] += one.count
+        handed = traffic.handed_on(self.spec, layout, sequence=self.sequence, precision=self.how["precision"])
+        schedule = pipeline_schedule.build(layout.schedule, layout.pp, self.micro_batches, layout.chunks)
+        for action in schedule.ranks[at.pp]:
+            if action.peer >= 0:
+                total["pp", action.kind.partition("_")[0], handed] += 1
         return total
 
     def footprint(self) -> footprint.Footprint:

@@ -1,7 +1,7 @@
 """Every collective and transfer of one rank in one step, counted exactly: axis, operation, bytes, how often, what can hide it.
 
-`part_traffic` is what one micro-batch needs in one part of the model, `step_traffic` what comes once a step, `traffic` all of
-it for one rank of fiveply's own runtime, equal to what the running code calls.
+`part_traffic` is what one micro-batch needs in one part of the model, `step_traffic` what comes once a step, `handed_on` what a
+transfer between stages carries. For fiveply's own runtime they equal what the running code calls.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from fiveply import pipeline_schedule
-from fiveply.pipeline_schedule import Kind
 from fiveply.plan import units
 from fiveply.plan.software import Software
-from fiveply.plan.workload import FIVEPLY, Part, Phase, Split, chunk_rows, describe, parts, split_of
+from fiveply.plan.workload import FIVEPLY, Part, Phase, Split, chunk_rows, describe, split_of
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
@@ -33,7 +31,7 @@ class Collective(msgspec.Struct, frozen=True):
     """`bytes` of the larger of its tensors at one rank, `size` ranks on the axis, `count` calls of this kind.
 
     axis: `tp`, `kv`, `cp`, `ep`, `etp`, `dp`, `shard`, `replica`, `edp` (ranks that hold the same experts), `pp`, `tied`, `world`.
-    part: the unit whose computation calls it; "" for those of the whole step.
+    part: of a call once a step, the unit whose gradients or parameters it is about, "" for none.
     hides: whether other parts' computation may run meanwhile.
     """
 
@@ -61,9 +59,7 @@ def part_traffic(
     """Of one micro-batch through `part`: `count` is calls a micro-batch. What recomputation runs again has phase `input`."""
     split = split_of(layout, sequence=sequence, precision=precision)
     found = _in_part(describe(spec, part), split, software)
-    if layout.zero >= 2:
-        found += _of_state_each(spec, layout, part, software)
-    return tuple(msgspec.structs.replace(collective, part=part) for collective in found)
+    return found + _of_state_each(spec, layout, part, software) if layout.zero >= 2 else found
 
 
 def handed_on(spec: ModelSpec, layout: Layout, *, sequence: int, precision: str = "bf16") -> int:
@@ -101,20 +97,23 @@ class _Calls:
         self.selected = set(software.selective) if split.recompute == "selective" else set[str]()
         self.found: list[Collective] = []
 
-    def add(self, axis: str, operation: Operation, size: int, ranks: int, phase: Phase, count: int = 1) -> None:
+    def add(
+        self, axis: str, operation: Operation, size: int, ranks: int, phase: Phase, count: int = 1, copies: int = 1
+    ) -> None:
         if ranks > 1:
-            self.found.append(Collective(axis, operation, size, ranks, count, phase))
+            self.found.append(Collective(axis, operation, size, ranks, count, phase, copies=copies))
 
     def both(
-        self, axis: str, forward: Operation | None, backward: Operation | None, size: int, ranks: int, *, again: bool
-    ) -> None:
+        self, axis: str, forward: Operation | None, backward: Operation | None, size: int, ranks: int, *, again: bool,
+        copies: int = 1,
+    ) -> None:  # fmt: skip
         """A call of forward, the one that mirrors it in backward, and forward's once more where it is recomputed."""
         if forward:
-            self.add(axis, forward, size, ranks, "forward")
+            self.add(axis, forward, size, ranks, "forward", copies=copies)
         if backward:
-            self.add(axis, backward, size, ranks, "input")
+            self.add(axis, backward, size, ranks, "input", copies=copies)
         if forward and again:
-            self.add(axis, forward, size, ranks, "input")
+            self.add(axis, forward, size, ranks, "input", copies=copies)
 
     def enter(self, columns: int, *, again: bool) -> None:
         """Before a column-parallel product of an input of `columns`."""
@@ -136,22 +135,11 @@ class _Calls:
         else:
             self.both("tp", "all-reduce", None, split.tokens * columns * split.element, split.tp, again=again)
 
-    def exchange(self, axis: str, size: int, ranks: int, *, again: bool, copies: int = 1) -> None:
-        before = len(self.found)
-        self.both(axis, "all-to-all", "all-to-all", size, ranks, again=again)
-        if copies > 1:
-            self.found[before:] = [msgspec.structs.replace(one, copies=copies) for one in self.found[before:]]
-
 
 def _attention(calls: _Calls, part: Part, split: Split) -> None:
-    element, again = split.element, calls.full
-    heads, kv_heads, size, value = (
-        part.heads // split.tp,
-        max(1, part.kv_heads // split.tp),
-        part.head_dim,
-        part.head_dim,
-    )
-    latent = part.latent
+    element, again, latent = split.element, calls.full, part.latent
+    heads, kv_heads, size = part.heads // split.tp, max(1, part.kv_heads // split.tp), part.head_dim
+    value = size
     if latent is None:
         calls.enter(part.hidden, again=calls.enters)
     else:
@@ -161,7 +149,7 @@ def _attention(calls: _Calls, part: Part, split: Split) -> None:
     if split.cp > 1 and split.cp_kind == "ulysses":
         q, out = split.tokens * heads * size * element, split.tokens * heads * value * element
         for traded in (q, split.tokens * kv_heads * size * element, split.tokens * kv_heads * value * element, out):
-            calls.exchange("cp", traded, split.cp, again=again)
+            calls.both("cp", "all-to-all", "all-to-all", traded, split.cp, again=again)
     elif split.cp > 1:
         for columns in (size, value):  # keys, then values; gathered once more in backward, since the own part is kept
             gathered = split.tokens * split.cp * kv_heads * columns * element
@@ -177,10 +165,10 @@ def _mlp(calls: _Calls, part: Part, split: Split) -> None:
         again = calls.full or "experts" in calls.selected
         chosen = split.routed * experts.per_token * part.hidden * split.element
         copies = experts.per_token if calls.software.dispatch_once else 1
-        calls.exchange("ep", chosen, split.ep, again=again, copies=copies)
+        calls.both("ep", "all-to-all", "all-to-all", chosen, split.ep, again=again, copies=copies)
         calls.both("etp", "all-gather", "reduce-scatter", chosen * split.etp, split.etp, again=again)
         calls.both("etp", "reduce-scatter", "all-gather", chosen * split.etp, split.etp, again=again)
-        calls.exchange("ep", chosen, split.ep, again=again, copies=copies)
+        calls.both("ep", "all-to-all", "all-to-all", chosen, split.ep, again=again, copies=copies)
         if not split.sequence_parallel:  # each tensor rank takes its share of the tokens, and all need the result
             calls.both(
                 "tp", "all-gather", "all-gather", split.tokens * part.hidden * split.element, split.tp, again=again
@@ -343,49 +331,3 @@ def step_traffic(
     each = (unit_step_traffic(spec, layout, unit, tp_rank=tp_rank, software=software) for unit in mine)
     rest = sums(spec, layout, pp_rank=pp_rank, tp_rank=tp_rank, shard=shard, software=software)
     return (*itertools.chain(*each), *rest)
-
-
-def traffic(
-    spec: ModelSpec,
-    layout: Layout,
-    rank: int,
-    *,
-    sequence: int,
-    global_batch: int,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-) -> tuple[Collective, ...]:
-    """All that `rank` calls in one step, equal calls counted together."""
-    at, micro_batches = layout.coordinates(rank), global_batch // layout.dp // layout.micro_batch
-    total: Counter[Collective] = Counter()
-
-    def count(found: tuple[Collective, ...], times: int) -> None:
-        for one in found:
-            total[msgspec.structs.replace(one, count=1)] += one.count * times
-
-    for chunk in range(layout.chunks):
-        for part in parts(spec, layout.stages, layout.stage_of(at.pp, chunk)):
-            one = part_traffic(spec, layout, part, sequence=sequence, software=software, precision=precision)
-            count(one, micro_batches)
-    found = step_traffic(spec, layout, pp_rank=at.pp, tp_rank=at.tp, shard=at.shard, software=software)
-    count(found + _transfers(spec, layout, at.pp, micro_batches, sequence, precision), 1)
-    return tuple(msgspec.structs.replace(one, count=times) for one, times in total.items())
-
-
-def _transfers(
-    spec: ModelSpec, layout: Layout, pp_rank: int, micro_batches: int, sequence: int, precision: str
-) -> tuple[Collective, ...]:
-    schedule = pipeline_schedule.build(layout.schedule, layout.pp, micro_batches, layout.chunks)
-    kinds = Counter(action.kind for action in schedule.ranks[pp_rank])
-    size = handed_on(spec, layout, sequence=sequence, precision=precision)
-    calls: tuple[tuple[Kind, Operation, Phase], ...] = (
-        (Kind.SEND_FORWARD, "send", "forward"),
-        (Kind.RECEIVE_FORWARD, "receive", "forward"),
-        (Kind.SEND_BACKWARD, "send", "input"),
-        (Kind.RECEIVE_BACKWARD, "receive", "input"),
-    )
-    return tuple(
-        Collective("pp", operation, size, layout.pp, kinds[kind], phase)
-        for kind, operation, phase in calls
-        if kinds[kind]
-    )
