@@ -81,11 +81,6 @@ HASTE: dict[Level, float] = {
 """By how much bounds are expected to grow, so that at first what is nearly known goes before what is hardly known."""
 
 
-def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
-    """One search of a job (`Search.run`)."""
-    return Search(job, world).run(limits, wanted=wanted, budget=budget)
-
-
 @contextlib.contextmanager
 def _uncollected() -> Generator[None]:
     """Prices are kept, so that collecting garbage finds next to none, in a fifth of the time."""
