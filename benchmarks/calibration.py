@@ -41,7 +41,7 @@ def unfitted(row: Row) -> Job:
     machine: Machine = msgspec.structs.replace(
         job.machine, clock=1.0, attention=msgspec.structs.replace(job.machine.attention, backward=0.8)
     )
-    return Job(job.spec, machine, software, job.sequence, job.global_batch, job.precision)
+    return msgspec.structs.replace(job, machine=machine, software=software)
 
 
 def case(row: Row) -> Case | None:

@@ -61,7 +61,9 @@ def figures(true: Machine, ranks: int) -> Measured:
     def step(hidden: int, layers: int, rows: int) -> Step:
         spec = measure.model(hidden, layers)
         layout = resolve(Layout(dp=ranks), spec, sequence=measure.SEQUENCE, global_batch=rows * ranks)
-        (rank,) = Predictor(Job(spec, true, software, measure.SEQUENCE, rows * ranks, "fp32")).ranks(layout)
+        (rank,) = Predictor(
+            Job(spec, measure.SEQUENCE, software, "fp32", machine=true, global_batch=rows * ranks)
+        ).ranks(layout)
         one = rank.stages[0].seconds
         return Step(
             hidden, layers, rows, one.forward, one.input + one.weight, rank.after["optimizer"], rank.after["sums"]
@@ -101,7 +103,9 @@ def test_the_fit_finds_the_machine_that_made_the_figures(ranks: int) -> None:
     ):
         layout = resolve(Layout.parse(text), spec, sequence=128, global_batch=16)
         predicted, true = (
-            Predictor(Job(spec, one, probe.software_of("fp32"), 128, 16, "fp32")).predict(layout).seconds.p50
+            Predictor(Job(spec, 128, probe.software_of("fp32"), "fp32", machine=one, global_batch=16))
+            .predict(layout)
+            .seconds.p50
             for one in (fitted, TRUE)
         )
         assert predicted == pytest.approx(true, rel=0.05), text

@@ -94,10 +94,12 @@ def test_large_calls_reach_the_bandwidth_that_was_measured() -> None:
         )
 
 
-def small() -> tuple[ModelSpec, Layout]:
+def small() -> Work:
     spec = ModelSpec.load("1b")
-    layout = Layout.parse("dp=1,tp=4,micro_batch=2")
-    return spec, resolve(layout, spec, sequence=2048, global_batch=2, runtime=False)
+    layout = resolve(
+        Layout.parse("dp=1,tp=4,micro_batch=2"), spec, sequence=2048, global_batch=2, runtime=False
+    )  # fmt: skip
+    return workload.work(workload.Case(spec, 2048, NEMO), layout, "layers.0")
 
 
 def priced(work: Work, calls: tuple[Collective, ...], system: software.Software) -> cost.PartSeconds:
@@ -106,8 +108,7 @@ def priced(work: Work, calls: tuple[Collective, ...], system: software.Software)
 
 
 def test_terms_add_up_to_the_phases() -> None:
-    spec, layout = small()
-    work = workload.work(spec, layout, "layers.0", sequence=2048, software=NEMO)
+    work = small()
     calls = (
         Collective("tp", "all-gather", 1 << 24, 4, 2, "forward"),
         Collective("tp", "reduce-scatter", 1 << 24, 4, 2, "input"),
@@ -119,8 +120,7 @@ def test_terms_add_up_to_the_phases() -> None:
 
 
 def test_overlap_hides_but_slows_what_it_hides_behind() -> None:
-    spec, layout = small()
-    work = workload.work(spec, layout, "layers.0", sequence=2048, software=NEMO)
+    work = small()
     call = (Collective("tp", "all-gather", 1 << 22, 4, 1, "forward"),)
 
     def exposed(share: float) -> float:

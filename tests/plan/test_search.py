@@ -33,7 +33,7 @@ def job(memory: int = 0, rows: int = 4) -> Job:
     gpu = machine.load("h100")
     # Slow products and a fast link make layouts differ by what each of them splits, not by start-up times alone.
     gpu = msgspec.structs.replace(gpu, memory_bytes=memory or gpu.memory_bytes, devices_per_node=2)
-    return Job(SMALL, gpu, explain.software("bf16"), 512, rows)
+    return Job(SMALL, 512, explain.software("bf16"), machine=gpu, global_batch=rows)
 
 
 def everything(job: Job, world: int) -> list[tuple[float, Layout, str]]:

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 from fiveply.plan import units
 from fiveply.plan.operations import Work
-from fiveply.plan.software import Software
-from fiveply.spec.architecture import ModelSpec
+from fiveply.plan.parts import Case
 from fiveply.spec.layout import Layout
 
 
 class Buffers:
     """Of one chunk's units, in bytes by the index of a part of it."""
 
-    def __init__(self, spec: ModelSpec, layout: Layout, names: Sequence[str], software: Software, tp_rank: int) -> None:
+    def __init__(self, case: Case, layout: Layout, names: Sequence[str], tp_rank: int) -> None:
+        spec, software = case.spec, case.software
         self.zero, self.software = layout.zero, software
         self.sizes: list[tuple[int, int, int]] = []
         """Elements of each unit: of its whole buffers, of the parts that a rank owns where it shares them, and of its tensors."""

@@ -105,7 +105,7 @@ def job_of(
         habits = msgspec.structs.replace(habits, overlap_gradients=0.0, overlap_parameters=0.0)
     if cluster.step_seconds:
         habits = msgspec.structs.replace(habits, step_seconds=cluster.step_seconds)
-    return Job(spec, machine_of(cluster, world), habits, sequence, global_batch, precision)
+    return Job(spec, sequence, habits, precision, machine=machine_of(cluster, world), global_batch=global_batch)
 
 
 def machine_of(cluster: ClusterSpec, world: int) -> Machine:
@@ -330,26 +330,25 @@ def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
     job, layout = answer.job, answer.ranked[0].prediction.layout
     spec, found = job.spec, list[str]()
 
-    def per_weight(changed: ModelSpec) -> float:
-        """Seconds of a layer's, and of the head's, products per FLOP."""
+    def per_weight(**changed: int) -> float:
+        """Seconds of a layer's, and of the head's, products per FLOP, in the model with these sizes."""
         seconds = flops = 0.0
+        case = msgspec.structs.replace(job, spec=msgspec.structs.replace(spec, **changed))
         for part in ("layers.0", "head"):
-            work = workload.work(
-                changed, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
-            )
-            products = [one for one in work.operations if one.kind in ("product", "grouped")]
+            operations = workload.work(case, layout, part).operations
+            products = [one for one in operations if one.kind in ("product", "grouped")]
             seconds += sum(cost.operation_seconds(one, job.machine, job.software, job.precision) for one in products)
             flops += sum(one.flops * one.count for one in products)
         return seconds / flops
 
-    now = per_weight(spec)
+    now = per_weight()
     for key, step in (("hidden", 1024), ("ffn", 256 * layout.tp), ("vocabulary", 128 * layout.tp)):
         size = getattr(spec, key)
         if size % step == 0:
             continue
         best = min((size // step * step or step, -(-size // step) * step),
-                   key=lambda value: per_weight(msgspec.structs.replace(spec, **{key: value})))  # fmt: skip
-        loss = now / per_weight(msgspec.structs.replace(spec, **{key: best})) - 1
+                   key=lambda value: per_weight(**{key: value}))  # fmt: skip
+        loss = now / per_weight(**{key: best}) - 1
         if loss >= least:
             found.append(f"{key} {size:,} costs {loss:.0%} of the products' time against {best:,}")
     return found

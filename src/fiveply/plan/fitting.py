@@ -242,15 +242,9 @@ class Fitting:
         proportion to its rows."""
         key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.recompute, layout.offload)
         if key not in self._bytes:
-            job, one = self.job, msgspec.structs.replace(layout, micro_batch=1)
+            one = msgspec.structs.replace(layout, micro_batch=1)
             simple = msgspec.structs.replace(one, ep=1, etp=0, recompute="none", cp_kind="gather")  # for all but layers
-            works = [
-                workload.work(
-                    self.spec, one if part.startswith("layers") else simple, part, sequence=job.sequence,
-                    software=job.software, precision=job.precision,
-                )
-                for part in self.kinds
-            ]  # fmt: skip
+            works = [workload.work(self.job, one if part.startswith("layers") else simple, part) for part in self.kinds]
             away = layout.offload == "activations"
             self._bytes[key] = np.array(
                 [(0 if away else work.kept_bytes, work.backward_working, work.deferred) for work in works], float

@@ -153,10 +153,9 @@ def _decoded(served: Served, layout: Layout, name: str, rows: int, context: int)
 
 
 def _forward(served: Served, layout: Layout, name: str, rows: int, sequence: int) -> list[Operation]:
-    counted = msgspec.structs.replace(layout, micro_batch=rows)
     system = msgspec.structs.replace(served.software, fused_products=True, loss="plain", flash=True)
-    precision = served.precision
-    work = workload.work(served.spec, counted, name, sequence=sequence, software=system, precision=precision)
+    case = workload.Case(served.spec, sequence, system, served.precision)
+    work = workload.work(case, msgspec.structs.replace(layout, micro_batch=rows), name)
     return [one for one in work.operations if one.phase == "forward" and one.module != "loss"]
 
 

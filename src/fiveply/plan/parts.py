@@ -1,4 +1,5 @@
-"""What a part of the model is, and all that its work depends on: of the model a `Part`, of layout and batch a `Split`.
+"""What is counted (a `Case`), what a part of its model is, and all that a part's work depends on: of the model a `Part`, of
+layout and batch a `Split`.
 
 A *part* is a unit of the parameter table (`embed`, `positions`, `layers.3`, `norm`, `head`), and `head` also where it shares
 the embedding's matrix. Parts of equal `Part` under an equal `Split` are counted once.
@@ -12,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from fiveply.plan.software import FIVEPLY, Software
 from fiveply.spec.architecture import Experts, Latent, ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import part as cut
@@ -90,6 +92,31 @@ class Split(msgspec.Struct, frozen=True):
         return cut(size, self.tp, self.tp_rank)[1]
 
 
+class Case(msgspec.Struct, frozen=True):
+    """A model, the length of its rows in tokens, and the system and precision that compute them: what layouts are counted for."""
+
+    spec: ModelSpec
+    sequence: int
+    software: Software = FIVEPLY
+    precision: str = "bf16"
+
+    def split(self, layout: Layout, tp_rank: int = 0) -> Split:
+        return Split(
+            tp=layout.tp,
+            tp_rank=tp_rank,
+            sequence_parallel=layout.sequence_parallel,
+            cp=layout.cp,
+            cp_kind=layout.cp_kind,
+            ep=layout.ep,
+            etp=layout.expert_tensor,
+            rows=layout.micro_batch,
+            sequence=self.sequence,
+            recompute=layout.recompute,
+            element=ELEMENT_BYTES[self.precision],
+            quantised=QUANTISED_BYTES.get(self.precision, ELEMENT_BYTES[self.precision]),
+        )
+
+
 def parts(spec: ModelSpec, stages: Sequence[int], stage: int) -> list[str]:
     """The parts that a stage computes, in forward order."""
     units = stage_units(spec, stages, stage)
@@ -129,23 +156,6 @@ def describe(spec: ModelSpec, name: str) -> Part:
         latent=spec.latent,
         sinks=spec.sinks,
         predicts=predicts,
-    )
-
-
-def split_of(layout: Layout, *, sequence: int, precision: str, tp_rank: int = 0) -> Split:
-    return Split(
-        tp=layout.tp,
-        tp_rank=tp_rank,
-        sequence_parallel=layout.sequence_parallel,
-        cp=layout.cp,
-        cp_kind=layout.cp_kind,
-        ep=layout.ep,
-        etp=layout.expert_tensor,
-        rows=layout.micro_batch,
-        sequence=sequence,
-        recompute=layout.recompute,
-        element=ELEMENT_BYTES[precision],
-        quantised=QUANTISED_BYTES.get(precision, ELEMENT_BYTES[precision]),
     )
 
 

@@ -18,10 +18,9 @@ from fiveply.plan import cost, footprint, traffic, workload
 from fiveply.plan.cost import Computed, PartSeconds, Wire
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
+from fiveply.plan.parts import Case
 from fiveply.plan.simulate import Ends, StageSeconds, ends
-from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
-from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.plan import Interval
@@ -34,15 +33,11 @@ REDUCING = ("dp", "shard", "replica", "edp")
 """Axes over which gradients are summed and parameters gathered."""
 
 
-class Job(msgspec.Struct, frozen=True):
+class Job(Case, frozen=True, kw_only=True):
     """All but the layout. `global_batch` in rows of `sequence` tokens; `order` one of ORDERS."""
 
-    spec: ModelSpec
     machine: Machine
-    software: Software
-    sequence: int
     global_batch: int
-    precision: str = "bf16"
     order: str = ORDERS[0]
 
 
@@ -153,13 +148,10 @@ class Predictor:
 
     def footprint(self, layout: Layout, rank: int) -> Footprint:
         """Of a pipeline rank. Beyond a few rounds the number of micro-batches does not matter, but for GPipe."""
-        job, micro_batches = self.job, self.micro_batches(layout)
+        micro_batches = self.micro_batches(layout)
         if layout.schedule != "gpipe" and micro_batches > 3 * layout.pp:
             micro_batches = 2 * layout.pp + micro_batches % layout.pp
-        return footprint.footprint(
-            job.spec, layout, sequence=job.sequence, global_batch=layout.dp * layout.micro_batch * micro_batches,
-            pp_rank=rank, software=job.software, precision=job.precision,
-        )  # fmt: skip
+        return footprint.footprint(self.job, layout, micro_batches, rank)
 
     # parts, stages, ranks
 
@@ -169,10 +161,8 @@ class Predictor:
         found = self._parts.get(key)
         if found is None:
             job = self.job
-            calls = traffic.part_traffic(
-                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
-            )
             strides = self.strides(layout)
+            calls = traffic.part_traffic(job, layout, part)
             priced = [(one, self._seconds(one, strides[one.axis])) for one in calls]
             found = self._parts[key] = cost.exchanged(
                 self.computed(layout, part), priced, job.machine, job.software, away=layout.offload == "activations"
@@ -185,10 +175,7 @@ class Predictor:
         found = self._computed.get(key)
         if found is None:
             job = self.job
-            pieces = workload.pieces(
-                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
-            )
-            for name, work in pieces:
+            for name, work in workload.pieces(job, layout, part):
                 piece = self._kind_of[part], name
                 if piece not in self._pieces:
                     self._pieces[piece] = cost.computed(
@@ -239,7 +226,7 @@ class Predictor:
         return found
 
     def _rank(self, layout: Layout, number: int, held: list[list[str]]) -> Rank:
-        calls = traffic.step_traffic(self.job.spec, layout, pp_rank=number, software=self.job.software)
+        calls = traffic.step_traffic(self.job, layout, number)
         return Rank(
             tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls)
         )
@@ -274,7 +261,7 @@ class Predictor:
         if layout.pp == 1:
             return 0.0
         job = self.job
-        size = traffic.handed_on(job.spec, layout, sequence=job.sequence, precision=job.precision)
+        size = traffic.handed_on(job, layout)
         if job.software.scatter_transfers and not layout.sequence_parallel:  # each tensor rank sends a part
             size //= layout.tp
         return cost.call_seconds("send", size, 2, job.machine, self.strides(layout)["pp"])
@@ -285,7 +272,7 @@ class Predictor:
         """Sums, the optimiser, and gathering what it updated, as far as the next forward does not hide that."""
         job, software = self.job, self.job.software
         here, held_units = msgspec.structs.replace(layout, offload="none"), traffic.held_units(job.spec, layout, number)
-        state = footprint.state(job.spec, here, held_units, software=software)
+        state = footprint.state(job, here, held_units)
         owned = round(state.optimizer / software.optimizer_bytes)
         on_host = layout.offload == "optimizer"
         update = cost.optimizer_seconds(owned, job.machine, software, on_host=on_host)

@@ -140,14 +140,7 @@ def published() -> str:
 
 def job(row: Row) -> Job:
     """What a row computed, on the devices it names."""
-    return Job(
-        spec=row.spec,
-        machine=machine(row),
-        software=row.software,
-        sequence=row.sequence,
-        global_batch=row.global_batch,
-        precision=row.precision,
-    )
+    return Job(row.spec, row.sequence, row.software, row.precision, machine=machine(row), global_batch=row.global_batch)
 
 
 def machine(row: Row) -> Machine:

@@ -15,7 +15,7 @@ import msgspec
 
 from fiveply.plan import units
 from fiveply.plan.software import Software
-from fiveply.plan.workload import FIVEPLY, Part, Phase, Split, chunk_rows, describe, split_of
+from fiveply.plan.workload import Case, Part, Phase, Split, chunk_rows, describe
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
@@ -47,25 +47,16 @@ class Collective(msgspec.Struct, frozen=True):
     """Of each row of an exchange, those for ranks of one host cross to it once."""
 
 
-def part_traffic(
-    spec: ModelSpec,
-    layout: Layout,
-    part: str,
-    *,
-    sequence: int,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-) -> tuple[Collective, ...]:
+def part_traffic(case: Case, layout: Layout, part: str) -> tuple[Collective, ...]:
     """Of one micro-batch through `part`: `count` is calls a micro-batch. What recomputation runs again has phase `input`."""
-    split = split_of(layout, sequence=sequence, precision=precision)
-    found = _in_part(describe(spec, part), split, software)
-    return found + _of_state_each(spec, layout, part, software) if layout.zero >= 2 else found
+    found = _in_part(describe(case.spec, part), case.split(layout), case.software)
+    return found + _of_state_each(case.spec, layout, part, case.software) if layout.zero >= 2 else found
 
 
-def handed_on(spec: ModelSpec, layout: Layout, *, sequence: int, precision: str = "bf16") -> int:
+def handed_on(case: Case, layout: Layout) -> int:
     """Bytes of the hidden states that one rank hands to the next stage for one micro-batch."""
-    split = split_of(layout, sequence=sequence, precision=precision)
-    return split.local * spec.hidden * split.element
+    split = case.split(layout)
+    return split.local * case.spec.hidden * split.element
 
 
 @functools.cache
@@ -243,14 +234,12 @@ def held_units(spec: ModelSpec, layout: Layout, pp_rank: int) -> dict[str, int]:
     return found
 
 
-def unit_step_traffic(
-    spec: ModelSpec, layout: Layout, unit: str, *, tp_rank: int = 0, software: Software = FIVEPLY
-) -> tuple[Collective, ...]:
+def unit_step_traffic(case: Case, layout: Layout, unit: str, tp_rank: int = 0) -> tuple[Collective, ...]:
     """What one unit calls once a step over the ranks that hold the same of it: reductions of gradients that are not made every
     micro-batch, and gathers after the optimiser."""
     found: list[Collective] = []
-    for axis, replica_axis, shards, replicas, size in _buffers(spec, layout, unit, tp_rank):
-        for call in step_calls(layout.zero, shards, replicas, size, software):
+    for axis, replica_axis, shards, replicas, size in _buffers(case.spec, layout, unit, tp_rank):
+        for call in step_calls(layout.zero, shards, replicas, size, case.software):
             if call.made:
                 over = axis if call.shards else "dp" if layout.zero == 0 and axis == "shard" else replica_axis
                 ranks = shards if call.shards else replicas
@@ -283,18 +272,10 @@ def step_calls(zero: Any, shards: Any, replicas: Any, size: Any, software: Softw
     )
 
 
-def sums(
-    spec: ModelSpec,
-    layout: Layout,
-    *,
-    pp_rank: int,
-    tp_rank: int = 0,
-    shard: int = 0,
-    software: Software = FIVEPLY,
-) -> tuple[Collective, ...]:
+def sums(case: Case, layout: Layout, pp_rank: int, tp_rank: int = 0, shard: int = 0) -> tuple[Collective, ...]:
     """What is added up once a step besides: gradients that tensor ranks share, the copies of a tied embedding, and the sums of
     the step. `shard`: the rank's index among those that share its state."""
-    shared: Counter[str] = Counter()
+    spec, shared = case.spec, Counter[str]()
     for unit, stage in held_units(spec, layout, pp_rank).items():
         one = units.held(spec, layout, unit, tp_rank)
         part = -(-one.longest // units.shard_ranks(layout))
@@ -308,7 +289,7 @@ def sums(
             shared["tied"] += sum(one.owned(add, low, high) for add in {add for add, _ in one.shared})
     sizes = {"tp": layout.tp, "kv": layout.tp // min(spec.kv_heads, layout.tp), "tied": 2}
     found = [
-        Collective(axis, "all-reduce", round(elements * software.reduce_bytes), sizes[axis], 1, "step")
+        Collective(axis, "all-reduce", round(elements * case.software.reduce_bytes), sizes[axis], 1, "step")
         for axis, elements in shared.items()
         if elements
     ]
@@ -317,17 +298,8 @@ def sums(
     return tuple(found)
 
 
-def step_traffic(
-    spec: ModelSpec,
-    layout: Layout,
-    *,
-    pp_rank: int,
-    tp_rank: int = 0,
-    shard: int = 0,
-    software: Software = FIVEPLY,
-) -> tuple[Collective, ...]:
+def step_traffic(case: Case, layout: Layout, pp_rank: int, tp_rank: int = 0, shard: int = 0) -> tuple[Collective, ...]:
     """All that a rank calls once a step, transfers left out."""
-    mine = held_units(spec, layout, pp_rank)
-    each = (unit_step_traffic(spec, layout, unit, tp_rank=tp_rank, software=software) for unit in mine)
-    rest = sums(spec, layout, pp_rank=pp_rank, tp_rank=tp_rank, shard=shard, software=software)
-    return (*itertools.chain(*each), *rest)
+    mine = held_units(case.spec, layout, pp_rank)
+    each = (unit_step_traffic(case, layout, unit, tp_rank) for unit in mine)
+    return (*itertools.chain(*each), *sums(case, layout, pp_rank, tp_rank, shard))

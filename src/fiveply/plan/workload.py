@@ -3,7 +3,7 @@
 Counts are of one micro-batch on one rank under a resolved layout. Nothing here knows seconds: `cost.py` prices operations,
 `traffic.py` counts what ranks exchange, `footprint.py` adds kept tensors up over a schedule.
 
-For fiveply's own runtime (`software.load("fiveply")`) products, attention and kept tensors equal the dry run's. What the
+For fiveply's own runtime (`software.FIVEPLY`) products, attention and kept tensors equal the dry run's. What the
 runtime lacks is counted as it would compute it: context parallelism gathers keys and values (`gather`) or trades tokens for
 heads (`ulysses`), latent attention is expanded to heads (DeepSeek-V2, arXiv:2405.04434), experts see equally many tokens.
 """
@@ -16,47 +16,34 @@ from typing import get_args
 
 import msgspec
 
-from fiveply.plan import software as systems
 from fiveply.plan.operations import Kept, Module, Operation, OperationKind, Phase, Tally, Work
-from fiveply.plan.parts import Part, Split, describe, kinds, parts, seen, split_of
-from fiveply.plan.software import Software
+from fiveply.plan.parts import Case, Part, Split, describe, kinds, parts, seen
+from fiveply.plan.software import FIVEPLY, Software
 from fiveply.spec.architecture import Experts, ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import part as cut
 
 __all__ = [
-    "Kept", "Module", "Operation", "OperationKind", "Part", "Phase", "Split", "Work",
-    "describe", "kinds", "model_flops", "parts", "pieces", "seen", "split_of", "work",
+    "Case", "Kept", "Module", "Operation", "OperationKind", "Part", "Phase", "Split", "Work",
+    "describe", "kinds", "model_flops", "parts", "pieces", "seen", "work",
 ]  # fmt: skip
 
 INDEX_BYTES = 8
-FIVEPLY = systems.load(systems.FIVEPLY)
 CHUNK_ELEMENTS = 1 << 22
 """Logits that the runtime forms at a time (`model/loss.py`)."""
 
 
-def work(
-    spec: ModelSpec,
-    layout: Layout,
-    part: str,
-    *,
-    sequence: int,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-    tp_rank: int = 0,
-) -> Work:
+def work(case: Case, layout: Layout, part: str, tp_rank: int = 0) -> Work:
     """One micro-batch through `part` on a rank of `layout` (resolved), whose tensor rank is `tp_rank`: rank 0 holds the largest
     part of every cut. Remembered by kind of part and what the layout changes of it."""
-    split = split_of(layout, sequence=sequence, precision=precision, tp_rank=tp_rank)
-    return _count(describe(spec, part), split, software)
+    return _count(describe(case.spec, part), case.split(layout, tp_rank), case.software)
 
 
 def model_flops(spec: ModelSpec, sequence: int) -> int:
     """Forward and backward of one row of `sequence` tokens without recomputation, backward counted as twice forward: what
     model FLOPs utilisation divides by (Chowdhery et al. 2022)."""
-    layout, plain = Layout(stages=(spec.layers,), micro_batch=1), msgspec.structs.replace(FIVEPLY, loss="plain")
-    names = parts(spec, layout.stages, 0)
-    return 3 * sum(work(spec, layout, name, sequence=sequence, software=plain).flops("forward") for name in names)
+    plain = Case(spec, sequence, msgspec.structs.replace(FIVEPLY, loss="plain"))
+    return 3 * sum(work(plain, Layout(micro_batch=1), name).flops("forward") for name in parts(spec, (spec.layers,), 0))
 
 
 @functools.cache
@@ -160,12 +147,10 @@ def _inner(part: Part, split: Split) -> tuple[int, int]:
     return split.routed * experts.per_token * split.etp * inner, experts.count // split.ep * inner * part.hidden
 
 
-def pieces(
-    spec: ModelSpec, layout: Layout, part: str, *, sequence: int, software: Software = FIVEPLY, precision: str = "bf16"
-) -> tuple[tuple[Hashable, Work], ...]:
+def pieces(case: Case, layout: Layout, part: str) -> tuple[tuple[Hashable, Work], ...]:
     """The operations and kept tensors of a part (as `work` has them) by pieces that layouts share, each with all that it depends
     on: a layer's two halves, or the whole."""
-    split, described = split_of(layout, sequence=sequence, precision=precision), describe(spec, part)
+    split, described, software = case.split(layout), describe(case.spec, part), case.software
     if described.what != "layer" or described.predicts or software.alternate:
         return ((split, _count(described, split, software)),)
     halves = _halves(described, split)

@@ -10,8 +10,6 @@ import msgspec
 
 from fiveply.spec.errors import InputError
 
-FIVEPLY = "fiveply"
-
 
 class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a serving system makes of its kernels and its host: factors on the terms of `plan/inference.py`."""
@@ -156,3 +154,6 @@ def _read(name: str, vintage: str) -> dict[str, Any]:
         if not vintage or section <= vintage or section == min(sections):
             values |= sections[section] | {"vintage": section}
     return values
+
+
+FIVEPLY = load("fiveply")
