@@ -180,14 +180,14 @@ def _streamed(served: Served, layout: Layout, part: Part, operation: Operation, 
 def _cached(served: Served, layout: Layout, part: Part, rows: int, context: int) -> float:
     """Attention of one new token each over the cache: read once, by groups of queries; latent attention in its absorbed form,
     every tensor rank reading all of it (DeepSeek-V2, arXiv:2405.04434, 2.1)."""
-    machine, heads = served.machine, max(1, part.heads // layout.tp)
+    machine, heads = served.machine, max(1, part.spec.heads // layout.tp)
     seen = min(part.window, context) if part.window else context
-    if part.latent:
-        width = part.latent.kv_rank + part.latent.rope_dim
-        flops = 2 * heads * (width + part.latent.kv_rank)
+    if part.spec.latent:
+        width = part.spec.latent.kv_rank + part.spec.latent.rope_dim
+        flops = 2 * heads * (width + part.spec.latent.kv_rank)
     else:
-        width = 2 * max(1, part.kv_heads // layout.tp) * part.head_dim
-        flops = 4 * heads * part.head_dim
+        width = 2 * max(1, part.spec.kv_heads // layout.tp) * part.spec.head_dim
+        flops = 4 * heads * part.spec.head_dim
     moving = rows * seen * width * served.cache / (machine.bandwidth * machine.product("bf16").memory)
     peak = machine.flops("bf16" if served.precision in (*WIDTHS, "bf16", "fp16") else served.precision)
     computing = rows * seen * flops / (peak * machine.attention.efficiency)
@@ -198,13 +198,13 @@ def _collectives(served: Served, layout: Layout, part: Part, rows: int) -> float
     """After attention and after the MLP a sum over tensor ranks; of the head its logits are gathered. Ranks that share experts
     beyond them (dp > 1) gather all tokens and sum what comes back."""
     element, machine = ELEMENT_BYTES[served.precision], served.machine
-    size, ranks = rows * part.hidden * element, layout.tp * layout.dp
+    size, ranks = rows * part.spec.hidden * element, layout.tp * layout.dp
 
     def call(operation: str, size: float, over: int) -> float:
         return cost.call_seconds(operation, round(size), over, machine, 1)
 
     if part.what == "head":
-        return call("all-gather", rows * part.vocabulary * element, layout.tp)
+        return call("all-gather", rows * part.spec.vocabulary * element, layout.tp)
     if part.what == "embed":
         return call("all-reduce", size, layout.tp)
     if part.what != "layer":

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from fiveply.plan.software import FIVEPLY, Software
-from fiveply.spec.architecture import Experts, Latent, ModelSpec
+from fiveply.spec.architecture import Experts, ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import part as cut
 from fiveply.spec.placement import stage_units
@@ -30,22 +30,9 @@ class Part(msgspec.Struct, frozen=True):
     """All that a part's work depends on in the model: parts of equal `Part` have equal work and equal traffic."""
 
     what: Literal["embed", "positions", "layer", "norm", "head"]
-    vocabulary: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    norm: str
-    qk_norm: bool
-    qkv_bias: bool
-    gated: bool
-    rotary: bool
-    dropout: float
+    spec: ModelSpec
     window: int = 0
     experts: Experts | None = None
-    latent: Latent | None = None
-    sinks: bool = False
     predicts: bool = False
     """A layer that predicts a further token: it joins two inputs, and has a pass of the head of its own."""
 
@@ -138,23 +125,10 @@ def describe(spec: ModelSpec, name: str) -> Part:
     predicts = layer >= spec.layers
     experts = spec.experts if spec.experts and (predicts or layer in spec.experts.layers) else None
     return Part(
-        what="layer" if what == "layers" else what,  # pyright: ignore[reportArgumentType]
-        vocabulary=spec.vocabulary,
-        hidden=spec.hidden,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        ffn=spec.ffn,
-        norm=spec.norm,
-        qk_norm=spec.qk_norm,
-        qkv_bias=spec.qkv_bias,
-        gated=spec.gated_mlp,
-        rotary=spec.rope is not None,
-        dropout=spec.dropout,
+        "layer" if what == "layers" else what,  # pyright: ignore[reportArgumentType]
+        spec,
         window=spec.window if layer in spec.window_layers else 0,
         experts=msgspec.structs.replace(experts, layers=()) if experts else None,
-        latent=spec.latent,
-        sinks=spec.sinks,
         predicts=predicts,
     )
 

@@ -64,7 +64,7 @@ def _in_part(part: Part, split: Split, software: Software) -> tuple[Collective, 
     calls = _Calls(split, software)
     match part.what:
         case "embed":
-            calls.leave(part.hidden, again=False)
+            calls.leave(part.spec.hidden, again=False)
         case "head":
             _vocabulary(calls, part, split, software)
         case "layer":
@@ -128,14 +128,14 @@ class _Calls:
 
 
 def _attention(calls: _Calls, part: Part, split: Split) -> None:
-    element, again, latent = split.element, calls.full, part.latent
-    heads, kv_heads, size = part.heads // split.tp, max(1, part.kv_heads // split.tp), part.head_dim
+    element, again, latent = split.element, calls.full, part.spec.latent
+    heads, kv_heads, size = part.spec.heads // split.tp, max(1, part.spec.kv_heads // split.tp), part.spec.head_dim
     value = size
     if latent is None:
-        calls.enter(part.hidden, again=calls.enters)
+        calls.enter(part.spec.hidden, again=calls.enters)
     else:
         calls.enter(latent.kv_rank + latent.rope_dim, again=calls.enters)
-        calls.enter(latent.q_rank or part.hidden, again=calls.enters)
+        calls.enter(latent.q_rank or part.spec.hidden, again=calls.enters)
         kv_heads, size, value = heads, latent.nope_dim + latent.rope_dim, latent.value_dim
     if split.cp > 1 and split.cp_kind == "ulysses":
         q, out = split.tokens * heads * size * element, split.tokens * heads * value * element
@@ -145,16 +145,16 @@ def _attention(calls: _Calls, part: Part, split: Split) -> None:
         for columns in (size, value):  # keys, then values; gathered once more in backward, since the own part is kept
             gathered = split.tokens * split.cp * kv_heads * columns * element
             calls.both("cp", "all-gather", "reduce-scatter", gathered, split.cp, again=True)
-    calls.leave(part.hidden, again=again)
+    calls.leave(part.spec.hidden, again=again)
 
 
 def _mlp(calls: _Calls, part: Part, split: Split) -> None:
-    dropped = calls.software.stops_early and not max(part.dropout, calls.software.dropout)
+    dropped = calls.software.stops_early and not max(part.spec.dropout, calls.software.dropout)
     inner = calls.full or "mlp" in calls.selected
     experts = part.experts
     if experts is not None:
         again = calls.full or "experts" in calls.selected
-        chosen = split.routed * experts.per_token * part.hidden * split.element
+        chosen = split.routed * experts.per_token * part.spec.hidden * split.element
         copies = experts.per_token if calls.software.dispatch_once else 1
         calls.both("ep", "all-to-all", "all-to-all", chosen, split.ep, again=again, copies=copies)
         calls.both("etp", "all-gather", "reduce-scatter", chosen * split.etp, split.etp, again=again)
@@ -162,26 +162,26 @@ def _mlp(calls: _Calls, part: Part, split: Split) -> None:
         calls.both("ep", "all-to-all", "all-to-all", chosen, split.ep, again=again, copies=copies)
         if not split.sequence_parallel:  # each tensor rank takes its share of the tokens, and all need the result
             calls.both(
-                "tp", "all-gather", "all-gather", split.tokens * part.hidden * split.element, split.tp, again=again
+                "tp", "all-gather", "all-gather", split.tokens * part.spec.hidden * split.element, split.tp, again=again
             )
     if experts is None or experts.shared_ffn:
-        calls.enter(part.hidden, again=inner or calls.enters)
-        calls.leave(part.hidden, again=inner and not dropped)
+        calls.enter(part.spec.hidden, again=inner or calls.enters)
+        calls.leave(part.spec.hidden, again=inner and not dropped)
 
 
 def _vocabulary(calls: _Calls, part: Part, split: Split, software: Software) -> None:
     """The head's input, and what the softmax over a split vocabulary needs: largest logit, then sums and target's logit."""
     exact = max(4, split.element)
     if software.loss != "chunked":
-        calls.enter(part.hidden, again=False)
+        calls.enter(part.spec.hidden, again=False)
         calls.add("tp", "all-reduce", split.tokens * exact, split.tp, "forward", 3)
         return
     if split.sequence_parallel:
-        size = split.gathered * part.hidden * split.element
+        size = split.gathered * part.spec.hidden * split.element
         calls.both("tp", "all-gather", "reduce-scatter", size, split.tp, again=False)
     else:
-        calls.enter(part.hidden, again=False)
-    chunk = chunk_rows(part.vocabulary, split.tp)
+        calls.enter(part.spec.hidden, again=False)
+    chunk = chunk_rows(part.spec.vocabulary, split.tp)
     for rows, count in ((chunk, split.tokens // chunk), (split.tokens % chunk, 1)):
         if rows and count:
             calls.add("tp", "all-reduce", rows * exact, split.tp, "forward", count)

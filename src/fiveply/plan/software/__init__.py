@@ -32,7 +32,7 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prompts, relative to the planner's forward pass."""
 
 
-class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_hash=True):
     """A training system's habits. The first group decides what is computed and kept, the second what state a parameter
     costs, the third what runs beside what, the last how fast kernels follow one another."""
 
