@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from fiveply.plan.workload import Operation, Work
 from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
+from fiveply.spec.plan import Interval
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
 """Rows and columns of the output that one processor computes at a time."""
@@ -257,13 +258,19 @@ class Computed(msgspec.Struct, frozen=True):
     """Bytes that forward leaves for backward."""
 
     def __add__(self, other: Computed) -> Computed:
-        def both(one: dict[str, float], two: dict[str, float]) -> dict[str, float]:
-            return one | {key: one.get(key, 0.0) + value for key, value in two.items()}
+        phases, terms, kernels = (
+            summed((getattr(self, key), getattr(other, key))) for key in ("phases", "terms", "kernels")
+        )
+        return Computed(phases, terms, kernels, self.stall + other.stall, self.kept + other.kept)
 
-        return Computed(
-            both(self.phases, other.phases), both(self.terms, other.terms), both(self.kernels, other.kernels),
-            self.stall + other.stall, self.kept + other.kept,
-        )  # fmt: skip
+
+def summed(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Name by name; names that are missing count 0, whoever adds to the result."""
+    total: dict[str, float] = defaultdict(float)
+    for terms in found:
+        for name, value in terms.items():
+            total[name] += value
+    return total
 
 
 def computed(
@@ -367,12 +374,12 @@ def residual(seconds: float, machine: Machine, software: Software, layout: Layou
 
 def interval(
     seconds: float, machine: Machine, software: Software, precision: str = "bf16", experts: bool = False
-) -> tuple[float, float, float]:
+) -> Interval:
     """10, 50 and 90% of the step time: log-normal, of the errors seen on rows of systems and devices that the fit had left
     out, wider where there were few such rows or none."""
     unsure = {"fp8": 0.08, "fp4": 0.12}.get(precision, 0.0)
     spread = math.hypot(software.spread, machine.spread, unsure, 0.14 * experts)
-    return seconds * math.exp(-NINETIETH * spread), seconds, seconds * math.exp(NINETIETH * spread)
+    return Interval(seconds * math.exp(-NINETIETH * spread), seconds, seconds * math.exp(NINETIETH * spread))
 
 
 NINETIETH = 1.2816

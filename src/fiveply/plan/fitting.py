@@ -69,15 +69,12 @@ class Fitting:
         self._times = self._count(self._unit_of)
         self._layers = int(self._times[self._layer].sum())
         self._head = "embed" if self.spec.tied else "head"
-        kinds = workload.kinds(self.spec)
-        first = {kind: part for part, kind in reversed(kinds.items())}
-        self.kinds = list(dict.fromkeys(first[kind] for kind in kinds.values()))
+        first = workload.kinds(self.spec)
+        self.kinds = list(dict.fromkeys(first.values()))
         """The first part of each kind."""
-        self.kind_of = {part: self.kinds.index(first[kind]) for part, kind in kinds.items()}
+        self.kind_of = {part: self.kinds.index(kind) for part, kind in first.items()}
         self._kind_layer = np.array([part.startswith("layers") for part in self.kinds])
         self._kind_times = np.bincount(list(self.kind_of.values()), minlength=len(self.kinds))
-        self.parts = list(zip(self.kinds, self._kind_times.tolist(), strict=True))
-        """With how many there are in the model."""
         self._bytes: dict[Hashable, NDArray[np.float64]] = {}
         self._states: dict[Hashable, NDArray[np.float64]] = {}
         self._divided: dict[Hashable, Divided] = {}

@@ -23,7 +23,7 @@ import msgspec
 from fiveply.plan import cost, units, workload
 from fiveply.plan.machine import Machine
 from fiveply.plan.operations import Operation
-from fiveply.plan.parts import ELEMENT_BYTES, Part, describe, parts
+from fiveply.plan.parts import ELEMENT_BYTES, Part, describe, kinds, parts
 from fiveply.plan.software import Software
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
@@ -103,10 +103,7 @@ def decode(served: Served, layout: Layout, rows: int, context: int) -> dict[str,
         for name, count in _parts(served.spec, layout.stages, number):
             for term, seconds in _decoded(served, _bare(layout), name, each, context).items():
                 stage[term] += count * seconds
-    terms: dict[str, float] = defaultdict(float)
-    for stage in stages:
-        for term, seconds in stage.items():
-            terms[term] += seconds
+    terms = cost.summed(stages)
     if layout.pp > 1:
         size = each * served.spec.hidden * ELEMENT_BYTES[served.precision]
         hop = cost.call_seconds("send", size, 2, served.machine, layout.tp)
@@ -120,10 +117,9 @@ def decode(served: Served, layout: Layout, rows: int, context: int) -> dict[str,
 
 @functools.lru_cache(maxsize=1 << 10)
 def _parts(spec: ModelSpec, stages: tuple[int, ...], stage: int) -> list[tuple[str, int]]:
-    """The first of each kind of parts of a stage, with how many are alike."""
-    names = parts(spec, stages, stage)
-    first = {describe(spec, name): name for name in reversed(names)}
-    return list(Counter(first[describe(spec, name)] for name in names).items())
+    """The first of each kind of parts that a stage has, with how many it has."""
+    first = kinds(spec)
+    return list(Counter(first[name] for name in parts(spec, stages, stage)).items())
 
 
 def _bare(layout: Layout) -> Layout:

@@ -8,7 +8,7 @@ the embedding's matrix. Parts of equal `Part` under an equal `Split` are counted
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -113,9 +113,11 @@ def parts(spec: ModelSpec, stages: Sequence[int], stage: int) -> list[str]:
     return [*units, "head"] if last and "head" not in units else units
 
 
-def kinds(spec: ModelSpec) -> dict[str, Hashable]:
-    """Every part of the model in forward order, with its kind: equal kinds have equal work and traffic."""
-    return {name: describe(spec, name) for name in parts(spec, (spec.layers,), 0)}
+@functools.cache
+def kinds(spec: ModelSpec) -> dict[str, str]:
+    """Every part of the model in forward order, with the first of its kind: parts of a kind have equal work and traffic."""
+    first: dict[Part, str] = {}
+    return {name: first.setdefault(describe(spec, name), name) for name in parts(spec, (spec.layers,), 0)}
 
 
 @functools.cache

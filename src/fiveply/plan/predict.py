@@ -7,7 +7,9 @@ kind once for all layouts that split them alike.
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from statistics import NormalDist
@@ -88,8 +90,7 @@ class Predictor:
 
     def __init__(self, job: Job) -> None:
         self.job = msgspec.structs.replace(job, machine=cost.used_by(job.software, job.machine))
-        self._kinds = {part: number for number, part in enumerate(dict.fromkeys(workload.kinds(job.spec).values()))}
-        self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
+        self._kind_of = workload.kinds(job.spec)
         self._parts: dict[Hashable, PartSeconds] = {}
         self._computed: dict[Hashable, Computed] = {}
         self._pieces: dict[Hashable, Computed] = {}
@@ -112,7 +113,7 @@ class Predictor:
         interval = cost.interval(seconds, job.machine, job.software, job.precision, job.spec.experts is not None)
         footprints = self.footprints(layout)
         return Prediction(
-            layout, Interval(*interval), terms, footprints,
+            layout, interval, terms, footprints,
             tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
         )  # fmt: skip
 
@@ -172,20 +173,17 @@ class Predictor:
     def computed(self, layout: Layout, part: str) -> Computed:
         """The same without collectives."""
         key = self._work_key(layout, part)
-        found = self._computed.get(key)
-        if found is None:
-            job = self.job
+        if key not in self._computed:
+            job, found = self.job, list[Computed]()
             for name, work in workload.pieces(job, layout, part):
                 piece = self._kind_of[part], name
                 if piece not in self._pieces:
                     self._pieces[piece] = cost.computed(
                         work, job.machine, job.software, job.precision, self._operations
                     )
-                one = self._pieces[piece]
-                found = one if found is None else found + one
-            assert found is not None
-            self._computed[key] = found
-        return found
+                found.append(self._pieces[piece])
+            self._computed[key] = functools.reduce(operator.add, found)
+        return self._computed[key]
 
     def _work_key(self, layout: Layout, part: str) -> tuple[Hashable, ...]:
         """All that a part's computation depends on."""
@@ -236,10 +234,7 @@ class Predictor:
         forward, back, weight = (
             math.fsum(getattr(one, key) for one in priced) for key in ("forward", "input", "weight")
         )
-        terms: dict[str, float] = defaultdict(float)
-        for one in priced:
-            for name, seconds in one.terms.items():
-                terms[name] += seconds
+        terms = cost.summed(one.terms for one in priced)
         action = self.job.machine.action
         forward, back = forward + action, back + action
         if action:
@@ -333,21 +328,20 @@ class Predictor:
         plain = layout if layout.zero > 1 else msgspec.structs.replace(layout, zero=0, dp_shard=0)
         if plain not in self._ends:
             self._ends[plain] = self._pipeline(layout, stages)
-        return self._ends[plain].seconds((layout.schedule, layout.pp, layout.chunks), stages)
+        return self._ends[plain].seconds(stages)
 
     def _pipeline(self, layout: Layout, stages: list[StageSeconds]) -> Ends:
-        shape = layout.schedule, layout.pp, layout.chunks
-        return ends(*shape, self.micro_batches(layout), stages, blocking=self.blocking)
+        count = self.micro_batches(layout)
+        return ends(layout.schedule, layout.pp, layout.chunks, count, stages, blocking=self.blocking)
 
     def _step(self, layout: Layout, ranks: list[Rank]) -> tuple[float, dict[str, float]]:
         """The middle estimate and its terms: of the rank that computes longest, and what it waits for."""
         count = self.micro_batches(layout)
         seconds = [stage.seconds for stage in self.stages(layout)]
         still = [msgspec.structs.replace(stage, send=0.0, send_back=0.0) for stage in seconds]
-        shape = layout.schedule, layout.pp, layout.chunks
         ended = self._simulated(layout, seconds)
         alone = self._pipeline(layout, still)
-        without_sends, without_any = alone.seconds(shape, still), float(alone.ranks.max())
+        without_sends, without_any = alone.seconds(still), float(alone.ranks.max())
         critical = max(ranks, key=lambda rank: rank.busy)
         terms: dict[str, float] = defaultdict(float)
         for stage in critical.stages:

@@ -113,52 +113,47 @@ def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bo
     return Simulated(max(finish), tuple(busy), tuple(exposed), tuple(finish), tuple(ordered))
 
 
+TOLERANCE = 1e-3
+"""Of a step's end where its stages have not settled."""
+
+
 class Ends(NamedTuple):
-    """When each pipeline rank has computed all that it computes in a step, and when each stage has its last gradient."""
+    """When each pipeline rank has computed all that it computes in a step, and when each stage has its last gradient; `home`: its
+    rank."""
 
     ranks: NDArray[np.float64]
     stages: NDArray[np.float64]
+    home: tuple[int, ...]
 
-    def seconds(self, shape: tuple[str, int, int], stages: Sequence[StageSeconds]) -> float:
+    def seconds(self, stages: Sequence[StageSeconds]) -> float:
         """The end of the step once gradients are reduced, in the order in which a rank's chunks have them."""
-        name, pp, vp = shape
-        end = 0.0
-        for rank in range(pp):
-            own = sorted(stage_of(name, pp, rank, chunk) for chunk in range(vp))
-            lane = 0.0
-            for stage in sorted(own, key=lambda stage: self.stages[stage]):
-                one, ready = stages[stage], float(self.stages[stage])
-                lane = max(max(lane, ready - one.reduce_early) + one.reduce, ready + one.reduce_tail)
-            end = max(end, lane, float(self.ranks[rank]))
-        return end
-
-
-def stage_of(name: str, pp: int, rank: int, chunk: int) -> int:
-    """As `Schedule.stage_of`."""
-    return 2 * pp - 1 - rank if name == "zbv" and chunk == 1 else chunk * pp + rank
+        lanes = [0.0] * len(self.ranks)
+        for stage in np.argsort(self.stages, kind="stable").tolist():
+            one, ready, rank = stages[stage], float(self.stages[stage]), self.home[stage]
+            lanes[rank] = max(max(lanes[rank], ready - one.reduce_early) + one.reduce, ready + one.reduce_tail)
+        return max(*lanes, float(self.ranks.max()))
 
 
 def ends(
-    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False,
-    tolerance: float = 1e-3,
-) -> Ends:  # fmt: skip
+    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False
+) -> Ends:
     """A step's ends as `simulate` would give them, reductions left out: exactly once a short step has become periodic.
 
     Where stages still drift apart (nearly equal ones do for long), the end lies between two bounds, and a step twice as
-    long is tried until they are within `tolerance`; the lower one is returned.
+    long is tried until they are within TOLERANCE; the lower one is returned.
     """
 
     stages = [msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in stages]
 
     def run(count: int) -> tuple[Ends, NDArray[np.float64]]:
         """The ends, and [micro-batch, stage] when each gradient is there."""
-        program, gradients = _compiled(name, pp, vp, count)
+        program, gradients, home = _compiled(name, pp, vp, count)
         times, clock, _ = _run(program, pp, stages, blocking)
         found = np.array(times)[gradients]
-        return Ends(np.array(clock), found.max(axis=0)), found
+        return Ends(np.array(clock), found.max(axis=0), home), found
 
     def later(found: Ends, seconds: float) -> Ends:
-        return Ends(found.ranks + seconds, found.stages + seconds)
+        return Ends(found.ranks + seconds, found.stages + seconds, found.home)
 
     if name == "gpipe":  # its forwards all stand before its backwards, so one trajectory does not show the increment
         if micro_batches <= 3 * pp:
@@ -178,7 +173,7 @@ def ends(
             left = (micro_batches - fitting) // step
             end = float(found.ranks.max())
             low = max(end + left * fastest, bound(name, pp, vp, micro_batches, stages, blocking=blocking))
-            if end + left * slowest <= low * (1 + tolerance):
+            if end + left * slowest <= low * (1 + TOLERANCE):
                 return later(found, low - end)
         count *= 2
     return run(micro_batches)[0]
@@ -205,12 +200,10 @@ def bound(
     last, split = pp * vp - 1, name in ("zb", "zbv")
     turn = pp - 1 if name == "zbv" else -1
     busy = np.zeros(pp)
-    for rank in range(pp):
-        for chunk in range(vp):
-            number = stage_of(name, pp, rank, chunk)
-            one = stages[number]
-            sent = one.send * (number < last and number != turn) + one.send_back * (number > 0 and number != turn + 1)
-            busy[rank] += one.busy + (sent if blocking and pp > 1 else 0.0)
+    for number, one in enumerate(stages):
+        rank = last - number if name == "zbv" and number >= pp else number % pp
+        sent = one.send * (number < last and number != turn) + one.send_back * (number > 0 and number != turn + 1)
+        busy[rank] += one.busy + (sent if blocking and pp > 1 else 0.0)
     first = stages[:pp]
     lanes = Lanes(
         busy,
@@ -223,15 +216,15 @@ def bound(
 
 
 @lru_cache(maxsize=256)
-def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program, NDArray[np.int64]]:
-    """A schedule's program, and [micro-batch, stage] where in it each gradient is complete."""
+def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program, NDArray[np.int64], tuple[int, ...]]:
+    """A schedule's program, [micro-batch, stage] where in it each gradient is complete, and each stage's rank."""
     schedule = build(name, pp, micro_batches, vp, transfers=False)
     entries = _entries(schedule)
     gradients = np.zeros((micro_batches, schedule.stages), np.int64)
     for place, (action, _, stage, _, _, _) in enumerate(entries):
         if action.kind is Kind.BACKWARD or action.kind is Kind.WEIGHT:
             gradients[action.micro_batch, stage] = place
-    return _program(schedule, entries), gradients
+    return _program(schedule, entries), gradients, tuple(schedule.rank_of(stage)[0] for stage in range(schedule.stages))
 
 
 def _entries(schedule: Schedule) -> list[_Entry]:

@@ -151,8 +151,7 @@ class _Pricing:
             StageSeconds(sum(one.forward), sum(one.backward), 0.0, send=send, send_back=back)
             for one, send, back in zip(stages, [*sends, 0.0], [0.0, *sends], strict=True)
         ]
-        shape = layout.schedule, layout.pp, layout.chunks
-        return ends(*shape, micro_batches, seconds).seconds(shape, seconds)
+        return ends(layout.schedule, layout.pp, layout.chunks, micro_batches, seconds).seconds(seconds)
 
     def _update(self, layout: Layout, micro_batches: int, elements: int) -> float:
         """Reducing gradients, gathering parameters, and the optimiser, of the rank with most parameters."""
