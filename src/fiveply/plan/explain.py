@@ -50,11 +50,13 @@ SHARES = {
 
 
 class Ranked(msgspec.Struct, frozen=True):
-    """One layout of the table. `mfu`: of all devices' peak. `refusal`: "" or why the runtime can't run it yet."""
+    """One layout of the table. `capacity`: bytes of a device. `mfu`: of all devices' peak. `refusal`: "" or why the runtime
+    can't run it yet."""
 
     prediction: Prediction
     order: str
     world: int
+    capacity: int
     tokens_per_second_per_device: float
     mfu: float
     bound_by: str
@@ -88,6 +90,11 @@ class Answer(msgspec.Struct, frozen=True):
     @property
     def job(self) -> Job:
         return self.search.job
+
+    @property
+    def proof(self) -> str:
+        gap = self.searched.gap
+        return "proven best" if gap == 0 else f"at most {gap:.1%} above what was pruned"
 
 
 def software(precision: str) -> Software:
@@ -192,8 +199,8 @@ def rank(predictor: Predictor, layout: Layout) -> Ranked:
     seconds, world = prediction.seconds.p50, layout.world
     ideal = workload.model_flops(job.spec, job.sequence) * job.global_batch / (world * job.machine.flops(job.precision))
     return Ranked(
-        prediction, job.order, world, job.global_batch * job.sequence / seconds / world, ideal / seconds,
-        bound_by(prediction.terms), refusal(job, layout, job.order), ideal,
+        prediction, job.order, world, job.machine.memory_bytes, job.global_batch * job.sequence / seconds / world,
+        ideal / seconds, bound_by(prediction.terms), refusal(job, layout), ideal,
     )  # fmt: skip
 
 
@@ -203,9 +210,9 @@ def bound_by(terms: dict[str, float]) -> str:
     return name if seconds >= 0.1 * sum(terms.values()) else "products"
 
 
-def refusal(job: Job, layout: Layout, order: str) -> str:
+def refusal(job: Job, layout: Layout) -> str:
     """Why fiveply's runtime cannot run it yet; "" where it can."""
-    if order != ORDERS[0]:
+    if job.order != ORDERS[0]:
         return f"ranks are ordered {ORDERS[0]} by the runtime"
     try:
         resolve(layout, job.spec, sequence=job.sequence, global_batch=job.global_batch)
@@ -303,7 +310,7 @@ def differences(one: Ranked, other: Ranked, least: float = 0.005) -> list[str]:
 
 
 def sensitivities(answer: Answer) -> dict[str, float]:
-    """By how much of its time the best layout gets faster if a part of the machine gets twice as good."""
+    """By how much of its time the best layout gets faster if a part of the machine gets twice as good, the most first."""
     top, job = answer.ranked[0], answer.job
     machine = job.machine
 
@@ -322,7 +329,7 @@ def sensitivities(answer: Answer) -> dict[str, float]:
     for name, change in changes.items():
         changed = msgspec.structs.replace(job, order=top.order, machine=msgspec.structs.replace(machine, **change))
         gains[name] = 1 - Predictor(changed).seconds(top.prediction.layout) / before
-    return gains
+    return dict(sorted(gains.items(), key=lambda item: -item[1]))
 
 
 def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
@@ -365,11 +372,11 @@ def values(answer: Answer) -> dict[str, Any]:
         "fit": answer.searched.fit,
         "priced": answer.searched.priced,
         "gap": answer.searched.gap,
-        "plans": [_plan_values(answer, one) for one in answer.ranked],
+        "plans": [values_of(one) for one in answer.ranked],
     }
 
 
-def _plan_values(answer: Answer, one: Ranked) -> dict[str, Any]:
+def values_of(one: Ranked) -> dict[str, Any]:
     prediction = one.prediction
     return {
         "layout": str(prediction.layout),
@@ -383,7 +390,7 @@ def _plan_values(answer: Answer, one: Ranked) -> dict[str, Any]:
         "memory_bytes": {
             "worst": one.worst,
             "by_rank": list(prediction.memory_bytes),
-            "capacity": answer.job.machine.memory_bytes,
+            "capacity": one.capacity,
         },
         "p_oom": prediction.p_oom,
         "bound_by": one.bound_by,
