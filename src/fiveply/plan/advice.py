@@ -32,14 +32,14 @@ class Advice(msgspec.Struct, frozen=True):
 def expressible(system: str, answer: Answer, model: str) -> tuple[Ranked, str, list[str]]:
     """The first layout of an answer that `system` can express, its text, and comments (which name those passed over).
     Raises InputError, with the first one's reason, if there is none."""
-    refusals: list[InputError] = []
+    job, refusals = answer.job, list[InputError]()
     for one in answer.ranked:
         try:
-            text, comments = dialects.emit(
-                system, one.prediction.layout, answer.job.spec, sequence=answer.job.sequence,
-                global_batch=answer.job.global_batch, precision=answer.job.precision,
-                devices_per_node=answer.job.machine.devices_per_node, model=model, order=one.order,
+            facts = facts_of(
+                one.prediction.layout, job.spec, sequence=job.sequence, global_batch=job.global_batch,
+                precision=job.precision, devices_per_node=job.machine.devices_per_node, model=model, order=one.order,
             )  # fmt: skip
+            text, comments = dialects.emit(system, facts)
         except InputError as error:
             refusals.append(error)
             continue
