@@ -1,13 +1,13 @@
 """A pipeline's step by its own schedule: the actions that the runtime executes, with each stage's seconds.
 
-Each rank has a lane that computes, in the order of its actions, and one that reduces meanwhile. A transfer
-takes its seconds between the end of what it sends and the start of what needs it, and holds the sender up only where the
-system sends synchronously (`blocking`).
+A rank computes in the order of its actions, and reduces beside that what is complete. A transfer takes its seconds between
+the end of what it sends and the start of what needs it, and holds the sender up only where the system sends synchronously
+(`blocking`).
 
-`simulate` executes every action and says all that happened; it also replays a step of which each action's seconds are
-known. `ends` finds the same end of the step in milliseconds
-for any number of micro-batches: with constant seconds a schedule becomes periodic (it is a linear system over maximum and
-plus; Baccelli et al. 1992, Synchronization and Linearity), so a short step and its increment are enough.
+`simulate` executes every computation and says when it was; it also replays a step of which each one's seconds are known.
+`ends` finds the same end of the step in milliseconds for any number of micro-batches: with constant seconds a schedule
+becomes periodic (it is a linear system over maximum and plus; Baccelli et al. 1992, Synchronization and Linearity), so a
+short step and its increment are enough.
 """
 
 from __future__ import annotations
@@ -48,16 +48,11 @@ class StageSeconds(msgspec.Struct, frozen=True):
         return self.forward + self.input + self.weight
 
 
-EMPTY = StageSeconds(0.0, 0.0, 0.0)
-
-
 class Simulated(msgspec.Struct, frozen=True):
-    """A step. By pipeline rank: `busy` computing, `exposed` waiting at its end for reductions, `finish` after that."""
+    """A step. `busy`: computing, by pipeline rank; `events`: each rank's computations in order."""
 
     seconds: float
     busy: tuple[float, ...]
-    exposed: tuple[float, ...]
-    finish: tuple[float, ...]
     events: tuple[Event, ...]
 
     @property
@@ -67,20 +62,19 @@ class Simulated(msgspec.Struct, frozen=True):
 
 
 _Entry: TypeAlias = tuple[Action, int, int, int, int, bool]
-"""What the loop reads of an action: its rank and stage; `need`, `out`: slots of arrival times (0 arrives at once, 1 is needed by
+"""What the loop reads of a computation: its rank and stage; `need`, `out`: slots of arrival times (0 arrives at once, 1 is needed by
 none); and whether it is handed to another rank."""
 
 
 class _Program(NamedTuple):
-    """`steps`: (rank, what, need, out, travel). `what` from 0 on is a place in the table of costs, by kind of computation and
-    stage; -1 - stage reduces, and beyond the stages waits for that. `travel` is a place in the table of transfers, 0 for none."""
+    """`steps`: (rank, what, need, out, travel). `what` is a place in the table of costs, by kind of computation and stage; `travel`
+    one in the table of transfers, 0 for none."""
 
     steps: tuple[tuple[int, int, int, int, int], ...]
     slots: int
 
 
 _CODES = {kind: code for code, kind in enumerate(COMPUTE)}
-_OTHERS = (Kind.REDUCE, Kind.FINISH)
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
@@ -88,29 +82,17 @@ def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bo
     (all of a stage stand together). Raises ScheduleError if it deadlocks."""
     entries = _entries(schedule)
     each = len(stages) // schedule.stages
-    ended, finish, exposed = _run(_program(schedule, entries, each), schedule.pp, stages, blocking)
-    busy = [0.0] * schedule.pp
+    ended, clock = _run(_program(schedule, entries, each), schedule.pp, stages, blocking)
+    busy, gradients = [0.0] * schedule.pp, np.zeros(schedule.stages)
     events: list[Event] = []
-    for (action, rank, stage, _, _, crosses), end in zip(entries, ended, strict=True):
-        kind, chunk, micro_batch, _ = action
-        one = stages[_place(stage, micro_batch, each)] if stage >= 0 else EMPTY
-        if kind in COMPUTE:
-            seconds = (one.forward, one.input + one.weight, one.input, one.weight)[_CODES[kind]]
-            busy[rank] += seconds
-            events.append(Event(rank, kind, chunk, micro_batch, end - seconds, end, stage=stage))
-            if crosses:
-                back = kind is not Kind.FORWARD
-                peer = schedule.rank_of(stage + (-1 if back else 1))[0]
-                events.append(Event(rank, "transfer", chunk, micro_batch, end, end + (one.send_back if back else one.send),
-                                    "communication", stage, "pp", "send", peer=peer))  # fmt: skip
-        elif kind is Kind.FINISH:
-            events.append(Event(rank, "wait", chunk, micro_batch, end - exposed[rank], end, axis="dp"))
-        else:
-            events.append(Event(rank, "collective", chunk, micro_batch, end - one.reduce, end, "communication", stage, "dp",
-                                "reduce-scatter"))  # fmt: skip
-    events = [event for event in events if event.end > event.start or event.kind in COMPUTE]
-    ordered = sorted(events, key=lambda event: (event.rank, event.lane, event.start))
-    return Simulated(max(finish), tuple(busy), tuple(exposed), tuple(finish), tuple(ordered))
+    for (action, rank, stage, _, _, _), end in zip(entries, ended, strict=True):
+        one = stages[_place(stage, action.micro_batch, each)]
+        seconds = (one.forward, one.input + one.weight, one.input, one.weight)[_CODES[action.kind]]
+        busy[rank] += seconds
+        gradients[stage] = end
+        events.append(Event(rank, action.kind, action.chunk, action.micro_batch, end - seconds, end, stage=stage))
+    whole = Ends(np.array(clock), gradients, _home(schedule)).seconds(stages[::each])
+    return Simulated(whole, tuple(busy), tuple(sorted(events, key=lambda event: (event.rank, event.start))))
 
 
 TOLERANCE = 1e-3
@@ -143,12 +125,10 @@ def ends(
     long is tried until they are within TOLERANCE; the lower one is returned.
     """
 
-    stages = [msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in stages]
-
     def run(count: int) -> tuple[Ends, NDArray[np.float64]]:
         """The ends, and [micro-batch, stage] when each gradient is there."""
         program, gradients, home = _compiled(name, pp, vp, count)
-        times, clock, _ = _run(program, pp, stages, blocking)
+        times, clock = _run(program, pp, stages, blocking)
         found = np.array(times)[gradients]
         return Ends(np.array(clock), found.max(axis=0), home), found
 
@@ -224,13 +204,17 @@ def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program
     for place, (action, _, stage, _, _, _) in enumerate(entries):
         if action.kind is Kind.BACKWARD or action.kind is Kind.WEIGHT:
             gradients[action.micro_batch, stage] = place
-    return _program(schedule, entries), gradients, tuple(schedule.rank_of(stage)[0] for stage in range(schedule.stages))
+    return _program(schedule, entries), gradients, _home(schedule)
+
+
+def _home(schedule: Schedule) -> tuple[int, ...]:
+    """Each stage's rank."""
+    return tuple(schedule.rank_of(stage)[0] for stage in range(schedule.stages))
 
 
 def _entries(schedule: Schedule) -> list[_Entry]:
-    """All actions but transfers, each after what it needs. Raises ScheduleError for a deadlock."""
-    stages, count = schedule.stages, schedule.micro_batches
-    home = [schedule.rank_of(stage)[0] for stage in range(stages)]
+    """All computations, each after what it needs. Raises ScheduleError for a deadlock."""
+    stages, count, home = schedule.stages, schedule.micro_batches, _home(schedule)
     held = [[schedule.stage_of(rank, chunk) for chunk in range(schedule.vp)] for rank in range(schedule.pp)]
     forward, backward, input_gradient = Kind.FORWARD, Kind.BACKWARD, Kind.INPUT
     position = [0] * schedule.pp
@@ -259,7 +243,7 @@ def _entries(schedule: Schedule) -> list[_Entry]:
                 waiting[need] = rank
                 break
             at += 1
-            if kind in _CODES or kind in _OTHERS:
+            if kind in _CODES:
                 entries.append((action, rank, stage, need, out, crosses))
             if out > 1:
                 made.add(out)
@@ -275,52 +259,38 @@ def _entries(schedule: Schedule) -> list[_Entry]:
 
 
 def _place(stage: int, micro_batch: int, each: int) -> int:
-    """Of an action's seconds, where each stage has `each` of them; what is about all micro-batches counts as the first."""
-    return stage * each + (max(0, micro_batch) if each > 1 else 0)
+    """Of an action's seconds, where each stage has `each` of them."""
+    return stage * each + (micro_batch if each > 1 else 0)
 
 
 def _program(schedule: Schedule, entries: list[_Entry], each: int = 1) -> _Program:
     count = schedule.stages * each
     steps: list[tuple[int, int, int, int, int]] = []
     for action, rank, number, need, out, crosses in entries:
-        kind, stage = action.kind, _place(number, action.micro_batch, each)
-        if kind in _OTHERS:
-            steps.append((rank, -1 - stage if stage >= 0 else -1 - count, 0, 1, 0))
-            continue
-        code = _CODES[kind]
+        code, stage = _CODES[action.kind], _place(number, action.micro_batch, each)
         travel = 0 if not crosses else 1 + stage + (count if code in (1, 2) else 0)
         steps.append((rank, code * count + stage, need, out, travel))
     return _Program(tuple(steps), 2 + 2 * schedule.stages * schedule.micro_batches)
 
 
-def _run(
-    program: _Program, pp: int, stages: Sequence[StageSeconds], blocking: bool
-) -> tuple[list[float], list[float], list[float]]:
-    """The end of each entry; when each rank is done, and how long it then waited for its other lane."""
-    count = len(stages)
+def _run(program: _Program, pp: int, stages: Sequence[StageSeconds], blocking: bool) -> tuple[list[float], list[float]]:
+    """The end of each entry, and when each rank has computed all."""
     costs = [
         *(stage.forward for stage in stages), *(stage.input + stage.weight for stage in stages),
         *(stage.input for stage in stages), *(stage.weight for stage in stages),
     ]  # fmt: skip
     travels = [0.0, *(stage.send for stage in stages), *(stage.send_back for stage in stages)]
-    clock, lane, exposed = [0.0] * pp, [0.0] * pp, [0.0] * pp
+    clock = [0.0] * pp
     arrival = [0.0] * program.slots
     ended: list[float] = []
     note = ended.append
     for rank, what, need, out, travel in program.steps:
         start = clock[rank]
-        if what >= 0:
-            if (arrived := arrival[need]) > start:
-                start = arrived
-            clock[rank] = end = start + costs[what]
-            arrival[out] = end + travels[travel]
-            if blocking:
-                clock[rank] = arrival[out]
-        elif what >= -count:
-            one = stages[-1 - what]
-            lane[rank] = end = max(max(lane[rank], start - one.reduce_early) + one.reduce, start + one.reduce_tail)
-        else:
-            clock[rank] = end = max(start, lane[rank])
-            exposed[rank] = end - start
+        if (arrived := arrival[need]) > start:
+            start = arrived
+        clock[rank] = end = start + costs[what]
+        arrival[out] = end + travels[travel]
+        if blocking:
+            clock[rank] = arrival[out]
         note(end)
-    return ended, clock, exposed
+    return ended, clock
