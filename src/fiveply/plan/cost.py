@@ -103,10 +103,10 @@ published rows of GPT shapes (vocabulary 50,257, head size 96)."""
 def attention_seconds(operation: Operation, machine: Machine, software: Software, precision: str) -> float:
     """Fused attention, or scores, softmax and two products where the system has no fused one; context-parallel parts of a
     row take the time of their share of its pairs."""
-    rows, queries, keys, heads, _, size, value, window = operation.shape
+    _, _, keys, _, _, size, value, window = operation.shape
     backward = operation.phase == "input" and not operation.again
     if not software.flash:
-        return _plain_attention(rows * heads, queries, keys, size, machine, software, precision, backward)
+        return _plain_attention(operation, machine, software, precision, backward)
     seen = min(window, keys) if window else keys
     head = (size + value) / 2
     speed = machine.attention
@@ -116,16 +116,11 @@ def attention_seconds(operation: Operation, machine: Machine, software: Software
 
 
 def _plain_attention(
-    squares: int,
-    queries: int,
-    keys: int,
-    size: int,
-    machine: Machine,
-    software: Software,
-    precision: str,
-    backward: bool,
+    operation: Operation, machine: Machine, software: Software, precision: str, backward: bool
 ) -> float:
     """Scores and context as batched products of whole squares, softmax and dropout as kernels between them."""
+    rows, queries, keys, heads, _, size, _, _ = operation.shape
+    squares = rows * heads
     products = product_seconds(queries, keys, size, machine, precision, squares)
     products += product_seconds(queries, size, keys, machine, precision, squares)
     width = BYTES[precision]

@@ -287,7 +287,7 @@ def _core(tally: Tally, part: Part, split: Split, heads: int, kv_heads: int, siz
     else:
         pairs = pairs // cp
     window = part.window if part.window < sequence else 0
-    tally.attention(split.rows, queries, sequence, heads, kv_heads, size, value, window, pairs)
+    tally.attention((split.rows, queries, sequence, heads, kv_heads, size, value, window), pairs)
     numbers = split.rows * queries * heads
     if window and tally.software.window_masks:
         tally.keep("mask", "core", sequence * sequence * split.element)
@@ -338,14 +338,14 @@ def _experts(tally: Tally, part: Part, split: Split, experts: Experts) -> None:
     tally.memory("dispatch", "experts", 2 * chosen * hidden, 2 * chosen * hidden)
     tally.keep("expert input", "experts", _read(tally, split, rows * hidden))
     columns = {"expert gate": inner, "expert up": inner} if part.spec.gated_mlp else {"expert up": inner}
-    tally.grouped("experts", count, rows, hidden, **columns)
+    tally.products("experts", rows, hidden, groups=count, **columns)
     _activation(tally, part, split, rows * inner, "expert ", "experts")
     # The chances' gradients need what the chances scaled; a gated unit that scales as it multiplies has all of that kept.
     if tally.software.scales == "output":
         tally.keep("expert output", "experts", chosen * hidden * element)
     elif not part.spec.gated_mlp:
         tally.keep("unscaled activation", "activation", rows * inner * element)
-    tally.grouped("experts", count, rows, inner, **{"expert down": hidden})
+    tally.products("experts", rows, inner, groups=count, **{"expert down": hidden})
     tally.memory("combine", "experts", (1 + experts.per_token) * tokens * hidden, 2 * chosen * hidden)
     if experts.shared_ffn:
         _mlp(tally, part, split, experts.shared_ffn, "shared ")
