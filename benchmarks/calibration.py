@@ -36,7 +36,7 @@ ISOLATED = {
 
 def unfitted(row: Row) -> Job:
     """The row's job as it would be priced before any step time was seen."""
-    job = score.job(row)
+    job = row.job
     software: Software = msgspec.structs.replace(job.software, **ISOLATED)
     machine: Machine = msgspec.structs.replace(
         job.machine, clock=1.0, attention=msgspec.structs.replace(job.machine.attention, backward=0.8)
@@ -53,8 +53,8 @@ def case(row: Row) -> Case | None:
         found = predict(unfitted(row), row.layout)
     except InputError:
         return None
-    device, system = row.device.split("-")[0], row.software.name
-    kernel = "flash" if row.software.flash else "plain"
+    device, system = row.job.machine.name.split("-")[0], row.job.software.name
+    kernel = "flash" if row.job.software.flash else "plain"
     factors = {
         "products": (f"products on {device}",),
         "recompute": (f"products on {device}",),

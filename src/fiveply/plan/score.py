@@ -19,9 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from fiveply.plan import cost, table
-from fiveply.plan import machine as machines
-from fiveply.plan.machine import Machine
-from fiveply.plan.predict import Job, Prediction, predict
+from fiveply.plan.predict import Prediction, predict
 from fiveply.plan.table import Row, Skipped
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import divisors
@@ -136,7 +134,7 @@ def score(path: str | Path = "") -> Score:
             sweeps[row.sweep].append(times[-1])
         if row.bytes:
             memory = _bytes(row, prediction)
-            width = math.exp(cost.NINETIETH * row.software.memory_spread)
+            width = math.exp(cost.NINETIETH * row.job.software.memory_spread)
             within = memory / width, memory * width
             held = within[0] <= row.bytes <= within[1]
             memories.append(Compared(row.source, row.stratum, row.bytes, memory, held))
@@ -161,37 +159,21 @@ def published() -> str:
     return str(resources.files("fiveply.plan").joinpath("published.csv"))
 
 
-def job(row: Row) -> Job:
-    """What a row computed, on the devices it names."""
-    return Job(row.spec, row.sequence, row.software, row.precision, machine=machine(row), global_batch=row.global_batch)
-
-
-def machine(row: Row) -> Machine:
-    found = machines.load(row.device)
-    network = found.network
-    if row.network:
-        network = msgspec.structs.replace(network, bandwidth=row.network)
-    return msgspec.structs.replace(found, devices_per_node=row.node, network=network)
-
-
 def predicted(row: Row) -> Prediction:
     """The row's prediction; where it does not say its micro-batch, the fastest that fits is taken. Raises InputError for a
     layout that is none."""
-    if row.layout.micro_batch:
-        return predict(job(row), row.layout)
-    replica = row.global_batch // row.layout.dp
-    tried = [
-        predict(job(row), msgspec.structs.replace(row.layout, micro_batch=size))
-        for size in divisors(max(1, replica))
-        if size <= 16
-    ]
+    job, layout = row.job, row.layout
+    if layout.micro_batch:
+        return predict(job, layout)
+    sizes = [size for size in divisors(max(1, job.global_batch // layout.dp)) if size <= 16]
+    tried = [predict(job, msgspec.structs.replace(layout, micro_batch=size)) for size in sizes]
     fitting = [one for one in tried if one.p_oom < 0.5]
     return min(fitting or tried, key=lambda one: one.seconds.p50)
 
 
 def _bytes(row: Row, prediction: Prediction) -> float:
     ranks = prediction.memory_bytes
-    allocated = (ranks[-1] if row.last_rank else max(ranks)) + machine(row).workspace_bytes
+    allocated = (ranks[-1] if row.last_rank else max(ranks)) + row.job.machine.workspace_bytes
     return allocated * RESERVED if row.reserved else allocated
 
 

@@ -15,7 +15,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from fiveply.plan import machine as machines
 from fiveply.plan import software as systems
+from fiveply.plan.machine import Machine
+from fiveply.plan.predict import Job
 from fiveply.plan.software import Software
 from fiveply.spec.architecture import Experts, Latent, ModelSpec, Rope
 from fiveply.spec.errors import InputError
@@ -37,17 +40,9 @@ class Row(msgspec.Struct, frozen=True):
     number: int
     source: str
     stratum: str
-    spec: ModelSpec
+    job: Job
+    """What it computed, on the devices it names."""
     layout: Layout
-    software: Software
-    device: str
-    devices: int
-    node: int
-    network: float
-    """Bytes/s of one device's share of the network where the row says so, else 0."""
-    sequence: int
-    global_batch: int
-    precision: str
     seconds: float | None
     bytes: float | None
     last_rank: bool
@@ -145,28 +140,28 @@ def _row(number: int, record: Record) -> Row:
     if not seconds and not gib:
         raise RowError("measures neither time nor memory")
     precision = _meant(record, "precision", PRECISIONS)
-    network = re.search(r"(\d+) ?Gb/?p?s(?: per node| node)", record["notes"])
-    node = whole_in(record, "gpus_per_node", 8)
     return Row(
         number=number,
         source=record["source"],
         stratum=_stratum(record, spec, precision),
-        spec=spec,
+        job=Job(spec, sequence, software, precision, machine=_machine(record), global_batch=batch),
         layout=layout,
-        software=software,
-        device=device(record["gpu"]),
-        devices=devices,
-        node=min(node, devices) if device(record["gpu"]) not in ("gb200", "gb300") else 4,
-        network=float(network[1]) * 1e9 / 8 / node if network else 0.0,
-        sequence=sequence,
-        global_batch=batch,
-        precision=precision,
         seconds=seconds or None,
         bytes=gib * GIB if gib else None,
         last_rank=record["mem_rank"] == "last",
         reserved=record["mem_kind"] == "reserved" or "reserved" in record["notes"],
         sweep=tuple(record[key] for key in ("source", "model", "gpu", "num_gpus", "seq", "global_batch", "precision")),
     )  # fmt: skip
+
+
+def _machine(record: Record) -> Machine:
+    """The row's devices, and where it says so their hosts' network, of which each has its share."""
+    found, node = machines.load(device(record["gpu"])), whole_in(record, "gpus_per_node", 8)
+    network = found.network
+    if said := re.search(r"(\d+) ?Gb/?p?s(?: per node| node)", record["notes"]):
+        network = msgspec.structs.replace(network, bandwidth=float(said[1]) * 1e9 / 8 / node)
+    node = 4 if found.name in ("gb200", "gb300") else min(node, whole_in(record, "num_gpus"))
+    return msgspec.structs.replace(found, devices_per_node=node, network=network)
 
 
 PRECISIONS = {
