@@ -60,23 +60,16 @@ class Prediction(msgspec.Struct, frozen=True):
         return tuple(footprint.peak for footprint in self.footprints)
 
 
-class Stage(msgspec.Struct, frozen=True):
-    """One stage's seconds, and what those of one micro-batch consist of."""
-
-    seconds: StageSeconds
-    terms: dict[str, float]
-
-
 class Rank(msgspec.Struct, frozen=True):
     """A pipeline rank: its stages by chunk, and the terms of what it does once gradients are reduced."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageSeconds, ...]
     after: dict[str, float]
 
     @property
     def busy(self) -> float:
         """Seconds of computing one micro-batch."""
-        return sum(stage.seconds.busy for stage in self.stages)
+        return sum(stage.busy for stage in self.stages)
 
 
 def predict(job: Job, layout: Layout) -> Prediction:
@@ -114,12 +107,12 @@ class Predictor:
         footprints = self.footprints(layout)
         return Prediction(
             layout, interval, terms, footprints,
-            tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
+            tuple(self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
         )  # fmt: skip
 
     def seconds(self, layout: Layout) -> float:
         """The step's middle estimate, without terms and bytes."""
-        step = self._simulated(layout, [stage.seconds for stage in self.stages(layout)])
+        step = self._simulated(layout, self.stages(layout))
         step += max(sum(rank.after.values()) for rank in self.ranks(layout))
         return step + cost.residual(step, self.job.machine, self.job.software, layout)
 
@@ -196,7 +189,7 @@ class Predictor:
         key = (*self._work_key(layout, part), stride, layout.offload == "activations")
         return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
 
-    def stages(self, layout: Layout) -> list[Stage]:
+    def stages(self, layout: Layout) -> list[StageSeconds]:
         """By global stage."""
         found = {
             layout.stage_of(number, chunk): stage
@@ -229,7 +222,7 @@ class Predictor:
             tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls)
         )
 
-    def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> Stage:
+    def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> StageSeconds:
         priced = [self.part(layout, part) for part in parts]
         forward, back, weight = (
             math.fsum(getattr(one, key) for one in priced) for key in ("forward", "input", "weight")
@@ -248,8 +241,7 @@ class Predictor:
                     tail += once
         early = self.job.software.overlap_gradients * (back + weight) * (1 - 1 / len(parts))
         send = self.transfer(layout)
-        seconds = StageSeconds(forward, back, weight, send, send, reduce=reduce, reduce_early=early, reduce_tail=tail)
-        return Stage(seconds, dict(terms))
+        return StageSeconds(forward, back, weight, send, send, reduce, early, tail, terms)
 
     def transfer(self, layout: Layout) -> float:
         """Seconds until the neighbouring stage has what this one hands on."""
@@ -337,7 +329,7 @@ class Predictor:
     def _step(self, layout: Layout, ranks: list[Rank]) -> tuple[float, dict[str, float]]:
         """The middle estimate and its terms: of the rank that computes longest, and what it waits for."""
         count = self.micro_batches(layout)
-        seconds = [stage.seconds for stage in self.stages(layout)]
+        seconds = self.stages(layout)
         still = [msgspec.structs.replace(stage, send=0.0, send_back=0.0) for stage in seconds]
         ended = self._simulated(layout, seconds)
         alone = self._pipeline(layout, still)

@@ -17,6 +17,7 @@ its memory before it is priced (`fitting.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import heapq
 import math
@@ -164,24 +165,11 @@ class Search:
 
     def _look(self, level: Level, payload: Any) -> None:
         self._spent += EFFORT[level]
-        if level == "family":
-            self._price_family(*payload)
-        elif level == "split":
-            self._open_split(payload)
-        elif level == "pipeline":
-            self._divide(*payload)
-        elif level == "state":
-            self._price(*payload)
-        if level != "found":
-            return
-        self._spent += self._actions(payload[0]) // 100
-        if self.fitting.fits(payload[0]):
-            choice = Choice(*payload)
-            if choice.seconds < self._known(level, payload):
-                self.choices[degrees(choice.layout)] = choice
-                times = sorted(known.seconds for known in self.choices.values())
-                self._best = times[0]
-                self._limit = times[self.wanted - 1] if len(times) >= self.wanted else math.inf
+        looks: dict[Level, Callable[..., None]] = {
+            "family": self._price_family, "split": self._open_split, "pipeline": self._divide, "state": self._price,
+            "found": self._choose,
+        }  # fmt: skip
+        looks[level](*payload)
 
     def _actions(self, layout: Layout) -> int:
         """About how many are run to find the end of its step."""
@@ -189,13 +177,13 @@ class Search:
 
     def _known(self, level: Level, payload: Any) -> float:
         """Seconds of the best layout found of the same degrees."""
-        known = self.choices.get(degrees(self.splits.layout(payload) if level == "split" else payload[0]))
+        known = self.choices.get(degrees(self.splits.layout(payload[0]) if level == "split" else payload[0]))
         return known.seconds if known else math.inf
 
     def _push(self, least: float, level: Level, payload: Any) -> None:
         """`least`: a bound of all that may come of it."""
         if least < self._limit:
-            if self._haste and level == "split" and self._spare(payload):
+            if self._haste and level == "split" and self._spare(payload[0]):
                 self._later.append((least, level, payload))
                 return
             key = least * HASTE[level] ** self._haste
@@ -223,7 +211,7 @@ class Search:
                     self._chunks[name] = np.zeros(max(self._orders) + 1, np.int64)
                 most = self._chunks[name]
                 most[pp] = max(most[pp], chunks_of(name, vp))
-        self._states: dict[tuple[int, int], Kinds] = {}
+        self._kinds = functools.cache(lambda dp, cp: states(dp, cp, limits))
         legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
         self._busiest = np.zeros(len(self.splits), np.int64)
         """By split, layers that its busiest rank must take at least."""
@@ -239,12 +227,6 @@ class Search:
                 may[rows] = fits.any(axis=1)
         self._queue_families(np.flatnonzero(may))
         return legal, fit
-
-    def _kinds(self, dp: int, cp: int) -> Kinds:
-        """The states of so many data-parallel and context ranks."""
-        if (dp, cp) not in self._states:
-            self._states[dp, cp] = states(dp, cp, self.limits)
-        return self._states[dp, cp]
 
     def _queue_families(self, rows: NDArray[np.int64]) -> None:
         if not len(rows):
@@ -285,15 +267,13 @@ class Search:
         largest, layout = micro_batch[0].item(), self.splits.layout(int(rows[0]))
         models = np.zeros((len(rows), len(Model._fields)))
         full = recompute == "full"
-        for some, name in (
-            (full, "full"),
-            (~full, "none"),
-        ):  # what recomputes a part takes no less than what recomputes nothing
+        # What recomputes a part takes no less than what recomputes nothing.
+        for some, name in ((full, "full"), (~full, "none")):
             if some.any():
                 models[some] = self.floors.model(msgspec.structs.replace(layout, recompute=name))
         least, here = self._least(rows, models * (micro_batch / largest)[:, None]), micro_batch == largest
         for bound, row in zip(least[here].tolist(), rows[here].tolist(), strict=True):
-            self._push(bound, "split", row)
+            self._push(bound, "split", (row,))
         if not here.all():
             self._push(float(least[~here].min()), "family", (rows[~here], least[~here]))
 
@@ -401,3 +381,14 @@ class Search:
         seconds = self.predictors[order].seconds(layout)
         self._priced += 1
         self._push(seconds, "found", (layout, order, seconds))
+
+    # 6. choices
+
+    def _choose(self, layout: Layout, order: str, seconds: float) -> None:
+        """Keep the best layout of its degrees, if it fits."""
+        self._spent += self._actions(layout) // 100
+        if self.fitting.fits(layout) and seconds < self._known("found", (layout,)):
+            self.choices[degrees(layout)] = Choice(layout, order, seconds)
+            times = sorted(known.seconds for known in self.choices.values())
+            self._best = times[0]
+            self._limit = times[self.wanted - 1] if len(times) >= self.wanted else math.inf

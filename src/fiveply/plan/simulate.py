@@ -41,6 +41,8 @@ class StageSeconds(msgspec.Struct, frozen=True):
     """How long before the end of the last backward the first gradients are ready to be reduced."""
     reduce_tail: float = 0.0
     """Of the bucket that is ready last: it can't begin before the backward ends."""
+    terms: dict[str, float] = {}
+    """What one micro-batch's computing consists of."""
 
     @property
     def busy(self) -> float:
