@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -325,9 +325,10 @@ def exchanged(
     return PartSeconds(phases["forward"], phases["input"], phases["weight"], dict(terms))
 
 
-def exposed(seconds: float, beside: float, share: float, contention: float) -> float:
-    """What of a collective is not hidden by `beside` seconds of computation, with what it slows that down by."""
-    hidden = min(seconds * share, beside / contention)
+def exposed(seconds: Any, beside: Any, share: float, contention: float, least: Callable[[Any, Any], Any] = min) -> Any:
+    """What of a collective is not hidden by `beside` seconds of computation, with what it slows that down by. Of arrays, whose
+    `least` is numpy's."""
+    hidden = least(seconds * share, beside / contention)
     return seconds - hidden + hidden * (contention - 1)
 
 

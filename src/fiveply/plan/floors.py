@@ -17,7 +17,7 @@ from fiveply.plan import cost, traffic, units
 from fiveply.plan.bounds import Lanes, Model, least_end, least_of_any
 from fiveply.plan.cost import Wire
 from fiveply.plan.fitting import Fitting
-from fiveply.plan.predict import ORDERS, Job, Predictor
+from fiveply.plan.predict import ORDERS, SPLIT, Job, Predictor
 from fiveply.plan.space import Kinds, chunks_of
 from fiveply.plan.stages import Weights
 from fiveply.spec.layout import Layout
@@ -76,10 +76,7 @@ class Floors:
 
     def _key(self, layout: Layout, order: str) -> tuple[Hashable, ...]:
         apart = (layout.pp, order) if self.spec.experts and order != ORDERS[0] else ()
-        return (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch, layout.recompute,
-            layout.offload, *apart,
-        )  # fmt: skip
+        return SPLIT(layout), apart
 
     def model(self, layout: Layout, order: str = ORDERS[0]) -> Model:
         """One micro-batch through the whole model."""
@@ -132,18 +129,11 @@ class Floors:
             )
         names = np.array(["1f1b" if name == "gpipe" else name for name, _ in orders])  # which gpipe can't beat
         chunks = np.array([chunks_of(name, vp) for name, vp in orders])
-        least = np.full(busiest.shape, np.inf)
+        least, count = np.full(busiest.shape, np.inf), self.predictors[order].micro_batches(layout)
         for name in np.unique(names).tolist():
             some = names == name
-            least[:, some] = self.any_division(
-                name,
-                chunks[some],
-                layout.pp,
-                self.predictors[ORDERS[0]].micro_batches(layout),
-                busiest[:, some],
-                model,
-                send,
-            )
+            bound = self.any_division(name, chunks[some], layout.pp, count, busiest[:, some], model, send)
+            least[:, some] = bound
         return np.where(busiest <= self.spec.layers, least, np.inf).min(axis=0)
 
     def any_division(
@@ -187,7 +177,7 @@ class Floors:
     def states(self, layout: Layout, order: str, kinds: Kinds, rows: list[int]) -> list[float]:
         """For some of the states, the least end of a step: after the pipeline's, what of the first stage's reductions and of
         each rank's update nothing can hide."""
-        software, machine = self.job.software, self.job.machine
+        software = self.job.software
         step, divided = self._step(layout, order, kinds), self.fitting.divided(layout)
         each = self.seconds(layout, order)
         _, back, weight = divided.passing[0] @ each
@@ -195,11 +185,10 @@ class Floors:
         exposed = np.maximum((step.early + step.late) @ divided.first - early, step.late @ divided.first)
         if layout.pp > 1 and layout.schedule in ("zb", "zbv"):  # the first rank need not be the last to end
             exposed = np.zeros_like(exposed)
-        update = cost.optimizer_seconds(10**9, machine, software, on_host=layout.offload == "optimizer") / 1e9
+        update = cost.optimizer_seconds(10**9, self.job.machine, software, on_host=layout.offload == "optimizer") / 1e9
         after = step.owned @ divided.units.T * update
-        gathered = step.gather @ divided.units.T
-        hidden = np.minimum(gathered * software.overlap_parameters, divided.parts @ each[:, 0] / software.contention)
-        after += gathered - hidden + hidden * (software.contention - 1)
+        gathered, beside = step.gather @ divided.units.T, divided.parts @ each[:, 0]
+        after += cost.exposed(gathered, beside, software.overlap_parameters, software.contention, np.minimum)
         deferred = any(kinds[row][0] > 1 for row in rows)
         found = self._pipeline(layout, order, self._more(layout, order, kinds)[rows] if deferred else 0.0)
         return self.whole((found + exposed[rows] + after[rows].max(axis=1)) * SURE).tolist()
@@ -250,9 +239,8 @@ class Floors:
         ]
         phases = [self.predictors[order].computed(layout, part).phases for part in parts]
         for phase, operation, seconds in self._each[key]:
-            beside = np.array([one[phase] for one in phases]) / software.contention
-            hidden = np.minimum(seconds * cost.overlap("shard", operation, software), beside)
-            more += seconds - hidden + hidden * (software.contention - 1)
+            beside, share = np.array([one[phase] for one in phases]), cost.overlap("shard", operation, software)
+            more += cost.exposed(seconds, beside, share, software.contention, np.minimum)
         idle = np.array([one.terms.get("launch", 0.0) for one in priced])  # the host's lead may hide it
         return np.maximum(0.0, more - idle)
 

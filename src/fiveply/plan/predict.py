@@ -29,6 +29,9 @@ from fiveply.spec.plan import Interval
 
 ORDERS = ("tp,cp,dp,pp", "tp,cp,pp,dp")
 """Ranks, fastest axis first: the runtime's own, and the one that keeps a pipeline's neighbours on one node."""
+SPLIT = operator.attrgetter("tp", "sp", "cp", "cp_kind", "ep", "etp", "micro_batch", "recompute", "offload")
+SHARED = operator.attrgetter("pp", "dp", "zero", "dp_shard")
+"""Of a layout, all that a part's seconds depend on: how a micro-batch is computed, and what of it is gathered and reduced each time."""
 WALKED = 8
 """Pipeline ranks up to which each one's memory is walked."""
 REDUCING = ("dp", "shard", "replica", "edp")
@@ -187,7 +190,7 @@ class Predictor:
         """All that a part's seconds depend on."""
         stride = self._expert_stride(layout) if layout.ep > 1 else 0
         key = (*self._work_key(layout, part), stride, layout.offload == "activations")
-        return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
+        return (*key, *SHARED(layout)) if layout.zero > 1 else key
 
     def stages(self, layout: Layout) -> list[StageSeconds]:
         """By global stage."""
@@ -200,10 +203,7 @@ class Predictor:
 
     def ranks(self, layout: Layout) -> list[Rank]:
         """By pipeline rank; those that hold parts of the same kinds are priced once."""
-        common = (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.dp, layout.zero,
-            layout.dp_shard, layout.micro_batch, layout.recompute, layout.offload,
-        )  # fmt: skip
+        common = SPLIT(layout), SHARED(layout)
         found: list[Rank] = []
         for number in range(layout.pp):
             held = [
@@ -218,9 +218,8 @@ class Predictor:
 
     def _rank(self, layout: Layout, number: int, held: list[list[str]]) -> Rank:
         calls = traffic.step_traffic(self.job, layout, number)
-        return Rank(
-            tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls)
-        )
+        stages = tuple(self._stage(layout, parts, calls) for parts in held)
+        return Rank(stages, self._after(layout, number, held, calls))
 
     def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> StageSeconds:
         priced = [self.part(layout, part) for part in parts]
