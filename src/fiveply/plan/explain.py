@@ -82,7 +82,6 @@ class Answer(msgspec.Struct, frozen=True):
 
     search: Search
     cluster: ClusterSpec
-    objective: Objective
     ranked: tuple[Ranked, ...]
     searched: Searched
     seconds: float
@@ -124,9 +123,8 @@ def machine_of(cluster: ClusterSpec, world: int) -> Machine:
         return cost.machine(
             msgspec.structs.replace(cluster, measured=cluster.measured | cluster.shared[str(world)], memory_bytes=0)
         )
-    one = cost.machine(cluster)
     threads = max(1.0, cluster.count // world) if world <= cluster.count else cluster.count / world
-    return msgspec.structs.replace(one.with_threads(threads), memory_bytes=int(one.memory_bytes * threads))
+    return cost.machine(cluster).with_threads(threads)
 
 
 def is_cpu(cluster: ClusterSpec) -> bool:
@@ -164,7 +162,7 @@ def answer(
         max(one.gap for one in searched),
     )  # fmt: skip
     ranked = tuple(one for one, _ in found[:wanted])
-    return Answer(found[0][1], cluster, objective, ranked, total, time.perf_counter() - began)
+    return Answer(found[0][1], cluster, ranked, total, time.perf_counter() - began)
 
 
 def _limits(limits: Limits) -> list[Limits]:
