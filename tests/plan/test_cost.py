@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fiveply.plan import cost, machine, software, workload
 from fiveply.plan.operations import Operation, Work
+from fiveply.plan.simulate import StageSeconds
 from fiveply.plan.traffic import Collective
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.cluster import ClusterSpec
@@ -102,7 +103,7 @@ def small() -> Work:
     return workload.work(workload.Case(spec, 2048, NEMO), layout, "layers.0")
 
 
-def priced(work: Work, calls: tuple[Collective, ...], system: software.Software) -> cost.PartSeconds:
+def priced(work: Work, calls: tuple[Collective, ...], system: software.Software) -> StageSeconds:
     seconds = [(one, cost.call_seconds(one.operation, one.bytes, one.size, H100, 1)) for one in calls]
     return cost.exchanged(cost.computed(work, H100, system, "bf16", {}), seconds, H100, system)
 

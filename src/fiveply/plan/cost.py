@@ -17,6 +17,7 @@ import msgspec
 
 from fiveply.plan import machine as machines
 from fiveply.plan.machine import Machine
+from fiveply.plan.simulate import StageSeconds
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
 from fiveply.plan.workload import Operation, Work
@@ -34,15 +35,6 @@ NETWORK = 0.8
 """Share of its network cards' bandwidth that a collective across hosts reaches."""
 GROUPED = 0.85
 """Speed of grouped products relative to one product of a group's shape: uneven groups, permuted rows."""
-
-
-class PartSeconds(msgspec.Struct, frozen=True):
-    """One micro-batch of one part on one rank, with what collectives leave exposed; `terms` add up to the three."""
-
-    forward: float
-    input: float
-    weight: float
-    terms: dict[str, float]
 
 
 def machine(cluster: ClusterSpec) -> Machine:
@@ -295,8 +287,8 @@ def exchanged(
     software: Software,
     *,
     away: bool = False,
-) -> PartSeconds:
-    """A part's computation with its collectives, and the seconds of one call of each. `away`: what forward keeps goes to the
+) -> StageSeconds:
+    """A part's computation with what collectives leave exposed, given the seconds of one call of each. `away`: what forward keeps goes to the
     host and comes back, beside the computation of the same phase.
 
     What may hide a collective is the computation of its own phase; the system's share of overlap says how much of it does, and
@@ -322,7 +314,7 @@ def exchanged(
             late = max(0.0, count * machine.host - phases[phase])
             phases[phase] += late
             terms["launch"] += late
-    return PartSeconds(phases["forward"], phases["input"], phases["weight"], dict(terms))
+    return StageSeconds(phases["forward"], phases["input"], phases["weight"], terms=dict(terms))
 
 
 def exposed(seconds: Any, beside: Any, share: float, contention: float, least: Callable[[Any, Any], Any] = min) -> Any:

@@ -17,7 +17,7 @@ from statistics import NormalDist
 import msgspec
 
 from fiveply.plan import cost, footprint, traffic, workload
-from fiveply.plan.cost import Computed, PartSeconds, Wire
+from fiveply.plan.cost import Computed, Wire
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
 from fiveply.plan.parts import Case
@@ -87,7 +87,7 @@ class Predictor:
     def __init__(self, job: Job) -> None:
         self.job = msgspec.structs.replace(job, machine=cost.used_by(job.software, job.machine))
         self._kind_of = workload.kinds(job.spec)
-        self._parts: dict[Hashable, PartSeconds] = {}
+        self._parts: dict[Hashable, StageSeconds] = {}
         self._computed: dict[Hashable, Computed] = {}
         self._pieces: dict[Hashable, Computed] = {}
         self._operations: dict[Hashable, float] = {}
@@ -152,7 +152,7 @@ class Predictor:
 
     # parts, stages, ranks
 
-    def part(self, layout: Layout, part: str) -> PartSeconds:
+    def part(self, layout: Layout, part: str) -> StageSeconds:
         """Seconds of one micro-batch of a part."""
         key = self._part_key(layout, part)
         found = self._parts.get(key)

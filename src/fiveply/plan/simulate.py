@@ -26,7 +26,7 @@ from fiveply.timeline import Event
 
 
 class StageSeconds(msgspec.Struct, frozen=True):
-    """Seconds of one stage. `forward`, `input`, `weight`: one micro-batch; a whole backward is `input + weight`."""
+    """Seconds of one stage, or of a part. `forward`, `input`, `weight`: one micro-batch; a whole backward is `input + weight`."""
 
     forward: float
     input: float
@@ -42,7 +42,7 @@ class StageSeconds(msgspec.Struct, frozen=True):
     reduce_tail: float = 0.0
     """Of the bucket that is ready last: it can't begin before the backward ends."""
     terms: dict[str, float] = {}
-    """What one micro-batch's computing consists of."""
+    """What the first three consist of: they add up to the same."""
 
     @property
     def busy(self) -> float:
