@@ -281,15 +281,10 @@ def computed(
 
 
 def exchanged(
-    part: Computed,
-    calls: Iterable[tuple[Collective, float]],
-    machine: Machine,
-    software: Software,
-    *,
-    away: bool = False,
+    part: Computed, calls: Iterable[tuple[Collective, float]], machine: Machine, software: Software, away: bool = False
 ) -> StageSeconds:
-    """A part's computation with what collectives leave exposed, given the seconds of one call of each. `away`: what forward keeps goes to the
-    host and comes back, beside the computation of the same phase.
+    """A part's computation with what collectives leave exposed, given the seconds of one call of each. `away`: what forward
+    keeps goes to the host and comes back, beside the computation of the same phase.
 
     What may hide a collective is the computation of its own phase; the system's share of overlap says how much of it does, and
     what runs beside a collective slows down by the system's contention.
@@ -301,12 +296,12 @@ def exchanged(
         seconds = exposed(seconds, computing[collective.phase], share, software.contention)
         phases[collective.phase] += seconds
         terms[AXES.get(collective.axis, collective.axis)] += seconds
-    for phase in ("forward", "input") if away else ():
-        seconds = exposed(part.kept / machine.host_bandwidth, computing[phase], 1.0, software.contention)
-        phases[phase] += seconds
-        terms["offload"] += seconds
-    if part.stall:
-        for phase in ("forward", "input"):
+    for phase in ("forward", "input"):
+        if away:
+            seconds = exposed(part.kept / machine.host_bandwidth, computing[phase], 1.0, software.contention)
+            phases[phase] += seconds
+            terms["offload"] += seconds
+        if part.stall:
             phases[phase] += part.stall
             terms["experts"] += part.stall
     if not software.graphs:  # the device waits where the host launches more slowly than it computes and exchanges

@@ -11,7 +11,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -27,16 +27,12 @@ from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 
 
-class State(msgspec.Struct, frozen=True):
+class State(NamedTuple):
     """Bytes that stand the whole step."""
 
     parameters: int
     gradients: int
     optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -56,12 +52,11 @@ class Footprint(msgspec.Struct, frozen=True):
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.working + self.buffers
+        return sum(self.categories.values())
 
     @property
     def categories(self) -> dict[str, int]:
-        names = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "when"}
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -213,15 +208,8 @@ def footprint(case: Case, layout: Layout, micro_batches: int, pp_rank: int, tp_r
     buffers = case.software.workspace_bytes
     if case.software.whole_batch:
         buffers += micro_batches * case.split(layout).tokens * 3 * INDEX_BYTES  # tokens, positions, targets
-    return Footprint(
-        standing.parameters,
-        standing.gradients,
-        standing.optimizer,
-        worst.kept,
-        worst.during - worst.kept - worst.posted,
-        buffers + worst.posted,
-        str(worst.action),
-    )
+    working = worst.during - worst.kept - worst.posted
+    return Footprint(*standing, worst.kept, working, buffers + worst.posted, str(worst.action))
 
 
 @functools.lru_cache(maxsize=256)

@@ -162,7 +162,7 @@ class Predictor:
             calls = traffic.part_traffic(job, layout, part)
             priced = [(one, self._seconds(one, strides[one.axis])) for one in calls]
             found = self._parts[key] = cost.exchanged(
-                self.computed(layout, part), priced, job.machine, job.software, away=layout.offload == "activations"
+                self.computed(layout, part), priced, job.machine, job.software, layout.offload == "activations"
             )
         return found
 

@@ -304,13 +304,13 @@ class Search:
         self._spent += layout.pp // 4
         self._queue_pipelines(layout, order, found[1:])
         chosen = msgspec.structs.replace(layout, schedule=found[0].name, vp=found[0].vp)
-        chunks, folded = chosen.chunks, chosen.schedule == "zbv"
+        chunks = chosen.chunks
         divisions = set(every(self.spec.layers, chosen.stage_count, FEW))
         for ahead in (0.0, 1.0) if layout.pp > 1 and chunks == 1 else (0.0,):
             for least in (0 if chunks == 1 else 1, chunks):  # mostly each rank gets enough for its chunks unasked
-                ranks = self._balanced(layout, order, ahead, least, folded)
+                ranks = self._balanced(chosen, order, ahead, least)
                 if ranks and (chunks == 1 or min(ranks) >= chunks):
-                    divisions.add(deal(ranks, chunks, folded=folded))
+                    divisions.add(deal(ranks, chunks, folded=chosen.schedule == "zbv"))
                     break
         if "stages" in self.limits.fixed:
             divisions = {self.limits.fixed["stages"]}
@@ -320,18 +320,17 @@ class Search:
                 self._share(divided, order)
 
     def _balanced(
-        self, layout: Layout, order: str, ahead: float, least: int, folded: bool, most: list[int] | None = None
+        self, layout: Layout, order: str, ahead: float, least: int, most: list[int] | None = None
     ) -> tuple[int, ...] | None:
-        """Remembered by what of it counts: seconds to a thousandth of a layer's."""
-        count = self.predictors[ORDERS[0]].micro_batches(layout) if ahead else 1
-        if most is not None:
-            return balance(
-                self.floors.weights(layout, order), layout.pp, count, ahead, least=least, folded=folded, most=most
-            )
+        """Without `most`, remembered by what of it counts: seconds to a thousandth of a layer's."""
+        count, folded = self.predictors[order].micro_batches(layout) if ahead else 1, layout.schedule == "zbv"
         key = (self.floors.shape(layout, order), layout.pp, count, ahead, least, folded)
-        if key not in self._divisions:
+        if most is not None or key not in self._divisions:
             weights = self.floors.weights(layout, order)
-            self._divisions[key] = balance(weights, layout.pp, count, ahead, least=least, folded=folded)
+            found = balance(weights, layout.pp, count, ahead, least=least, folded=folded, most=most)
+            if most is not None:
+                return found
+            self._divisions[key] = found
         return self._divisions[key]
 
     # 4. states
@@ -366,9 +365,8 @@ class Search:
             for rank in range(layout.pp)
         ]
         most = np.floor(np.maximum(layers, 1) * SURELY / of_rank).astype(int).tolist()
-        least, folded = 0 if layout.chunks == 1 else layout.chunks, layout.schedule == "zbv"
-        ranks = self._balanced(layout, order, 0.0, least, folded, most)
-        stages = None if ranks is None else deal(ranks, layout.chunks, folded=folded)
+        ranks = self._balanced(layout, order, 0.0, 0 if layout.chunks == 1 else layout.chunks, most)
+        stages = None if ranks is None else deal(ranks, layout.chunks, folded=layout.schedule == "zbv")
         return None if stages in (None, layout.stages) else msgspec.structs.replace(layout, stages=stages)
 
     # 5. layouts
