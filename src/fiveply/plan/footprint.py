@@ -118,12 +118,8 @@ def state(case: Case, layout: Layout, names: Iterable[str], tp_rank: int = 0) ->
     """Of the units `names` (`traffic.held_units`): flat buffers, cut into equal parts by the largest tensor rank."""
     total = np.zeros(3)
     for name, count in Counter(units.alike(case.spec)[name] for name in names).items():
-        one = units.held(case.spec, layout, name, tp_rank)
-        for elements, shards in (
-            (one.longest, units.shard_ranks(layout)),
-            (one.experts, units.expert_shard_ranks(layout)),
-        ):
-            total += np.array(state_of(elements, shards, layout.zero, software=case.software)) * count
+        for one in units.buffers(case.spec, layout, name, tp_rank):
+            total += np.array(state_of(one.elements, one.shards, layout.zero, software=case.software)) * count
     parameters, gradients, optimizer = total.round().astype(int).tolist()
     return State(parameters, gradients, 0 if layout.offload == "optimizer" else optimizer)
 

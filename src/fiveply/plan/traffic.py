@@ -188,33 +188,23 @@ def _vocabulary(calls: _Calls, part: Part, split: Split, software: Software) -> 
             calls.add("tp", "all-reduce", 2 * rows * exact, split.tp, "forward", count)
 
 
-def _buffers(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0) -> list[tuple[str, str, int, int, int]]:
-    """The flat buffers of a unit: (axis of the shards, axis of the replicas, shards, replicas, elements of a part)."""
-    one = units.held(spec, layout, unit, tp_rank)
-    shards, ranks = units.shard_ranks(layout), units.data_ranks(layout)
-    found = [("shard", "replica", shards, ranks // shards, -(-one.longest // shards))]
-    if one.experts:
-        shards = units.expert_shard_ranks(layout)
-        found.append(("edp", "edp", shards, layout.expert_data // shards, -(-one.experts // shards)))
-    return found
-
-
 def _of_state_each(spec: ModelSpec, layout: Layout, part: str, software: Software) -> tuple[Collective, ...]:
     """What zero 2 and 3 do every micro-batch: reduce each unit's gradients, and gather its parameters around each use."""
     found: list[Collective] = []
     shared = part == "head" and spec.embeds_at_end
     unit = "embed" if part == "head" and spec.tied else part
     reduces = not (shared and spec.tied and len(layout.end_ranks) == 1)  # the embedding's own unit does
-    for axis, _, shards, _, size in _buffers(spec, layout, unit):
+    for one in units.buffers(spec, layout, unit):
+        axis, shards, whole = one.axis, one.shards, one.part * one.shards
         if shards == 1:
             continue
         if layout.zero == 3:
-            bytes_ = round(size * shards * software.gather_bytes)
+            bytes_ = round(whole * software.gather_bytes)
             found.append(Collective(axis, "all-gather", bytes_, shards, 1, "forward", hides=True))
             if gathers_again(part, software):
                 found.append(Collective(axis, "all-gather", bytes_, shards, 1, "input", hides=True))
         if reduces:
-            bytes_ = round(size * shards * software.reduce_bytes)
+            bytes_ = round(whole * software.reduce_bytes)
             found.append(Collective(axis, "reduce-scatter", bytes_, shards, 1, "weight", hides=True))
     return tuple(found)
 
@@ -238,11 +228,11 @@ def unit_step_traffic(case: Case, layout: Layout, unit: str, tp_rank: int = 0) -
     """What one unit calls once a step over the ranks that hold the same of it: reductions of gradients that are not made every
     micro-batch, and gathers after the optimiser."""
     found: list[Collective] = []
-    for axis, replica_axis, shards, replicas, size in _buffers(case.spec, layout, unit, tp_rank):
-        for call in step_calls(layout.zero, shards, replicas, size, case.software):
+    for one in units.buffers(case.spec, layout, unit, tp_rank):
+        for call in step_calls(layout.zero, one.shards, one.replicas, one.part, case.software):
             if call.made:
-                over = axis if call.shards else "dp" if layout.zero == 0 and axis == "shard" else replica_axis
-                ranks = shards if call.shards else replicas
+                over = one.axis if call.shards else "dp" if layout.zero == 0 and one.axis == "shard" else one.copies
+                ranks = one.shards if call.shards else one.replicas
                 found.append(
                     Collective(over, call.operation, round(call.bytes), ranks, 1, call.phase, unit, call.hides)
                 )
