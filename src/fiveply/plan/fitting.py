@@ -74,7 +74,7 @@ class Fitting:
         """The first part of each kind."""
         self.kind_of = {part: self.kinds.index(kind) for part, kind in first.items()}
         self._kind_layer = np.array([part.startswith("layers") for part in self.kinds])
-        self._kind_times = np.bincount(list(self.kind_of.values()), minlength=len(self.kinds))
+        self._kind_times = self.counted(self.kind_of)
         self._bytes: dict[Hashable, NDArray[np.float64]] = {}
         self._states: dict[Hashable, NDArray[np.float64]] = {}
         self._divided: dict[Hashable, Divided] = {}
@@ -179,26 +179,28 @@ class Fitting:
         """What each pipeline rank, and the first stage, of a divided layout hold."""
         key = layout.stages, layout.schedule == "zbv", layout.pp
         if key not in self._divided:
-            parts = np.zeros((layout.pp, len(self.kinds)), np.int64)
-            passing = np.zeros((layout.pp, len(self.kinds)), np.int64)
-            for rank in range(layout.pp):
-                for chunk in range(layout.chunks):
-                    for part in workload.parts(self.spec, layout.stages, layout.stage_of(rank, chunk)):
-                        parts[rank, self.kind_of[part]] += 1
-                for part in workload.parts(self.spec, layout.stages, rank):
-                    passing[rank, self.kind_of[part]] += 1
+            each = [
+                self.counted(workload.parts(self.spec, layout.stages, stage)) for stage in range(layout.stage_count)
+            ]
+            parts = np.array([
+                sum(each[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)) for rank in range(layout.pp)
+            ])  # fmt: skip
             held = np.array([self._count(traffic.held_units(self.spec, layout, rank)) for rank in range(layout.pp)])
             first = self._count(stage_units(self.spec, layout.stages, 0))
             crossings = np.full(layout.pp, 2 * layout.chunks)
             crossings[0] -= 1
             crossings[0 if layout.schedule == "zbv" else -1] -= 1
             crossings[-1] -= 2 * (layout.schedule == "zbv")  # the turn of the V
-            self._divided[key] = Divided(parts, passing, crossings * (layout.pp > 1), held, first)
+            self._divided[key] = Divided(parts, np.array(each[: layout.pp]), crossings * (layout.pp > 1), held, first)
         return self._divided[key]
 
     def unit_of(self, part: str) -> str:
         """The first unit like the one that a part's parameters are of."""
         return self._unit_of["embed" if part == "head" and self.spec.tied else part]
+
+    def counted(self, parts: Iterable[str]) -> NDArray[np.int64]:
+        """By kind of part."""
+        return np.bincount([self.kind_of[part] for part in parts], minlength=len(self.kinds))
 
     def _count(self, names: Iterable[str]) -> NDArray[np.int64]:
         """By kind of unit."""

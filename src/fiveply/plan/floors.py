@@ -48,16 +48,12 @@ class Floors:
         self.predictors = {ORDERS[0]: first, ORDERS[1]: first.ordered(ORDERS[1])}
         self.fitting = Fitting(first)
         self.blocking = first.blocking
-        placed = list(self.fitting.kind_of.items())
-        layers = [part.startswith("layers.") for part, _ in placed]
-        # Layers that only predict a further token stand behind the last one, with norm and head.
-        first_layer, last_layer = layers.index(True), layers.index(True) + self.spec.layers
-
-        def counted(some: Sequence[tuple[str, int]]) -> NDArray[np.int64]:
-            return np.bincount([kind for _, kind in some], minlength=len(self.fitting.kinds))
-
-        self._opening, self._layers = counted(placed[:first_layer]), counted(placed[first_layer:last_layer])
-        self._closing = counted(placed[last_layer:])
+        parts = list(self.fitting.kind_of)
+        begin = parts.index("layers.0")
+        end = begin + self.spec.layers  # layers that only predict a further token stand behind, with norm and head
+        self._opening, self._layers, self._closing = map(
+            self.fitting.counted, (parts[:begin], parts[begin:end], parts[end:])
+        )
         self._seconds: dict[Hashable, Array] = {}
         self._models: dict[Hashable, Model] = {}
         self._steps: dict[Hashable, Step] = {}
@@ -154,8 +150,8 @@ class Floors:
 
     def weights(self, layout: Layout, order: str) -> Weights:
         model, busy = self.model(layout, order), self.seconds(layout, order).sum(axis=1)
-        placed = [busy[kind] for part, kind in self.fitting.kind_of.items() if part.startswith("layers.")]
-        return Weights(tuple(placed[: self.spec.layers]), model.opening, model.closing)
+        layers = tuple(busy[self.fitting.kind_of[f"layers.{number}"]] for number in range(self.spec.layers))
+        return Weights(layers, model.opening, model.closing)
 
     # of a division
 

@@ -203,14 +203,12 @@ class Search:
         job, limits = self.job, self.limits
         self.splits = splits(self.spec, self.world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
         self._orders = {pp: pipelines(self.spec, pp, limits) for pp in np.unique(self.splits.columns["pp"]).tolist()}
-        self._chunks: dict[str, NDArray[np.int64]] = {}
+        names = dict.fromkeys(name for orders in self._orders.values() for name, _ in orders)
+        self._chunks = {name: np.zeros(max(self._orders) + 1, np.int64) for name in names}
         """By schedule, the most chunks a rank by pp; 0 where it is none."""
         for pp, orders in self._orders.items():
             for name, vp in orders:
-                if name not in self._chunks:
-                    self._chunks[name] = np.zeros(max(self._orders) + 1, np.int64)
-                most = self._chunks[name]
-                most[pp] = max(most[pp], chunks_of(name, vp))
+                self._chunks[name][pp] = max(self._chunks[name][pp], chunks_of(name, vp))
         self._kinds = functools.cache(lambda dp, cp: states(dp, cp, limits))
         legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
         self._busiest = np.zeros(len(self.splits), np.int64)

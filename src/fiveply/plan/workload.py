@@ -154,12 +154,7 @@ def pieces(case: Case, layout: Layout, part: str) -> tuple[tuple[Hashable, Work]
     if described.what != "layer" or described.predicts or software.alternate:
         return ((split, _count(described, split, software)),)
     halves = _halves(described, split)
-    return tuple(((attention, one), _half_work(attention, half, one, software)) for attention, half, one in halves)
-
-
-@functools.cache
-def _half_work(attention: bool, part: Part, split: Split, software: Software) -> Work:
-    return _half(attention, part, split, software).work()
+    return tuple(((attention, one), _half(attention, half, one, software).work()) for attention, half, one in halves)
 
 
 def _working(part: Part, split: Split, columns: int, weight: int) -> tuple[int, int, int]:
