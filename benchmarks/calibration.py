@@ -14,10 +14,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+import calibrate
 import msgspec
+from calibrate import Case
 
-from fiveply.plan import calibrate, score, table
-from fiveply.plan.calibrate import Case
+from fiveply.plan import score, table
 from fiveply.plan.machine import Machine
 from fiveply.plan.predict import Job, predict
 from fiveply.plan.software import Software
@@ -35,12 +36,12 @@ ISOLATED = {
 
 def unfitted(row: Row) -> Job:
     """The row's job as it would be priced before any step time was seen."""
-    job = score.job(row)
+    job = row.job
     software: Software = msgspec.structs.replace(job.software, **ISOLATED)
     machine: Machine = msgspec.structs.replace(
         job.machine, clock=1.0, attention=msgspec.structs.replace(job.machine.attention, backward=0.8)
     )
-    return Job(job.spec, machine, software, job.sequence, job.global_batch, job.precision)
+    return msgspec.structs.replace(job, machine=machine, software=software)
 
 
 def case(row: Row) -> Case | None:
@@ -52,8 +53,8 @@ def case(row: Row) -> Case | None:
         found = predict(unfitted(row), row.layout)
     except InputError:
         return None
-    device, system = row.device.split("-")[0], row.software.name
-    kernel = "flash" if row.software.flash else "plain"
+    device, system = row.job.machine.name.split("-")[0], row.job.software.name
+    kernel = "flash" if row.job.software.flash else "plain"
     factors = {
         "products": (f"products on {device}",),
         "recompute": (f"products on {device}",),

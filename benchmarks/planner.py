@@ -31,26 +31,27 @@ def llm_analysis(row: Row) -> float | None:
     from llm_analysis import analysis
     from llm_analysis.config import ModelConfig, ParallelismConfig, get_gpu_config_by_name
 
-    spec, layout = row.spec, row.layout
-    if row.device not in DEVICES or spec.experts or layout.cp > 1 or spec.ffn % spec.hidden or spec.layers % layout.pp:
+    job, layout = row.job, row.layout
+    spec, device = job.spec, job.machine.name
+    if device not in DEVICES or spec.experts or layout.cp > 1 or spec.ffn % spec.hidden or spec.layers % layout.pp:
         return None
     recompute = {"none": "NONE", "selective": "ATTN_COMPUTE", "full": "FULL"}[layout.recompute]
     zero = ("NONE", "STAGE_1", "STAGE_2", "STAGE_3")[layout.zero]
     try:
         study = analysis.LLMAnalysis(
-            ModelConfig("row", spec.layers, spec.heads, spec.hidden, spec.vocabulary, row.sequence, spec.kv_heads, ffn_embed_dim=spec.ffn),
-            get_gpu_config_by_name(DEVICES[row.device]),
+            ModelConfig("row", spec.layers, spec.heads, spec.hidden, spec.vocabulary, job.sequence, spec.kv_heads, ffn_embed_dim=spec.ffn),
+            get_gpu_config_by_name(DEVICES[device]),
             parallelism_config=ParallelismConfig(
                 tp_size=layout.tp, pp_size=layout.pp, dp_size=layout.dp, sp_size=layout.tp if layout.sequence_parallel else 1
             ),
         )  # fmt: skip
         found = study.training(
             batch_size_per_gpu=layout.micro_batch,
-            global_batch_size=row.global_batch,
-            seq_len=row.sequence,
+            global_batch_size=job.global_batch,
+            seq_len=job.sequence,
             activation_recomputation=analysis.ActivationRecomputation[recompute],
             ds_zero=analysis.DSZeRO[zero],
-            flash_attn=row.software.flash,
+            flash_attn=job.software.flash,
         )
     except (AssertionError, ZeroDivisionError, KeyError, ValueError, TypeError):
         return None

@@ -13,10 +13,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 
+import calibrate
 import msgspec
+from calibrate import Case
 
-from fiveply.plan import calibrate, inference_score
-from fiveply.plan.calibrate import Case
+from fiveply.plan import inference_score
 from fiveply.plan.inference_score import Row
 from fiveply.plan.software import Serving
 

@@ -33,7 +33,7 @@ from fiveply.world.device import Devices, find
 
 LINK = Link(3e9, 4e-5, 0.0, half=2e-4)
 TRUE = msgspec.structs.replace(
-    machine.load("cpu"), bandwidth=1.2e10, launch=4e-6, host=0.0, count=2,
+    machine.load("cpu"), bandwidth=1.2e10, launch=4e-6, host=0.0,
     peak={"fp32": 6e10}, products={"fp32": Products(0.9, 40.0, 0.0, 0.1, 1.5e-5, 1.2)},
     attention=Attention(0.3, 80.0, 20.0, 6e-5, 0.7),
     link=dict.fromkeys(machine.load("cpu").link, LINK), network=LINK,
@@ -61,7 +61,9 @@ def figures(true: Machine, ranks: int) -> Measured:
     def step(hidden: int, layers: int, rows: int) -> Step:
         spec = measure.model(hidden, layers)
         layout = resolve(Layout(dp=ranks), spec, sequence=measure.SEQUENCE, global_batch=rows * ranks)
-        (rank,) = Predictor(Job(spec, true, software, measure.SEQUENCE, rows * ranks, "fp32")).ranks(layout)
+        (rank,) = Predictor(
+            Job(spec, measure.SEQUENCE, software, "fp32", machine=true, global_batch=rows * ranks)
+        ).ranks(layout)
         one = rank.stages[0].seconds
         return Step(
             hidden, layers, rows, one.forward, one.input + one.weight, rank.after["optimizer"], rank.after["sums"]
@@ -101,7 +103,9 @@ def test_the_fit_finds_the_machine_that_made_the_figures(ranks: int) -> None:
     ):
         layout = resolve(Layout.parse(text), spec, sequence=128, global_batch=16)
         predicted, true = (
-            Predictor(Job(spec, one, probe.software_of("fp32"), 128, 16, "fp32")).predict(layout).seconds.p50
+            Predictor(Job(spec, 128, probe.software_of("fp32"), "fp32", machine=one, global_batch=16))
+            .predict(layout)
+            .seconds.p50
             for one in (fitted, TRUE)
         )
         assert predicted == pytest.approx(true, rel=0.05), text

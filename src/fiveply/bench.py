@@ -11,19 +11,21 @@ from fiveply.plan import inference_score
 from fiveply.plan.score import RULES, Errors, Score
 from fiveply.plan.table import Skipped
 
+CELLS = {
+    "median": ("median", ".1%"),
+    "MAPE": ("mape", ".1%"),
+    "bias": ("bias", "+.1%"),
+    "in 10-90%": ("coverage", ".0%"),
+}
+"""Columns of errors: the field of each, and how it is written."""
+
 
 def show(score: Score, console: Console) -> None:
     """The score as tables: time and memory by stratum and source, sweeps, and what was skipped by which rule."""
-    table = Table("", "rows", "MAPE", "bias", "in 10-90%", box=None, title="step time", title_justify="left")
-    table.add_row("all", *_cells(score.time))
-    for name, errors in {**score.time.by_stratum, **score.time.by_source}.items():
-        table.add_row(name[:70], *_cells(errors))
-    console.print(table)
-    if score.memory.n:
-        memory = Table("", "rows", "MAPE", "bias", "in 10-90%", box=None, title="memory", title_justify="left")
-        for name, errors in {"all": score.memory, **score.memory.by_stratum, **score.memory.by_source}.items():
-            memory.add_row(name[:70], *_cells(errors))
-        console.print(memory)
+    for title, found in (("step time", score.time), ("memory", score.memory)):
+        if found.n or found is score.time:
+            columns = ("MAPE", "bias", "in 10-90%")
+            _errors(title, {"all": found, **found.by_stratum, **found.by_source}, columns, console)
     if score.sweeps:
         sweeps = Table("sweep", "model", "layouts", "tau", "regret", box=None, title="ranking", title_justify="left")
         for sweep in score.sweeps:
@@ -39,13 +41,18 @@ def show(score: Score, console: Console) -> None:
 
 def show_serving(score: inference_score.Score, console: Console) -> None:
     """Errors of the time per token by stratum and source, and what was skipped by which rule."""
-    title = "time per output token"
-    table = Table("", "rows", "median", "MAPE", "bias", box=None, title=title, title_justify="left")
     whole = {"all": score.tpot} if score.tpot else {}
-    for name, one in {**whole, **score.by_stratum, **score.by_source}.items():
-        table.add_row(name, str(one.n), f"{one.median:.1%}", f"{one.mape:.1%}", f"{one.bias:+.1%}")
-    console.print(table)
+    found = {**whole, **score.by_stratum, **score.by_source}
+    _errors("time per output token", found, ("median", "MAPE", "bias"), console)
     _skipped(score.rows, score.skipped, inference_score.RULES, console)
+
+
+def _errors(title: str, found: dict[str, Errors], columns: Sequence[str], console: Console) -> None:
+    table = Table("", "rows", *columns, box=None, title=title, title_justify="left")
+    for name, errors in found.items():
+        values = [(getattr(errors, field), form) for field, form in map(CELLS.__getitem__, columns)]
+        table.add_row(name[:70], str(errors.n), *("-" if v is None else f"{v:{form}}" for v, form in values))
+    console.print(table)
 
 
 def _skipped(rows: int, skipped: Sequence[Skipped], rules: Sequence[str], console: Console) -> None:
@@ -54,10 +61,3 @@ def _skipped(rows: int, skipped: Sequence[Skipped], rules: Sequence[str], consol
         console.print(f"- {rule}")
     for skip in skipped:
         console.print(f"  row {skip.row}: {skip.reason}", style="dim")
-
-
-def _cells(errors: Errors) -> tuple[str, str, str, str]:
-    if errors.mape is None or errors.bias is None:
-        return str(errors.n), "-", "-", "-"
-    held = "-" if errors.coverage is None else f"{errors.coverage:.0%}"
-    return str(errors.n), f"{errors.mape:.1%}", f"{errors.bias:+.1%}", held

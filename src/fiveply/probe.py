@@ -22,6 +22,7 @@ import torch
 from fiveply.plan import cost, footprint, table, traffic, workload
 from fiveply.plan.machine import Machine, Passes
 from fiveply.plan.operations import Operation
+from fiveply.plan.parts import Case
 from fiveply.plan.software import Software
 from fiveply.report import expected, timelines
 from fiveply.report.record import load
@@ -88,11 +89,7 @@ def recalibrate(run: Path) -> str:
 def _changed(machine: Machine) -> dict[str, Any]:
     """Keys of a hardware file, without what the cluster says itself."""
     values = msgspec.to_builtins(machine)
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in ("name", "count", "devices_per_node") and value is not None
-    }
+    return {key: value for key, value in values.items() if key not in ("name", "devices_per_node")}
 
 
 def _kind(found: Devices) -> str:
@@ -216,18 +213,16 @@ def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
 def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine:
     """Ranks that compute between their collectives come to each at different times: by the median, what a call takes longer
     then than among ranks that do nothing else."""
-    software, longer = software_of(precision), [0.0]
+    longer = [0.0]
     for hidden, layers, rows, seconds in measured.waits:
         spec = measure.model(hidden, layers)
         layout = resolve(Layout(tp=measured.ranks), spec, sequence=SEQUENCE, global_batch=rows)
         calls = [
             call
             for part in workload.parts(spec, layout.stages, 0)
-            for call in traffic.part_traffic(
-                spec, layout, part, sequence=SEQUENCE, software=software, precision=precision
-            )
+            for call in traffic.part_traffic(Case(spec, SEQUENCE, software_of(precision), precision), layout, part)
         ]
-        alone = sum(call.count * cost.collective_seconds(call, machine, 1) for call in calls)
+        alone = sum(call.count * cost.call_seconds(call.operation, call.bytes, call.size, machine, 1) for call in calls)
         longer.append((seconds - alone) / (1 + sum(call.count for call in calls)))  # the sums of the step are one more
     late = float(np.median(longer[1:] or longer))
     links = {
@@ -250,8 +245,7 @@ def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Ma
         count, moved = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
         fixed = dict.fromkeys(rows, 0.0)
         for part in workload.parts(spec, layout.stages, 0):
-            work = workload.work(spec, layout, part, sequence=SEQUENCE, software=software, precision=precision)
-            for one in work.operations:
+            for one in workload.work(Case(spec, SEQUENCE, software, precision), layout, part).operations:
                 fixed["forward" if one.phase == "forward" else "backward"] += cost.operation_seconds(
                     one, bare, software, precision
                 )

@@ -7,14 +7,15 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 import msgspec
 import torch
 from layouts.prover import MODELS, every_layout
 
+from fiveply import pipeline_schedule
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.plan import footprint, traffic, workload
+from fiveply.plan.parts import Case
 from fiveply.plan.software import Software
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
@@ -64,9 +65,8 @@ class Drawn:
         return footprint.runtime(*TYPES[self.dtype][1:])
 
     @property
-    def how(self) -> dict[str, Any]:
-        """Keyword arguments of the planner's functions."""
-        return {"sequence": self.sequence, "software": self.software, "precision": TYPES[self.dtype][0]}
+    def case(self) -> Case:
+        return Case(self.spec, self.sequence, self.software, TYPES[self.dtype][0])
 
     @property
     def micro_batches(self) -> int:
@@ -82,22 +82,30 @@ class Drawn:
         """Of all parts of the rank, for one micro-batch."""
         at, layout = self.resolved.coordinates(self.rank), self.resolved
         return [
-            workload.work(self.spec, layout, part, tp_rank=at.tp, **self.how)
+            workload.work(self.case, layout, part, at.tp)
             for chunk in range(layout.chunks)
             for part in workload.parts(self.spec, layout.stages, layout.stage_of(at.pp, chunk))
         ]
 
     def calls(self) -> Counter[tuple[str, str, int]]:
-        total: Counter[tuple[str, str, int]] = Counter()
-        for one in traffic.traffic(self.spec, self.resolved, self.rank, global_batch=self.rows, **self.how):
+        """In one step, by axis, operation and bytes."""
+        at, layout, total = self.resolved.coordinates(self.rank), self.resolved, Counter[tuple[str, str, int]]()
+        for chunk in range(layout.chunks):
+            for part in workload.parts(self.spec, layout.stages, layout.stage_of(at.pp, chunk)):
+                for one in traffic.part_traffic(self.case, layout, part):
+                    total[one.axis, one.operation, one.bytes] += one.count * self.micro_batches
+        for one in traffic.step_traffic(self.case, layout, at.pp, at.tp, at.shard):
             total[one.axis, one.operation, one.bytes] += one.count
+        handed = traffic.handed_on(self.case, layout)
+        schedule = pipeline_schedule.build(layout.schedule, layout.pp, self.micro_batches, layout.chunks)
+        for action in schedule.ranks[at.pp]:
+            if action.peer >= 0:
+                total["pp", action.kind.partition("_")[0], handed] += 1
         return total
 
     def footprint(self) -> footprint.Footprint:
         at = self.resolved.coordinates(self.rank)
-        return footprint.footprint(
-            self.spec, self.resolved, global_batch=self.rows, pp_rank=at.pp, tp_rank=at.tp, **self.how
-        )
+        return footprint.footprint(self.case, self.resolved, self.micro_batches, at.pp, at.tp)
 
 
 @cache

@@ -28,6 +28,7 @@ from fiveply.spec.placement import declare
 MODELS = ["llama-3.1-8b", "llama-3.1-405b", "qwen3-8b", "mixtral-8x7b", "qwen3-235b-a22b", "gpt-oss-120b", "gpt3-175b",
           "deepseek-v3", "1b"]  # fmt: skip
 SPECS = {name: ModelSpec.load(name) for name in MODELS}
+BATCH: dict[str, Any] = {"sequence": 2048, "global_batch": 64, "precision": "bf16"}
 
 
 def resolved(text: str, model: str = "llama-3.1-8b", *, sequence: int = 2048, global_batch: int = 64) -> Layout:
@@ -37,7 +38,7 @@ def resolved(text: str, model: str = "llama-3.1-8b", *, sequence: int = 2048, gl
 
 def emitted(system: str, text: str, model: str = "llama-3.1-8b", *, global_batch: int = 64) -> str:
     layout = resolved(text, model, global_batch=global_batch)
-    return dialects.emit(system, layout, SPECS[model], sequence=2048, global_batch=global_batch).text
+    return dialects.emit(system, facts_of(layout, SPECS[model], **BATCH | {"global_batch": global_batch})).text
 
 
 def in_force(layout: Layout) -> dict[str, Any]:
@@ -90,8 +91,9 @@ def test_megatron_arguments_mean_the_layout_they_were_written_from(
     model, layout, sequence, batch = job
     spec = SPECS[model]
     try:
-        text = dialects.emit("megatron", layout, spec, sequence=sequence, global_batch=batch, precision=precision, order=order,
-                             devices_per_node=math.gcd(layout.world, 8)).text  # fmt: skip
+        facts = facts_of(layout, spec, sequence=sequence, global_batch=batch, precision=precision, order=order,
+                         devices_per_node=math.gcd(layout.world, 8))  # fmt: skip
+        text = dialects.emit("megatron", facts).text
     except InputError as error:
         text, refused = "", error
     else:
@@ -125,7 +127,8 @@ def test_megatron_arguments_mean_the_layout_they_were_written_from(
 def test_degrees_multiply_to_the_world(system: str, data: st.DataObject) -> None:
     model, layout, sequence, batch = data.draw(jobs(system))
     try:
-        text = dialects.emit(system, layout, SPECS[model], sequence=sequence, global_batch=batch).text
+        facts = facts_of(layout, SPECS[model], sequence=sequence, global_batch=batch, precision="bf16")
+        text = dialects.emit(system, facts).text
     except InputError as error:
         text, refused = "", error
     else:
@@ -165,7 +168,7 @@ def flags(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("system", dialects.names())
 def test_tables_speak_of_facts_that_are(system: str) -> None:
     dialect = dialects.load(system)
-    facts = facts_of(resolved("dp=2"), SPECS["llama-3.1-8b"], sequence=2048, global_batch=64, precision="bf16")
+    facts = facts_of(resolved("dp=2"), SPECS["llama-3.1-8b"], **BATCH)
     for flag in dialect.flag:
         assert set(flag.when) <= {*facts}, flag
         assert not flag.fact or flag.fact in (dialect.absent if flag.read_only else facts), flag
@@ -227,9 +230,8 @@ def test_an_unknown_system_is_refused() -> None:
 
 def test_vllm_by_hand() -> None:
     layout = resolved("dp=2,tp=4,ep=8,etp=1,zero=1,recompute=full", "mixtral-8x7b")
-    text, comments = dialects.emit(
-        "vllm", layout, SPECS["mixtral-8x7b"], sequence=2048, global_batch=64, model="mistralai/Mixtral-8x7B-v0.1"
-    )
+    facts = facts_of(layout, SPECS["mixtral-8x7b"], **BATCH, model="mistralai/Mixtral-8x7B-v0.1")
+    text, comments = dialects.emit("vllm", facts)
     assert comments[0].startswith("A layout of training served: zero, recompute")
     assert text.split() == [
         "vllm", "serve", "mistralai/Mixtral-8x7B-v0.1", "\\", "--tensor-parallel-size", "4", "\\", "--data-parallel-size", "2", "\\",

@@ -13,6 +13,7 @@ from plan.dry import FEW, MANY, Drawn
 
 from fiveply import pipeline_schedule
 from fiveply.plan import footprint, traffic, units
+from fiveply.plan.parts import Case
 from fiveply.plan.software import load
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
@@ -48,8 +49,7 @@ def assert_equal_moments(case: Drawn) -> None:
         reduce_each=layout.zero >= 2,
     )
     stages = [
-        footprint.stage(case.spec, layout, layout.stage_of(at.pp, chunk), tp_rank=at.tp, **case.how)
-        for chunk in range(layout.chunks)
+        footprint.stage(case.case, layout, layout.stage_of(at.pp, chunk), at.tp) for chunk in range(layout.chunks)
     ]
     moments = footprint.walk(schedule, at.pp, stages)
     assert [moment.action for moment in moments] == [moment.action for moment in case.dry.moments]
@@ -131,7 +131,7 @@ def test_offload_empties_the_device() -> None:
 
     def planned(text: str) -> footprint.Footprint:
         layout = resolve(Layout.parse(text), spec, sequence=4096, global_batch=16, runtime=False)
-        return footprint.footprint(spec, layout, sequence=4096, global_batch=16, pp_rank=0)
+        return footprint.footprint(Case(spec, 4096), layout, 1, 0)
 
     on, off = planned("dp=8,micro_batch=2"), planned("dp=8,micro_batch=2,offload=optimizer")
     assert on.optimizer == 12 * 8_030_261_248
@@ -142,18 +142,18 @@ def test_offload_empties_the_device() -> None:
 def test_ranks_of_a_pipeline_differ() -> None:
     spec = ModelSpec.load("llama-3.1-8b")
     layout = resolve(Layout.parse("pp=4,tp=2,micro_batch=1,stages=9+9+9+5"), spec, sequence=4096, global_batch=16)
-    ranks = [footprint.footprint(spec, layout, sequence=4096, global_batch=16, pp_rank=rank) for rank in range(4)]
+    ranks = [footprint.footprint(Case(spec, 4096), layout, 16, rank) for rank in range(4)]
     activations = [rank.activations for rank in ranks]
     assert activations == sorted(activations, reverse=True)
     units_of_last = traffic.held_units(spec, layout, 3)
     assert list(units_of_last)[-2:] == ["norm", "head"]
-    assert ranks[3].parameters == footprint.state(spec, layout, units_of_last).parameters
+    assert ranks[3].parameters == footprint.state(Case(spec, 4096), layout, units_of_last).parameters
 
 
 def test_other_systems_hold_their_own_state() -> None:
     spec = ModelSpec.load("llama-3.1-8b")
     layout = resolve(Layout.parse("dp=8,zero=1,micro_batch=1"), spec, sequence=4096, global_batch=16)
-    state = footprint.state(spec, layout, traffic.held_units(spec, layout, 0), software=load("megatron"))
+    state = footprint.state(Case(spec, 4096, load("megatron")), layout, traffic.held_units(spec, layout, 0))
     # 2 + 4 bytes a parameter, and 12 of optimiser state shared by 8 ranks.
     count = 8_030_261_248
     assert state.parameters == 2 * count

@@ -301,11 +301,3 @@ def test_the_score_knows_its_table_and_says_what_it_skips(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     assert "11 rows, 9 skipped" in shown
     assert "time per output token" in shown
-
-
-def test_errors_are_medians_and_means() -> None:
-    many = [inference_score.Scored(1, "", "", 1.0, predicted, {}) for predicted in (1.1, 0.8, 1.5)]
-    found = inference_score.summary(many)
-    assert found.median == pytest.approx(0.2)
-    assert found.mape == pytest.approx(0.8 / 3)
-    assert found.bias == pytest.approx(0.4 / 3)

@@ -105,10 +105,6 @@ def test_every_receive_takes_what_its_peer_sent(recorded: RecordedStep) -> None:
         both = timeline.transfers(at)
         assert len(both) == sum(map(len, sent.values()))
         assert all((send.axis, send.bytes) == (take.axis, take.bytes) for send, take in both)
-        simulated = simulate(pipeline.schedule, [StageSeconds(1, 1, 1, send=1, send_back=1)] * pipeline.schedule.stages)
-        moved = [e for e in simulated.events if e.kind == "transfer"]
-        pairs = sorted((e.rank, e.peer) for e in moved)
-        assert pairs == sorted((pipeline.place[a], pipeline.place[b]) for (a, b), keys in sent.items() for _ in keys)
 
 
 def replayed(pipeline: Pipeline) -> list[StageSeconds]:

@@ -1,6 +1,7 @@
 """The score: its figures, its JSON and its command, on small tables with known answers."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,11 +13,13 @@ from fiveply.plan import score
 
 
 def test_errors_are_means_of_relative_ones() -> None:
-    found = score.errors([(1.0, 1.1, True), (2.0, 1.6, False)])
-    assert found.mape == pytest.approx(0.15)
-    assert found.bias == pytest.approx(-0.05)
-    assert (found.n, found.coverage) == (2, 0.5)
-    assert score.errors([]) == score.Errors(None, None, 0, None)
+    of = partial(score.Compared, "source", "stratum")
+    found = score.errors([of(1.0, 1.1, True), of(2.0, 1.6, False), of(1.0, 1.1)])
+    assert found.mape == pytest.approx(0.4 / 3)
+    assert found.median == pytest.approx(0.1)
+    assert found.bias == pytest.approx(0)
+    assert (found.n, found.coverage) == (3, 0.5)
+    assert score.errors([]) == score.Errors(None, None, 0, None, None)
 
 
 def test_kendalls_tau() -> None:

@@ -16,7 +16,7 @@ from fiveply.plan import explain, machine, space
 from fiveply.plan.fitting import Fitting, alive
 from fiveply.plan.floors import SURE
 from fiveply.plan.predict import ORDERS, Job, Predictor
-from fiveply.plan.search import Search, search
+from fiveply.plan.search import Search
 from fiveply.plan.space import Limits
 from fiveply.plan.stages import Weights, balance, deal
 from fiveply.spec.architecture import ModelSpec
@@ -29,11 +29,11 @@ SMALL = ModelSpec(
 )
 
 
-def job(memory: int = 0, devices: int = 4, rows: int = 4) -> Job:
+def job(memory: int = 0, rows: int = 4) -> Job:
     gpu = machine.load("h100")
     # Slow products and a fast link make layouts differ by what each of them splits, not by start-up times alone.
-    gpu = msgspec.structs.replace(gpu, count=devices, memory_bytes=memory or gpu.memory_bytes, devices_per_node=2)
-    return Job(SMALL, gpu, explain.software("bf16"), 512, rows)
+    gpu = msgspec.structs.replace(gpu, memory_bytes=memory or gpu.memory_bytes, devices_per_node=2)
+    return Job(SMALL, 512, explain.software("bf16"), machine=gpu, global_batch=rows)
 
 
 def everything(job: Job, world: int) -> list[tuple[float, Layout, str]]:
@@ -67,7 +67,7 @@ def divisions(stages: int) -> list[tuple[int, ...]]:
 def test_the_best_of_everything_is_found(memory: int) -> None:
     wanted = job(memory)
     listed = everything(wanted, 4)
-    found = search(wanted, 4)
+    found = Search(wanted, 4).run()
     best = found.choices[0]
     assert found.gap == 0
     assert best.seconds == pytest.approx(listed[0][0], rel=1e-6), (best, listed[0])
@@ -195,15 +195,15 @@ def test_no_bound_of_seconds_exceeds_what_a_layout_takes(memory: int) -> None:
 
 def test_the_gap_bounds_what_an_unfinished_search_has_not_seen() -> None:
     wanted = job(60_000_000)
-    best = search(wanted, 4).choices[0].seconds
+    best = Search(wanted, 4).run().choices[0].seconds
     for budget in (1, 300, 1000):
-        found = search(wanted, 4, budget=budget)
-        assert found == search(wanted, 4, budget=budget)
+        found = Search(wanted, 4).run(budget=budget)
+        assert found == Search(wanted, 4).run(budget=budget)
         assert best <= found.choices[0].seconds <= best * (1 + found.gap) * (1 + 1e-9)
 
 
 def test_limits_hold_and_contradict() -> None:
-    found = search(job(), 4, Limits.parse(["tp=2"], ["pp=1"]))
+    found = Search(job(), 4).run(Limits.parse(["tp=2"], ["pp=1"]))
     assert all(choice.layout.tp == 2 and choice.layout.pp == 1 for choice in found.choices)
     with pytest.raises(InputError, match="contradict"):
         Limits.parse(["tp=2", "tp=4"])

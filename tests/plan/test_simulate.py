@@ -80,7 +80,7 @@ def test_a_short_step_and_its_increment_give_the_end_of_a_long_one(
     name, vp = schedule
     stages = data.draw(st.lists(stage, min_size=pp * vp, max_size=pp * vp))
     plain = simulate(build(name, pp, micro_batches, vp), stages, blocking=blocking).seconds
-    quick = ends(name, pp, vp, micro_batches, stages, blocking=blocking).seconds((name, pp, vp), stages)
+    quick = ends(name, pp, vp, micro_batches, stages, blocking=blocking).seconds(stages)
     assert plain * (1 - 1.001e-3) <= quick <= plain * (1 + 1e-9)
     assert bound(name, pp, vp, micro_batches, stages, blocking=blocking) <= plain * (1 + 1e-9)
 
@@ -89,7 +89,7 @@ def test_a_short_step_and_its_increment_give_the_end_of_a_long_one(
 def test_even_stages_of_a_large_step_are_exact(name: str, vp: int) -> None:
     stages = [StageSeconds(1.0, 1.25, 0.75, send=0.1, send_back=0.1)] * 8 * vp
     plain = simulate(build(name, 8, 256, vp), stages).seconds
-    assert ends(name, 8, vp, 256, stages).seconds((name, 8, vp), stages) == pytest.approx(plain, rel=1e-9)
+    assert ends(name, 8, vp, 256, stages).seconds(stages) == pytest.approx(plain, rel=1e-9)
 
 
 def test_a_slow_stage_sets_the_pace_and_transfers_delay_only_the_fill() -> None:

@@ -34,12 +34,12 @@ def test_a_row_becomes_a_job_a_layout_and_a_system(path: Path) -> None:
         2,
     )
     assert row.layout.stages == (8, 8, 8, 8)
-    assert row.software.name == "torchtitan"
-    assert row.device == "h100"
-    assert row.precision == "bf16"
-    assert row.spec.gated_mlp
-    assert row.spec.norm == "rms"
-    assert not row.spec.tied
+    assert row.job.software.name == "torchtitan"
+    assert row.job.machine.name == "h100"
+    assert row.job.precision == "bf16"
+    assert row.job.spec.gated_mlp
+    assert row.job.spec.norm == "rms"
+    assert not row.job.spec.tied
     assert (row.stratum, row.seconds, row.bytes) == ("complete-16-bit", 1.5, None)
 
 
@@ -87,17 +87,17 @@ def test_strata(path: Path, changes: dict[str, Any], stratum: str) -> None:
     ],
 )
 def test_a_source_names_its_system_and_vintage(path: Path, source: str, notes: str, system: str, vintage: str) -> None:
-    found = read(path, source=source, notes=notes).software
+    found = read(path, source=source, notes=notes).job.software
     assert (found.name, found.vintage) == (system, vintage)
 
 
 def test_columns_change_what_the_system_overlaps(path: Path) -> None:
     nemo = "NVIDIA/dgxc-benchmarking@v25.02"
-    assert read(path, source=nemo, tp_comm_overlap=0).software.overlap_tensor == 0
-    assert read(path, source=nemo, tp_comm_overlap=1).software.overlap_tensor > 0
-    assert read(path, cuda_graph="full_iteration").software.graphs
-    assert read(path, recompute="selective:moe_act+layernorm").software.selective == ("activation", "norm")
-    assert read(path, notes="800 Gb/s per node IB").network == 12.5e9
+    assert read(path, source=nemo, tp_comm_overlap=0).job.software.overlap_tensor == 0
+    assert read(path, source=nemo, tp_comm_overlap=1).job.software.overlap_tensor > 0
+    assert read(path, cuda_graph="full_iteration").job.software.graphs
+    assert read(path, recompute="selective:moe_act+layernorm").job.software.selective == ("activation", "norm")
+    assert read(path, notes="800 Gb/s per node IB").job.machine.network.bandwidth == 12.5e9
 
 
 def test_parameters_of_known_models_come_out_as_printed() -> None:
@@ -106,11 +106,12 @@ def test_parameters_of_known_models_come_out_as_printed() -> None:
     with open(score.published(), newline="") as file:
         printed = [float(record["params_b"] or 0) for record in csv.DictReader(file)]
     checked = 0
-    for row in {(row.spec.layers, row.spec.hidden, row.spec.ffn, row.spec.vocabulary): row for row in rows}.values():
-        if printed[row.number - 1] and not row.spec.experts and row.spec.layers <= 40:
-            count = sum(math.prod(parameter.shape) for parameter in declare(row.spec))
-            proxy = abs(count / 1e9 / printed[row.number - 1] - 1) > 0.5  # fewer layers than the model's name says
-            assert proxy or count / 1e9 == pytest.approx(printed[row.number - 1], rel=0.05), row.number
+    sized = {(s.layers, s.hidden, s.ffn, s.vocabulary): (row.number, s) for row in rows for s in [row.job.spec]}
+    for number, spec in sized.values():
+        if printed[number - 1] and not spec.experts and spec.layers <= 40:
+            count = sum(math.prod(parameter.shape) for parameter in declare(spec))
+            proxy = abs(count / 1e9 / printed[number - 1] - 1) > 0.5  # fewer layers than the model's name says
+            assert proxy or count / 1e9 == pytest.approx(printed[number - 1], rel=0.05), number
             checked += not proxy
     assert checked > 8
 

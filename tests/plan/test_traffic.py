@@ -9,6 +9,7 @@ import pytest
 from plan.dry import FEW, MANY, Drawn
 
 from fiveply.plan import traffic
+from fiveply.plan.parts import Case
 from fiveply.plan.software import load
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
@@ -32,15 +33,15 @@ def test_many_ranks_call_what_is_counted(case: Drawn) -> None:
     assert_equal_calls(case)
 
 
-def planned(model: str, layout: str, sequence: int = 4096, rows: int = 64) -> tuple[ModelSpec, Layout]:
+def planned(model: str, layout: str) -> tuple[Case, Layout]:
     spec = ModelSpec.load(model)
-    return spec, resolve(Layout.parse(layout), spec, sequence=sequence, global_batch=rows, runtime=False)
+    resolved = resolve(Layout.parse(layout), spec, sequence=4096, global_batch=64, runtime=False)
+    return Case(spec, 4096), resolved
 
 
-def calls(model: str, layout: str, part: str, axis: str, sequence: int = 4096) -> Counter[tuple[str, str, int]]:
-    spec, resolved = planned(model, layout, sequence)
+def calls(model: str, layout: str, part: str, axis: str) -> Counter[tuple[str, str, int]]:
     found: Counter[tuple[str, str, int]] = Counter()
-    for one in traffic.part_traffic(spec, resolved, part, sequence=sequence):
+    for one in traffic.part_traffic(*planned(model, layout), part):
         if one.axis == axis:
             found[one.operation, one.phase, one.bytes] += one.count
     return found
@@ -100,8 +101,8 @@ def test_latent_attention_gathers_its_low_ranks() -> None:
 
 
 def test_gradients_of_experts_are_summed_over_the_ranks_that_hold_them() -> None:
-    spec, layout = planned("mixtral-8x7b", "dp=16,ep=8,micro_batch=1")
-    by_axis = {one.axis: one for one in traffic.unit_step_traffic(spec, layout, "layers.0")}
+    found = traffic.unit_step_traffic(*planned("mixtral-8x7b", "dp=16,ep=8,micro_batch=1"), "layers.0")
+    by_axis = {one.axis: one for one in found}
     assert by_axis["dp"].size == 16
     assert by_axis["edp"].size == 2
     # One of 8 experts of three 4,096 x 14,336 matrices, in float32.
@@ -109,8 +110,7 @@ def test_gradients_of_experts_are_summed_over_the_ranks_that_hold_them() -> None
 
 
 def test_context_ranks_add_gradients_as_data_ranks_do() -> None:
-    spec, layout = planned("llama-3.1-8b", "dp=4,cp=2,zero=1,micro_batch=1")
-    found = traffic.unit_step_traffic(spec, layout, "layers.0")
+    found = traffic.unit_step_traffic(*planned("llama-3.1-8b", "dp=4,cp=2,zero=1,micro_batch=1"), "layers.0")
     assert {(one.axis, one.operation, one.size) for one in found} == {
         ("shard", "reduce-scatter", 8),
         ("shard", "all-gather", 8),
@@ -118,16 +118,16 @@ def test_context_ranks_add_gradients_as_data_ranks_do() -> None:
 
 
 def test_a_system_that_gathers_inputs_again_calls_so() -> None:
-    spec, layout = planned("llama-3.1-8b", "dp=2,tp=4,micro_batch=1")
-    kept = traffic.part_traffic(spec, layout, "layers.0", sequence=4096)
+    case, layout = planned("llama-3.1-8b", "dp=2,tp=4,micro_batch=1")
+    kept = traffic.part_traffic(case, layout, "layers.0")
     system = msgspec.structs.replace(load("fiveply"), gathered_input=False)
-    again = traffic.part_traffic(spec, layout, "layers.0", sequence=4096, software=system)
+    again = traffic.part_traffic(Case(case.spec, 4096, system), layout, "layers.0")
     gathers = [sum(c.count for c in found if c.operation == "all-gather") for found in (kept, again)]
     assert gathers == [4, 6]  # two forward and two backward; and the inputs of two pairs of products
 
 
 def test_bytes_handed_on_are_one_ranks_part_of_the_stream() -> None:
-    spec, layout = planned("llama-3.1-8b", "dp=2,tp=4,pp=2,micro_batch=2")
-    assert traffic.handed_on(spec, layout, sequence=4096) == 2 * 4096 * 4096 * BYTES // 4
+    case, layout = planned("llama-3.1-8b", "dp=2,tp=4,pp=2,micro_batch=2")
+    assert traffic.handed_on(case, layout) == 2 * 4096 * 4096 * BYTES // 4
     whole = msgspec.structs.replace(layout, sp=0)
-    assert traffic.handed_on(spec, whole, sequence=4096) == 2 * 4096 * 4096 * BYTES
+    assert traffic.handed_on(case, whole) == 2 * 4096 * 4096 * BYTES

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plan.dry import FEW, MANY, Drawn
 
 from fiveply.plan import software, workload
-from fiveply.plan.workload import Work, seen
+from fiveply.plan.workload import Case, Work, seen
 from fiveply.spec.architecture import Experts, ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
@@ -67,7 +67,7 @@ def test_attention_is_that_computed(case: Drawn) -> None:
 def planned(model: str, layout: str, part: str, sequence: int = 4096, system: str = "fiveply") -> Work:
     spec = ModelSpec.load(model)
     resolved = resolve(Layout.parse(layout), spec, sequence=sequence, global_batch=64, runtime=False)
-    return workload.work(spec, resolved, part, sequence=sequence, software=software.load(system))
+    return workload.work(Case(spec, sequence, software.load(system)), resolved, part)
 
 
 def operations(work: Work, name: str, phase: str = "forward") -> list[tuple[int, ...]]:
@@ -94,16 +94,14 @@ def test_tensor_ranks_share_the_products(tp: int) -> None:
     whole = planned("llama-3.1-8b", "dp=1,micro_batch=1", "layers.0").flops("forward")
     spec = ModelSpec.load("llama-3.1-8b")
     layout = resolve(Layout.parse(f"tp={tp},micro_batch=1"), spec, sequence=4096, global_batch=64)
-    ranks = [
-        workload.work(spec, layout, "layers.0", sequence=4096, tp_rank=rank).flops("forward") for rank in range(tp)
-    ]
+    ranks = [workload.work(Case(spec, 4096), layout, "layers.0", rank).flops("forward") for rank in range(tp)]
     assert sum(ranks) == whole
 
 
 def test_uneven_slices_and_a_head_held_twice() -> None:
     spec = msgspec.structs.replace(ModelSpec.load("llama-3.1-8b"), ffn=14335, kv_heads=2)
     layout = Layout(tp=4, stages=(32,), micro_batch=1)
-    first, last = (workload.work(spec, layout, "layers.0", sequence=4096, tp_rank=rank) for rank in (0, 3))
+    first, last = (workload.work(Case(spec, 4096), layout, "layers.0", rank) for rank in (0, 3))
     assert operations(first, "gate") == [(4096, 3584, 4096)]
     assert operations(last, "gate") == [(4096, 3583, 4096)]
     # Two key-value heads for four tensor ranks: each holds one of them whole.
@@ -183,16 +181,15 @@ def test_windows_bound_attention_and_sinks_add_nothing_to_it() -> None:
     flops = {
         layer in spec.window_layers: next(
             o.flops
-            for o in workload.work(spec, layout, f"layers.{layer}", sequence=4096).operations
+            for o in workload.work(Case(spec, 4096), layout, f"layers.{layer}").operations
             if o.name == "attention" and o.phase == "forward"
         )
         for layer in (0, 1)
     }
     assert flops == {True: 4 * 64 * 64 * seen(4096, 128), False: 4 * 64 * 64 * seen(4096, 0)}
     without = msgspec.structs.replace(spec, sinks=False)
-    assert workload.work(without, layout, "layers.0", sequence=4096).flops("input") == workload.work(
-        spec, layout, "layers.0", sequence=4096
-    ).flops("input")
+    backward = [workload.work(Case(one, 4096), layout, "layers.0").flops("input") for one in (spec, without)]
+    assert backward[0] == backward[1]
 
 
 def test_equal_kinds_have_equal_work() -> None:
@@ -235,7 +232,7 @@ def test_a_quantised_input_is_kept_as_it_is_multiplied() -> None:
     casting = msgspec.structs.replace(quantising, keeps_quantised=False)
     kept = {
         (precision, system.keeps_quantised): workload.work(
-            spec, layout, "layers.0", sequence=64, software=system, precision=precision
+            Case(spec, 64, system, precision), layout, "layers.0"
         ).kept_bytes
         for precision in ("bf16", "fp8")
         for system in (quantising, casting)
@@ -253,7 +250,7 @@ def test_the_gradients_of_chances_need_what_they_scaled() -> None:
     layout = resolve(Layout(micro_batch=1), spec, sequence=64, global_batch=1, runtime=False)
 
     def kept(model: ModelSpec, system: str) -> dict[str, int]:
-        counted = workload.work(model, layout, "layers.0", sequence=64, software=software.load(system))
+        counted = workload.work(Case(model, 64, software.load(system)), layout, "layers.0")
         return {one.name: one.bytes for one in counted.kept}
 
     plain = msgspec.structs.replace(spec, gated_mlp=False, activation="gelu")

@@ -46,6 +46,11 @@ def pair(rows: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, width), torch.randn(rows, width)
 
 
+def by_stage(*given: Any) -> Any:
+    """What is seen, each figure as a list by stage."""
+    return module_plan.Seen(*map(list, zip(*module_plan._seen(*given), strict=True)))  # pyright: ignore[reportArgumentType]
+
+
 def test_operations_parameters_and_kept_bytes_are_those_of_the_module() -> None:
     rows, width, inner = 6, 8, 32
     products: list[Operation] = []
@@ -54,7 +59,7 @@ def test_operations_parameters_and_kept_bytes_are_those_of_the_module() -> None:
         products.extend([operation] * (operation.kind == "product"))
         return float(operation.flops * operation.count)
 
-    seen = module_plan._seen(Mlp(width, inner), nn.MSELoss(), ["fc1", "fc2"], pair(9, width), rows, flops)
+    seen = by_stage(Mlp(width, inner), nn.MSELoss(), ["fc1", "fc2"], pair(9, width), rows, flops)
     one = 2 * rows * width * inner
     assert seen.forward == [one, one]
     assert sum(seen.backward) == 3 * one, "both weight gradients, and one input gradient"
@@ -70,7 +75,7 @@ def test_operations_parameters_and_kept_bytes_are_those_of_the_module() -> None:
 def test_what_multiplies_and_is_no_plain_product_counts_by_its_flops() -> None:
     module, rows = nn.Conv2d(3, 5, 3, padding=1, bias=False), 4
     data = torch.randn(rows, 3, 8, 8), torch.randn(rows, 5, 8, 8)
-    seen = module_plan._seen(module, nn.MSELoss(), [], data, rows, lambda operation: float(operation.flops))
+    seen = by_stage(module, nn.MSELoss(), [], data, rows, lambda operation: float(operation.flops))
     assert seen.forward == [2 * rows * 8 * 8 * 5 * 3 * 3 * 3]
 
 
@@ -80,7 +85,7 @@ def test_what_multiplies_and_is_no_plain_product_counts_by_its_flops() -> None:
 def test_every_example_is_seen(name: str) -> None:
     example = EXAMPLES[name]
     module = example.build()
-    seen = module_plan._seen(module, example.loss, [], example.data()[:5], 5, lambda operation: 1.0)
+    seen = by_stage(module, example.loss, [], example.data()[:5], 5, lambda operation: 1.0)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert seen.parameters == [trained]
     assert min(seen.forward[0], seen.backward[0], seen.kept[0]) > 0

@@ -21,26 +21,25 @@ LEAST = 0.01
 
 class Advice(msgspec.Struct, frozen=True):
     """`now`: what was given, predicted. `best`: the best layout that the system can run, if it is faster or `now` does not
-    fit; `changes` lead from one to the other. `capacity`: bytes of a device."""
+    fit; `changes` lead from one to the other."""
 
     given: Given
     now: Ranked
-    capacity: int
-    best: Ranked | None
-    changes: tuple[str, ...]
+    best: Ranked | None = None
+    changes: tuple[str, ...] = ()
 
 
 def expressible(system: str, answer: Answer, model: str) -> tuple[Ranked, str, list[str]]:
     """The first layout of an answer that `system` can express, its text, and comments (which name those passed over).
     Raises InputError, with the first one's reason, if there is none."""
-    refusals: list[InputError] = []
+    job, refusals = answer.job, list[InputError]()
     for one in answer.ranked:
         try:
-            text, comments = dialects.emit(
-                system, one.prediction.layout, answer.job.spec, sequence=answer.job.sequence,
-                global_batch=answer.job.global_batch, precision=answer.job.precision,
-                devices_per_node=answer.job.machine.devices_per_node, model=model, order=one.order,
+            facts = facts_of(
+                one.prediction.layout, job.spec, sequence=job.sequence, global_batch=job.global_batch,
+                precision=job.precision, devices_per_node=job.machine.devices_per_node, model=model, order=one.order,
             )  # fmt: skip
+            text, comments = dialects.emit(system, facts)
         except InputError as error:
             refusals.append(error)
             continue
@@ -56,48 +55,28 @@ def advise(given: Given, cluster: ClusterSpec, limits: Limits | None = None) -> 
     if world != cluster.count:
         raise InputError(f"the arguments are for {world} ranks, the cluster has {cluster.count}", where="--cluster",
                          fix=f"give {cluster.device}:{world}")  # fmt: skip
-    batch: dict[str, Any] = {
-        "sequence": given.sequence,
-        "global_batch": given.global_batch,
-        "precision": given.precision,
-    }
+    batch: dict[str, Any] = {key: getattr(given, key) for key in ("sequence", "global_batch", "precision")}
     system = software.load("megatron")
     job = explain.job_of(given.spec, cluster, world, **batch, system=system)
     now = explain.rank(Predictor(msgspec.structs.replace(job, order=given.order)), given.layout)
-    advice = Advice(given, now, job.machine.memory_bytes, None, ())
     limits = msgspec.structs.replace(limits or Limits(), among=dialects.choices("megatron"))
     try:
         found = explain.answer(given.spec, cluster, **batch, limits=limits, system=system)
         best, _, _ = expressible("megatron", found, "")
     except InputError:
-        return advice  # no layout fits
+        return Advice(given, now)  # no layout fits
     faster = best.prediction.seconds.p50 < (1 - LEAST) * now.prediction.seconds.p50
-    if not faster and now.worst <= advice.capacity:
-        return advice
+    if not faster and now.worst <= now.capacity:
+        return Advice(given, now)
     facts = (facts_of(one.prediction.layout, given.spec, order=one.order, **batch) for one in (now, best))
     changes = dialects.changes(dialects.load("megatron"), *facts)
-    return msgspec.structs.replace(advice, best=best, changes=tuple(changes))
+    return Advice(given, now, best, tuple(changes))
 
 
 def values(advice: Advice) -> dict[str, Any]:
     """What `--json` prints."""
     return {
         "notes": list(advice.given.notes),
-        "given": _values(advice, advice.now),
-        "better": _values(advice, advice.best) | {"changes": list(advice.changes)} if advice.best else None,
-    }
-
-
-def _values(advice: Advice, one: Ranked) -> dict[str, Any]:
-    prediction = one.prediction
-    return {
-        "layout": str(prediction.layout),
-        "order": one.order,
-        "step_seconds": msgspec.structs.asdict(prediction.seconds),
-        "tokens_per_second_per_device": one.tokens_per_second_per_device,
-        "mfu": one.mfu,
-        "memory_bytes": {"worst": one.worst, "by_rank": list(prediction.memory_bytes), "capacity": advice.capacity},
-        "p_oom": prediction.p_oom,
-        "bound_by": one.bound_by,
-        "terms": prediction.terms,
+        "given": explain.values_of(advice.now),
+        "better": explain.values_of(advice.best) | {"changes": list(advice.changes)} if advice.best else None,
     }

@@ -10,28 +10,23 @@ from collections.abc import Sequence
 
 from fiveply.plan import units
 from fiveply.plan.operations import Work
-from fiveply.plan.software import Software
-from fiveply.spec.architecture import ModelSpec
+from fiveply.plan.parts import Case
 from fiveply.spec.layout import Layout
 
 
 class Buffers:
     """Of one chunk's units, in bytes by the index of a part of it."""
 
-    def __init__(self, spec: ModelSpec, layout: Layout, names: Sequence[str], software: Software, tp_rank: int) -> None:
+    def __init__(self, case: Case, layout: Layout, names: Sequence[str], tp_rank: int) -> None:
+        spec, software = case.spec, case.software
         self.zero, self.software = layout.zero, software
         self.sizes: list[tuple[int, int, int]] = []
         """Elements of each unit: of its whole buffers, of the parts that a rank owns where it shares them, and of its tensors."""
         for name in names if layout.zero else ():
-            one = units.held(spec, layout, "embed" if name == "head" and spec.tied else name, tp_rank)
-            whole = own = 0
-            for elements, shards in (
-                (one.longest, units.shard_ranks(layout)),
-                (one.experts, units.expert_shard_ranks(layout)),
-            ):
-                part = -(-elements // shards)
-                whole, own = whole + part * shards, own + (part if shards > 1 else 0)
-            self.sizes.append((whole, own, one.elements))
+            unit = "embed" if name == "head" and spec.tied else name
+            each = units.buffers(spec, layout, unit, tp_rank)
+            whole, own = sum(one.part * one.shards for one in each), sum(one.part for one in each if one.shards > 1)
+            self.sizes.append((whole, own, units.held(spec, layout, unit, tp_rank).elements))
         self.reduced = self.sizes
         """Those whose reductions this chunk starts: not an embedding's that another place of the same rank starts."""
         self.tied = 0

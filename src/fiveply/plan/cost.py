@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,12 +17,14 @@ import msgspec
 
 from fiveply.plan import machine as machines
 from fiveply.plan.machine import Machine
+from fiveply.plan.simulate import StageSeconds
 from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
 from fiveply.plan.workload import Operation, Work
 from fiveply.spec.cluster import ClusterSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
+from fiveply.spec.plan import Interval
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))
 """Rows and columns of the output that one processor computes at a time."""
@@ -33,15 +35,6 @@ NETWORK = 0.8
 """Share of its network cards' bandwidth that a collective across hosts reaches."""
 GROUPED = 0.85
 """Speed of grouped products relative to one product of a group's shape: uneven groups, permuted rows."""
-
-
-class PartSeconds(msgspec.Struct, frozen=True):
-    """One micro-batch of one part on one rank, with what collectives leave exposed; `terms` add up to the three."""
-
-    forward: float
-    input: float
-    weight: float
-    terms: dict[str, float]
 
 
 def machine(cluster: ClusterSpec) -> Machine:
@@ -56,7 +49,6 @@ def machine(cluster: ClusterSpec) -> Machine:
         raise InputError(str(error), where="cluster", key="measured", fix="write it with fiveply probe") from None
     return msgspec.structs.replace(
         found,
-        count=cluster.count,
         memory_bytes=cluster.memory_bytes or found.memory_bytes,
         devices_per_node=cluster.devices_per_node or found.devices_per_node,
     )
@@ -64,8 +56,6 @@ def machine(cluster: ClusterSpec) -> Machine:
 
 def used_by(software: Software, machine: Machine) -> Machine:
     """The machine as a system drives it: what its collectives reach of the network."""
-    if software.network == 1.0:
-        return machine
     network = msgspec.structs.replace(machine.network, bandwidth=machine.network.bandwidth * software.network)
     return msgspec.structs.replace(machine, network=network)
 
@@ -105,10 +95,10 @@ published rows of GPT shapes (vocabulary 50,257, head size 96)."""
 def attention_seconds(operation: Operation, machine: Machine, software: Software, precision: str) -> float:
     """Fused attention, or scores, softmax and two products where the system has no fused one; context-parallel parts of a
     row take the time of their share of its pairs."""
-    rows, queries, keys, heads, _, size, value, window = operation.shape
+    _, _, keys, _, _, size, value, window = operation.shape
     backward = operation.phase == "input" and not operation.again
     if not software.flash:
-        return _plain_attention(rows * heads, queries, keys, size, machine, software, precision, backward)
+        return _plain_attention(operation, machine, software, precision, backward)
     seen = min(window, keys) if window else keys
     head = (size + value) / 2
     speed = machine.attention
@@ -118,16 +108,11 @@ def attention_seconds(operation: Operation, machine: Machine, software: Software
 
 
 def _plain_attention(
-    squares: int,
-    queries: int,
-    keys: int,
-    size: int,
-    machine: Machine,
-    software: Software,
-    precision: str,
-    backward: bool,
+    operation: Operation, machine: Machine, software: Software, precision: str, backward: bool
 ) -> float:
     """Scores and context as batched products of whole squares, softmax and dropout as kernels between them."""
+    rows, queries, keys, heads, _, size, _, _ = operation.shape
+    squares = rows * heads
     products = product_seconds(queries, keys, size, machine, precision, squares)
     products += product_seconds(queries, size, keys, machine, precision, squares)
     width = BYTES[precision]
@@ -196,17 +181,10 @@ def optimizer_bytes(parameters: int, software: Software) -> float:
 # --- collectives ---
 
 
-def collective_seconds(collective: Collective, machine: Machine, stride: int) -> float:
-    """ONE call, nothing hidden; `stride` ranks stand between neighbours of its group."""
-    return call_seconds(
-        collective.operation, collective.bytes, collective.size, machine, stride, copies=collective.copies
-    )
-
-
 def call_seconds(
     operation: str, size_bytes: int, ranks: int, machine: Machine, stride: int, *, copies: int = 1
 ) -> float:
-    """One call over `ranks` ranks, `stride` apart; `copies` as in `wire`."""
+    """One call over `ranks` ranks, `stride` apart, nothing hidden; `copies` as in `wire`."""
     if ranks < 2 and operation not in ("send", "receive"):
         return 0.0
     return wire(operation, ranks, machine, stride, copies=copies).seconds(size_bytes)
@@ -267,31 +245,30 @@ class Computed(msgspec.Struct, frozen=True):
     """Bytes that forward leaves for backward."""
 
     def __add__(self, other: Computed) -> Computed:
-        def both(one: dict[str, float], two: dict[str, float]) -> dict[str, float]:
-            return one | {key: one.get(key, 0.0) + value for key, value in two.items()}
+        phases, terms, kernels = (
+            summed((getattr(self, key), getattr(other, key))) for key in ("phases", "terms", "kernels")
+        )
+        return Computed(phases, terms, kernels, self.stall + other.stall, self.kept + other.kept)
 
-        return Computed(
-            both(self.phases, other.phases), both(self.terms, other.terms), both(self.kernels, other.kernels),
-            self.stall + other.stall, self.kept + other.kept,
-        )  # fmt: skip
+
+def summed(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Name by name; names that are missing count 0, whoever adds to the result."""
+    total: dict[str, float] = defaultdict(float)
+    for terms in found:
+        for name, value in terms.items():
+            total[name] += value
+    return total
 
 
 def computed(
-    work: Work,
-    machine: Machine,
-    software: Software,
-    precision: str,
-    known: dict[Hashable, float] | None = None,
+    work: Work, machine: Machine, software: Software, precision: str, known: dict[Hashable, float]
 ) -> Computed:
     """`known` remembers operations of the same shape across parts (of one machine, software and precision)."""
     phases: dict[str, float] = {"forward": 0.0, "input": 0.0, "weight": 0.0}
     terms: dict[str, float] = defaultdict(float)
     kernels: dict[str, float] = defaultdict(float)
-    known = {} if known is None else known
     for operation in work.operations:
         phase = operation.phase
-        if phase == "step":
-            continue
         key = (operation.shape, operation.flops, operation.bytes, operation.count, phase, operation.again)
         seconds = known.get(key)
         if seconds is None:
@@ -303,49 +280,28 @@ def computed(
     return Computed(phases, terms, kernels, software.experts_stall / 2 if routed else 0.0, work.kept_bytes)
 
 
-def part_seconds(
-    work: Work,
-    collectives: Sequence[Collective],
-    machine: Machine,
-    software: Software,
-    precision: str,
-    strides: Mapping[str, int],
-) -> PartSeconds:
-    """One micro-batch of a part. `strides`: ranks between neighbours on each axis."""
-    calls = [(one, collective_seconds(one, machine, strides[one.axis])) for one in collectives]
-    return exchanged(computed(work, machine, software, precision), calls, machine, software)
-
-
 def exchanged(
-    part: Computed,
-    calls: Iterable[tuple[Collective, float]],
-    machine: Machine,
-    software: Software,
-    *,
-    away: bool = False,
-) -> PartSeconds:
-    """A part's computation with its collectives, and the seconds of one call of each. `away`: what forward keeps goes to the
-    host and comes back, beside the computation of the same phase.
+    part: Computed, calls: Iterable[tuple[Collective, float]], machine: Machine, software: Software, away: bool = False
+) -> StageSeconds:
+    """A part's computation with what collectives leave exposed, given the seconds of one call of each. `away`: what forward
+    keeps goes to the host and comes back, beside the computation of the same phase.
 
-    What may hide a collective is the computation of its own phase, or the weight gradients where it says so; the system's
-    share of overlap says how much of it does, and what runs beside a collective slows down by the system's contention.
+    What may hide a collective is the computation of its own phase; the system's share of overlap says how much of it does, and
+    what runs beside a collective slows down by the system's contention.
     """
     computing, phases, terms = part.phases, dict(part.phases), defaultdict(float, part.terms)
     for collective, once in calls:
-        if collective.phase not in phases:
-            continue
         seconds = collective.count * (once + copied_seconds(collective, machine, each=True))
         share = overlap(collective.axis, collective.operation, software)
-        beside = computing["weight" if collective.hides == "weight" else collective.phase]
-        seconds = exposed(seconds, beside, share, software.contention)
+        seconds = exposed(seconds, computing[collective.phase], share, software.contention)
         phases[collective.phase] += seconds
         terms[AXES.get(collective.axis, collective.axis)] += seconds
-    for phase in ("forward", "input") if away else ():
-        seconds = exposed(part.kept / machine.host_bandwidth, computing[phase], 1.0, software.contention)
-        phases[phase] += seconds
-        terms["offload"] += seconds
-    if part.stall:
-        for phase in ("forward", "input"):
+    for phase in ("forward", "input"):
+        if away:
+            seconds = exposed(part.kept / machine.host_bandwidth, computing[phase], 1.0, software.contention)
+            phases[phase] += seconds
+            terms["offload"] += seconds
+        if part.stall:
             phases[phase] += part.stall
             terms["experts"] += part.stall
     if not software.graphs:  # the device waits where the host launches more slowly than it computes and exchanges
@@ -353,12 +309,13 @@ def exchanged(
             late = max(0.0, count * machine.host - phases[phase])
             phases[phase] += late
             terms["launch"] += late
-    return PartSeconds(phases["forward"], phases["input"], phases["weight"], dict(terms))
+    return StageSeconds(phases["forward"], phases["input"], phases["weight"], terms=dict(terms))
 
 
-def exposed(seconds: float, beside: float, share: float, contention: float) -> float:
-    """What of a collective is not hidden by `beside` seconds of computation, with what it slows that down by."""
-    hidden = min(seconds * share, beside / contention)
+def exposed(seconds: Any, beside: Any, share: float, contention: float, least: Callable[[Any, Any], Any] = min) -> Any:
+    """What of a collective is not hidden by `beside` seconds of computation, with what it slows that down by. Of arrays, whose
+    `least` is numpy's."""
+    hidden = least(seconds * share, beside / contention)
     return seconds - hidden + hidden * (contention - 1)
 
 
@@ -400,12 +357,12 @@ def residual(seconds: float, machine: Machine, software: Software, layout: Layou
 
 def interval(
     seconds: float, machine: Machine, software: Software, precision: str = "bf16", experts: bool = False
-) -> tuple[float, float, float]:
+) -> Interval:
     """10, 50 and 90% of the step time: log-normal, of the errors seen on rows of systems and devices that the fit had left
     out, wider where there were few such rows or none."""
     unsure = {"fp8": 0.08, "fp4": 0.12}.get(precision, 0.0)
     spread = math.hypot(software.spread, machine.spread, unsure, 0.14 * experts)
-    return seconds * math.exp(-NINETIETH * spread), seconds, seconds * math.exp(NINETIETH * spread)
+    return Interval(seconds * math.exp(-NINETIETH * spread), seconds, seconds * math.exp(NINETIETH * spread))
 
 
 NINETIETH = 1.2816

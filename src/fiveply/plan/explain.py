@@ -50,11 +50,13 @@ SHARES = {
 
 
 class Ranked(msgspec.Struct, frozen=True):
-    """One layout of the table. `mfu`: of all devices' peak. `refusal`: "" or why the runtime can't run it yet."""
+    """One layout of the table. `capacity`: bytes of a device. `mfu`: of all devices' peak. `refusal`: "" or why the runtime
+    can't run it yet."""
 
     prediction: Prediction
     order: str
     world: int
+    capacity: int
     tokens_per_second_per_device: float
     mfu: float
     bound_by: str
@@ -80,7 +82,6 @@ class Answer(msgspec.Struct, frozen=True):
 
     search: Search
     cluster: ClusterSpec
-    objective: Objective
     ranked: tuple[Ranked, ...]
     searched: Searched
     seconds: float
@@ -88,6 +89,11 @@ class Answer(msgspec.Struct, frozen=True):
     @property
     def job(self) -> Job:
         return self.search.job
+
+    @property
+    def proof(self) -> str:
+        gap = self.searched.gap
+        return "proven best" if gap == 0 else f"at most {gap:.1%} above what was pruned"
 
 
 def software(precision: str) -> Software:
@@ -105,7 +111,7 @@ def job_of(
         habits = msgspec.structs.replace(habits, overlap_gradients=0.0, overlap_parameters=0.0)
     if cluster.step_seconds:
         habits = msgspec.structs.replace(habits, step_seconds=cluster.step_seconds)
-    return Job(spec, machine_of(cluster, world), habits, sequence, global_batch, precision)
+    return Job(spec, sequence, habits, precision, machine=machine_of(cluster, world), global_batch=global_batch)
 
 
 def machine_of(cluster: ClusterSpec, world: int) -> Machine:
@@ -117,9 +123,8 @@ def machine_of(cluster: ClusterSpec, world: int) -> Machine:
         return cost.machine(
             msgspec.structs.replace(cluster, measured=cluster.measured | cluster.shared[str(world)], memory_bytes=0)
         )
-    one = cost.machine(cluster)
     threads = max(1.0, cluster.count // world) if world <= cluster.count else cluster.count / world
-    return msgspec.structs.replace(one.with_threads(threads), memory_bytes=int(one.memory_bytes * threads))
+    return cost.machine(cluster).with_threads(threads)
 
 
 def is_cpu(cluster: ClusterSpec) -> bool:
@@ -157,7 +162,7 @@ def answer(
         max(one.gap for one in searched),
     )  # fmt: skip
     ranked = tuple(one for one, _ in found[:wanted])
-    return Answer(found[0][1], cluster, objective, ranked, total, time.perf_counter() - began)
+    return Answer(found[0][1], cluster, ranked, total, time.perf_counter() - began)
 
 
 def _limits(limits: Limits) -> list[Limits]:
@@ -192,8 +197,8 @@ def rank(predictor: Predictor, layout: Layout) -> Ranked:
     seconds, world = prediction.seconds.p50, layout.world
     ideal = workload.model_flops(job.spec, job.sequence) * job.global_batch / (world * job.machine.flops(job.precision))
     return Ranked(
-        prediction, job.order, world, job.global_batch * job.sequence / seconds / world, ideal / seconds,
-        bound_by(prediction.terms), refusal(job, layout, job.order), ideal,
+        prediction, job.order, world, job.machine.memory_bytes, job.global_batch * job.sequence / seconds / world,
+        ideal / seconds, bound_by(prediction.terms), refusal(job, layout), ideal,
     )  # fmt: skip
 
 
@@ -203,9 +208,9 @@ def bound_by(terms: dict[str, float]) -> str:
     return name if seconds >= 0.1 * sum(terms.values()) else "products"
 
 
-def refusal(job: Job, layout: Layout, order: str) -> str:
+def refusal(job: Job, layout: Layout) -> str:
     """Why fiveply's runtime cannot run it yet; "" where it can."""
-    if order != ORDERS[0]:
+    if job.order != ORDERS[0]:
         return f"ranks are ordered {ORDERS[0]} by the runtime"
     try:
         resolve(layout, job.spec, sequence=job.sequence, global_batch=job.global_batch)
@@ -303,7 +308,7 @@ def differences(one: Ranked, other: Ranked, least: float = 0.005) -> list[str]:
 
 
 def sensitivities(answer: Answer) -> dict[str, float]:
-    """By how much of its time the best layout gets faster if a part of the machine gets twice as good."""
+    """By how much of its time the best layout gets faster if a part of the machine gets twice as good, the most first."""
     top, job = answer.ranked[0], answer.job
     machine = job.machine
 
@@ -322,7 +327,7 @@ def sensitivities(answer: Answer) -> dict[str, float]:
     for name, change in changes.items():
         changed = msgspec.structs.replace(job, order=top.order, machine=msgspec.structs.replace(machine, **change))
         gains[name] = 1 - Predictor(changed).seconds(top.prediction.layout) / before
-    return gains
+    return dict(sorted(gains.items(), key=lambda item: -item[1]))
 
 
 def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
@@ -330,26 +335,25 @@ def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
     job, layout = answer.job, answer.ranked[0].prediction.layout
     spec, found = job.spec, list[str]()
 
-    def per_weight(changed: ModelSpec) -> float:
-        """Seconds of a layer's, and of the head's, products per FLOP."""
+    def per_weight(**changed: int) -> float:
+        """Seconds of a layer's, and of the head's, products per FLOP, in the model with these sizes."""
         seconds = flops = 0.0
+        case = msgspec.structs.replace(job, spec=msgspec.structs.replace(spec, **changed))
         for part in ("layers.0", "head"):
-            work = workload.work(
-                changed, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
-            )
-            products = [one for one in work.operations if one.kind in ("product", "grouped")]
+            operations = workload.work(case, layout, part).operations
+            products = [one for one in operations if one.kind in ("product", "grouped")]
             seconds += sum(cost.operation_seconds(one, job.machine, job.software, job.precision) for one in products)
             flops += sum(one.flops * one.count for one in products)
         return seconds / flops
 
-    now = per_weight(spec)
+    now = per_weight()
     for key, step in (("hidden", 1024), ("ffn", 256 * layout.tp), ("vocabulary", 128 * layout.tp)):
         size = getattr(spec, key)
         if size % step == 0:
             continue
         best = min((size // step * step or step, -(-size // step) * step),
-                   key=lambda value: per_weight(msgspec.structs.replace(spec, **{key: value})))  # fmt: skip
-        loss = now / per_weight(msgspec.structs.replace(spec, **{key: best})) - 1
+                   key=lambda value: per_weight(**{key: value}))  # fmt: skip
+        loss = now / per_weight(**{key: best}) - 1
         if loss >= least:
             found.append(f"{key} {size:,} costs {loss:.0%} of the products' time against {best:,}")
     return found
@@ -366,11 +370,11 @@ def values(answer: Answer) -> dict[str, Any]:
         "fit": answer.searched.fit,
         "priced": answer.searched.priced,
         "gap": answer.searched.gap,
-        "plans": [_plan_values(answer, one) for one in answer.ranked],
+        "plans": [values_of(one) for one in answer.ranked],
     }
 
 
-def _plan_values(answer: Answer, one: Ranked) -> dict[str, Any]:
+def values_of(one: Ranked) -> dict[str, Any]:
     prediction = one.prediction
     return {
         "layout": str(prediction.layout),
@@ -384,7 +388,7 @@ def _plan_values(answer: Answer, one: Ranked) -> dict[str, Any]:
         "memory_bytes": {
             "worst": one.worst,
             "by_rank": list(prediction.memory_bytes),
-            "capacity": answer.job.machine.memory_bytes,
+            "capacity": one.capacity,
         },
         "p_oom": prediction.p_oom,
         "bound_by": one.bound_by,

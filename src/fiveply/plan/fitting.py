@@ -58,8 +58,9 @@ class Fitting:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor, self.job, self.spec = predictor, predictor.job, predictor.job.spec
         job = self.job
-        room = max(0.0, job.machine.memory_bytes - job.software.context_bytes)
-        self.capacity = room * math.exp(-job.software.memory_spread * NormalDist().inv_cdf(1 - RISK))
+        self.capacity = job.machine.memory_bytes * math.exp(
+            -job.software.memory_spread * NormalDist().inv_cdf(1 - RISK)
+        )
         self._unit_of = units.alike(self.spec)
         self.units = list(dict.fromkeys(self._unit_of.values()))
         """The first unit of each kind."""
@@ -68,15 +69,12 @@ class Fitting:
         self._times = self._count(self._unit_of)
         self._layers = int(self._times[self._layer].sum())
         self._head = "embed" if self.spec.tied else "head"
-        kinds = workload.kinds(self.spec)
-        first = {kind: part for part, kind in reversed(kinds.items())}
-        self.kinds = list(dict.fromkeys(first[kind] for kind in kinds.values()))
+        first = workload.kinds(self.spec)
+        self.kinds = list(dict.fromkeys(first.values()))
         """The first part of each kind."""
-        self.kind_of = {part: self.kinds.index(first[kind]) for part, kind in kinds.items()}
+        self.kind_of = {part: self.kinds.index(kind) for part, kind in first.items()}
         self._kind_layer = np.array([part.startswith("layers") for part in self.kinds])
-        self._kind_times = np.bincount(list(self.kind_of.values()), minlength=len(self.kinds))
-        self.parts = list(zip(self.kinds, self._kind_times.tolist(), strict=True))
-        """With how many there are in the model."""
+        self._kind_times = self.counted(self.kind_of)
         self._bytes: dict[Hashable, NDArray[np.float64]] = {}
         self._states: dict[Hashable, NDArray[np.float64]] = {}
         self._divided: dict[Hashable, Divided] = {}
@@ -181,26 +179,28 @@ class Fitting:
         """What each pipeline rank, and the first stage, of a divided layout hold."""
         key = layout.stages, layout.schedule == "zbv", layout.pp
         if key not in self._divided:
-            parts = np.zeros((layout.pp, len(self.kinds)), np.int64)
-            passing = np.zeros((layout.pp, len(self.kinds)), np.int64)
-            for rank in range(layout.pp):
-                for chunk in range(layout.chunks):
-                    for part in workload.parts(self.spec, layout.stages, layout.stage_of(rank, chunk)):
-                        parts[rank, self.kind_of[part]] += 1
-                for part in workload.parts(self.spec, layout.stages, rank):
-                    passing[rank, self.kind_of[part]] += 1
+            each = [
+                self.counted(workload.parts(self.spec, layout.stages, stage)) for stage in range(layout.stage_count)
+            ]
+            parts = np.array([
+                sum(each[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)) for rank in range(layout.pp)
+            ])  # fmt: skip
             held = np.array([self._count(traffic.held_units(self.spec, layout, rank)) for rank in range(layout.pp)])
             first = self._count(stage_units(self.spec, layout.stages, 0))
             crossings = np.full(layout.pp, 2 * layout.chunks)
             crossings[0] -= 1
             crossings[0 if layout.schedule == "zbv" else -1] -= 1
             crossings[-1] -= 2 * (layout.schedule == "zbv")  # the turn of the V
-            self._divided[key] = Divided(parts, passing, crossings * (layout.pp > 1), held, first)
+            self._divided[key] = Divided(parts, np.array(each[: layout.pp]), crossings * (layout.pp > 1), held, first)
         return self._divided[key]
 
     def unit_of(self, part: str) -> str:
         """The first unit like the one that a part's parameters are of."""
         return self._unit_of["embed" if part == "head" and self.spec.tied else part]
+
+    def counted(self, parts: Iterable[str]) -> NDArray[np.int64]:
+        """By kind of part."""
+        return np.bincount([self.kind_of[part] for part in parts], minlength=len(self.kinds))
 
     def _count(self, names: Iterable[str]) -> NDArray[np.int64]:
         """By kind of unit."""
@@ -241,15 +241,9 @@ class Fitting:
         proportion to its rows."""
         key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.recompute, layout.offload)
         if key not in self._bytes:
-            job, one = self.job, msgspec.structs.replace(layout, micro_batch=1)
+            one = msgspec.structs.replace(layout, micro_batch=1)
             simple = msgspec.structs.replace(one, ep=1, etp=0, recompute="none", cp_kind="gather")  # for all but layers
-            works = [
-                workload.work(
-                    self.spec, one if part.startswith("layers") else simple, part, sequence=job.sequence,
-                    software=job.software, precision=job.precision,
-                )
-                for part in self.kinds
-            ]  # fmt: skip
+            works = [workload.work(self.job, one if part.startswith("layers") else simple, part) for part in self.kinds]
             away = layout.offload == "activations"
             self._bytes[key] = np.array(
                 [(0 if away else work.kept_bytes, work.backward_working, work.deferred) for work in works], float

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from fiveply.plan import cost, traffic, units
 from fiveply.plan.bounds import Lanes, Model, least_end, least_of_any
+from fiveply.plan.cost import Wire
 from fiveply.plan.fitting import Fitting
-from fiveply.plan.predict import ORDERS, Job, Predictor
+from fiveply.plan.predict import ORDERS, SPLIT, Job, Predictor
 from fiveply.plan.space import Kinds, chunks_of
 from fiveply.plan.stages import Weights
 from fiveply.spec.layout import Layout
@@ -47,16 +48,12 @@ class Floors:
         self.predictors = {ORDERS[0]: first, ORDERS[1]: first.ordered(ORDERS[1])}
         self.fitting = Fitting(first)
         self.blocking = first.blocking
-        placed = list(self.fitting.kind_of.items())
-        layers = [part.startswith("layers.") for part, _ in placed]
-        # Layers that only predict a further token stand behind the last one, with norm and head.
-        first_layer, last_layer = layers.index(True), layers.index(True) + self.spec.layers
-
-        def counted(some: Sequence[tuple[str, int]]) -> NDArray[np.int64]:
-            return np.bincount([kind for _, kind in some], minlength=len(self.fitting.kinds))
-
-        self._opening, self._layers = counted(placed[:first_layer]), counted(placed[first_layer:last_layer])
-        self._closing = counted(placed[last_layer:])
+        parts = list(self.fitting.kind_of)
+        begin = parts.index("layers.0")
+        end = begin + self.spec.layers  # layers that only predict a further token stand behind, with norm and head
+        self._opening, self._layers, self._closing = map(
+            self.fitting.counted, (parts[:begin], parts[begin:end], parts[end:])
+        )
         self._seconds: dict[Hashable, Array] = {}
         self._models: dict[Hashable, Model] = {}
         self._steps: dict[Hashable, Step] = {}
@@ -75,10 +72,7 @@ class Floors:
 
     def _key(self, layout: Layout, order: str) -> tuple[Hashable, ...]:
         apart = (layout.pp, order) if self.spec.experts and order != ORDERS[0] else ()
-        return (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.micro_batch, layout.recompute,
-            layout.offload, *apart,
-        )  # fmt: skip
+        return SPLIT(layout), apart
 
     def model(self, layout: Layout, order: str = ORDERS[0]) -> Model:
         """One micro-batch through the whole model."""
@@ -131,18 +125,11 @@ class Floors:
             )
         names = np.array(["1f1b" if name == "gpipe" else name for name, _ in orders])  # which gpipe can't beat
         chunks = np.array([chunks_of(name, vp) for name, vp in orders])
-        least = np.full(busiest.shape, np.inf)
+        least, count = np.full(busiest.shape, np.inf), self.predictors[order].micro_batches(layout)
         for name in np.unique(names).tolist():
             some = names == name
-            least[:, some] = self.any_division(
-                name,
-                chunks[some],
-                layout.pp,
-                self.predictors[ORDERS[0]].micro_batches(layout),
-                busiest[:, some],
-                model,
-                send,
-            )
+            bound = self.any_division(name, chunks[some], layout.pp, count, busiest[:, some], model, send)
+            least[:, some] = bound
         return np.where(busiest <= self.spec.layers, least, np.inf).min(axis=0)
 
     def any_division(
@@ -163,8 +150,8 @@ class Floors:
 
     def weights(self, layout: Layout, order: str) -> Weights:
         model, busy = self.model(layout, order), self.seconds(layout, order).sum(axis=1)
-        placed = [busy[kind] for part, kind in self.fitting.kind_of.items() if part.startswith("layers.")]
-        return Weights(tuple(placed[: self.spec.layers]), model.opening, model.closing)
+        layers = tuple(busy[self.fitting.kind_of[f"layers.{number}"]] for number in range(self.spec.layers))
+        return Weights(layers, model.opening, model.closing)
 
     # of a division
 
@@ -186,7 +173,7 @@ class Floors:
     def states(self, layout: Layout, order: str, kinds: Kinds, rows: list[int]) -> list[float]:
         """For some of the states, the least end of a step: after the pipeline's, what of the first stage's reductions and of
         each rank's update nothing can hide."""
-        software, machine = self.job.software, self.job.machine
+        software = self.job.software
         step, divided = self._step(layout, order, kinds), self.fitting.divided(layout)
         each = self.seconds(layout, order)
         _, back, weight = divided.passing[0] @ each
@@ -194,11 +181,10 @@ class Floors:
         exposed = np.maximum((step.early + step.late) @ divided.first - early, step.late @ divided.first)
         if layout.pp > 1 and layout.schedule in ("zb", "zbv"):  # the first rank need not be the last to end
             exposed = np.zeros_like(exposed)
-        update = cost.optimizer_seconds(10**9, machine, software, on_host=layout.offload == "optimizer") / 1e9
+        update = cost.optimizer_seconds(10**9, self.job.machine, software, on_host=layout.offload == "optimizer") / 1e9
         after = step.owned @ divided.units.T * update
-        gathered = step.gather @ divided.units.T
-        hidden = np.minimum(gathered * software.overlap_parameters, divided.parts @ each[:, 0] / software.contention)
-        after += gathered - hidden + hidden * (software.contention - 1)
+        gathered, beside = step.gather @ divided.units.T, divided.parts @ each[:, 0]
+        after += cost.exposed(gathered, beside, software.overlap_parameters, software.contention, np.minimum)
         deferred = any(kinds[row][0] > 1 for row in rows)
         found = self._pipeline(layout, order, self._more(layout, order, kinds)[rows] if deferred else 0.0)
         return self.whole((found + exposed[rows] + after[rows].max(axis=1)) * SURE).tolist()
@@ -235,9 +221,7 @@ class Floors:
         """Seconds of calls of `size` bytes [state, unit], by ranks and strides of each state; of no bytes, none."""
         wire = self.predictors[ORDERS[0]].wire
         found = [wire(operation, *pair) for pair in zip(ranks[:, 0].tolist(), strides[:, 0].tolist(), strict=True)]
-        start, each, half = np.array(found).T[:, :, None]
-        moving = each * size
-        return (start + moving + np.sqrt(half * moving)) * (size > 0)
+        return Wire(*np.array(found).T[:, :, None]).seconds(size) * (size > 0)
 
     def _more(self, layout: Layout, order: str, kinds: Kinds) -> Array:
         """[state, kind of part]: seconds by which what every micro-batch gathers and reduces delays it (zero 2 and 3)."""
@@ -251,9 +235,8 @@ class Floors:
         ]
         phases = [self.predictors[order].computed(layout, part).phases for part in parts]
         for phase, operation, seconds in self._each[key]:
-            beside = np.array([one[phase] for one in phases]) / software.contention
-            hidden = np.minimum(seconds * cost.overlap("shard", operation, software), beside)
-            more += seconds - hidden + hidden * (software.contention - 1)
+            beside, share = np.array([one[phase] for one in phases]), cost.overlap("shard", operation, software)
+            more += cost.exposed(seconds, beside, share, software.contention, np.minimum)
         idle = np.array([one.terms.get("launch", 0.0) for one in priced])  # the host's lead may hide it
         return np.maximum(0.0, more - idle)
 

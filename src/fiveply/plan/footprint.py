@@ -2,8 +2,7 @@
 
 State (parameters, gradients, optimiser) follows from the placement table; activations from the kept tensors of each part
 and from how many micro-batches of each chunk are alive while the schedule's actions go by. What is counted are tensors, as
-an allocator that loses nothing would hold them: not its fragmentation, not contexts of the device or of its collectives
-(`Software.context_bytes`), not workspaces of kernels (`workspace_bytes`).
+an allocator that loses nothing would hold them: not its fragmentation, not contexts of the device or of its collectives.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,23 +20,19 @@ from fiveply import pipeline_schedule
 from fiveply.pipeline_schedule import Action, Kind, Schedule
 from fiveply.plan import units
 from fiveply.plan.buffers import Buffers
-from fiveply.plan.software import Software
+from fiveply.plan.software import FIVEPLY, Software
 from fiveply.plan.traffic import handed_on, held_units
-from fiveply.plan.workload import FIVEPLY, INDEX_BYTES, Split, describe, parts, split_of, work
+from fiveply.plan.workload import INDEX_BYTES, Case, Split, describe, parts, work
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 
 
-class State(msgspec.Struct, frozen=True):
+class State(NamedTuple):
     """Bytes that stand the whole step."""
 
     parameters: int
     gradients: int
     optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -57,12 +52,11 @@ class Footprint(msgspec.Struct, frozen=True):
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.working + self.buffers
+        return sum(self.categories.values())
 
     @property
     def categories(self) -> dict[str, int]:
-        names = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "when"}
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -120,48 +114,29 @@ def state_of(elements: Any, shards: Any, zero: Any, *, software: Software = FIVE
     return parameters, gradients * software.gradient_bytes, part * software.optimizer_bytes
 
 
-def state(
-    spec: ModelSpec, layout: Layout, names: Iterable[str], *, software: Software = FIVEPLY, tp_rank: int = 0
-) -> State:
+def state(case: Case, layout: Layout, names: Iterable[str], tp_rank: int = 0) -> State:
     """Of the units `names` (`traffic.held_units`): flat buffers, cut into equal parts by the largest tensor rank."""
     total = np.zeros(3)
-    for name, count in Counter(units.alike(spec)[name] for name in names).items():
-        one = units.held(spec, layout, name, tp_rank)
-        for elements, shards in (
-            (one.longest, units.shard_ranks(layout)),
-            (one.experts, units.expert_shard_ranks(layout)),
-        ):
-            total += np.array(state_of(elements, shards, layout.zero, software=software)) * count
+    for name, count in Counter(units.alike(case.spec)[name] for name in names).items():
+        for one in units.buffers(case.spec, layout, name, tp_rank):
+            total += np.array(state_of(one.elements, one.shards, layout.zero, software=case.software)) * count
     parameters, gradients, optimizer = total.round().astype(int).tolist()
     return State(parameters, gradients, 0 if layout.offload == "optimizer" else optimizer)
 
 
-def stage(
-    spec: ModelSpec,
-    layout: Layout,
-    number: int,
-    *,
-    sequence: int,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-    tp_rank: int = 0,
-) -> Stage:
+def stage(case: Case, layout: Layout, number: int, tp_rank: int = 0) -> Stage:
     """Of stage `number` of a resolved layout."""
-    names = parts(spec, layout.stages, number)
-    works = [
-        work(spec, layout, name, sequence=sequence, software=software, precision=precision, tp_rank=tp_rank)
-        for name in names
-    ]
-    split = split_of(layout, sequence=sequence, precision=precision, tp_rank=tp_rank)
-    handed = handed_on(spec, layout, sequence=sequence, precision=precision)
-    shared = _shared(spec, layout, names, split)
+    names = parts(case.spec, layout.stages, number)
+    works = [work(case, layout, name, tp_rank) for name in names]
+    handed = handed_on(case, layout)
+    shared = _shared(case.spec, layout, names, case.split(layout, tp_rank))
     kept = [one.kept_bytes for one in works]
     held = list(accumulate(kept, initial=shared))[1:]
     if layout.offload == "activations":  # one part's tensors are on their way while the next computes
         held = [shared + this + before for this, before in zip(kept, [0, *kept], strict=False)]
     output = 0 if number == layout.stage_count - 1 else handed
     splits = layout.schedule in ("zb", "zbv") and layout.pp > 1
-    buffers = Buffers(spec, layout, names, software, tp_rank)
+    buffers = Buffers(case, layout, names, tp_rank)
     forward = backward = begin = last_backward = shared
     for index, one in enumerate(works):
         forward = max(forward, held[index] + one.forward_working + buffers.gathered(index, 1))
@@ -220,40 +195,17 @@ def _shared(spec: ModelSpec, layout: Layout, names: Sequence[str], split: Split)
     return total
 
 
-def footprint(
-    spec: ModelSpec,
-    layout: Layout,
-    *,
-    sequence: int,
-    global_batch: int,
-    pp_rank: int,
-    tp_rank: int = 0,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-) -> Footprint:
+def footprint(case: Case, layout: Layout, micro_batches: int, pp_rank: int, tp_rank: int = 0) -> Footprint:
     """The worst moment of a step on a rank of `layout` (resolved), walked action by action."""
-    micro_batches = global_batch // layout.dp // layout.micro_batch
-    stages = [
-        stage(spec, layout, layout.stage_of(pp_rank, chunk), sequence=sequence, software=software, precision=precision,
-              tp_rank=tp_rank)
-        for chunk in range(layout.chunks)
-    ]  # fmt: skip
-    standing = state(spec, layout, held_units(spec, layout, pp_rank), software=software, tp_rank=tp_rank)
+    stages = [stage(case, layout, layout.stage_of(pp_rank, chunk), tp_rank) for chunk in range(layout.chunks)]
+    standing = state(case, layout, held_units(case.spec, layout, pp_rank), tp_rank)
     schedule = _schedule(layout.schedule, layout.pp, micro_batches, layout.chunks, layout.zero)
     worst = max(walk(schedule, pp_rank, stages), key=lambda moment: moment.during)
-    buffers = software.workspace_bytes
-    if software.whole_batch:
-        split = split_of(layout, sequence=sequence, precision=precision)
-        buffers += micro_batches * split.tokens * 3 * INDEX_BYTES  # tokens, positions, targets
-    return Footprint(
-        standing.parameters,
-        standing.gradients,
-        standing.optimizer,
-        worst.kept,
-        worst.during - worst.kept - worst.posted,
-        buffers + worst.posted,
-        str(worst.action),
-    )
+    buffers = case.software.workspace_bytes
+    if case.software.whole_batch:
+        buffers += micro_batches * case.split(layout).tokens * 3 * INDEX_BYTES  # tokens, positions, targets
+    working = worst.during - worst.kept - worst.posted
+    return Footprint(*standing, worst.kept, working, buffers + worst.posted, str(worst.action))
 
 
 @functools.lru_cache(maxsize=256)

@@ -23,7 +23,7 @@ import msgspec
 from fiveply.plan import cost, units, workload
 from fiveply.plan.machine import Machine
 from fiveply.plan.operations import Operation
-from fiveply.plan.parts import ELEMENT_BYTES, Part, describe, parts
+from fiveply.plan.parts import ELEMENT_BYTES, Part, describe, kinds, parts
 from fiveply.plan.software import Software
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
@@ -103,10 +103,7 @@ def decode(served: Served, layout: Layout, rows: int, context: int) -> dict[str,
         for name, count in _parts(served.spec, layout.stages, number):
             for term, seconds in _decoded(served, _bare(layout), name, each, context).items():
                 stage[term] += count * seconds
-    terms: dict[str, float] = defaultdict(float)
-    for stage in stages:
-        for term, seconds in stage.items():
-            terms[term] += seconds
+    terms = cost.summed(stages)
     if layout.pp > 1:
         size = each * served.spec.hidden * ELEMENT_BYTES[served.precision]
         hop = cost.call_seconds("send", size, 2, served.machine, layout.tp)
@@ -120,10 +117,9 @@ def decode(served: Served, layout: Layout, rows: int, context: int) -> dict[str,
 
 @functools.lru_cache(maxsize=1 << 10)
 def _parts(spec: ModelSpec, stages: tuple[int, ...], stage: int) -> list[tuple[str, int]]:
-    """The first of each kind of parts of a stage, with how many are alike."""
-    names = parts(spec, stages, stage)
-    first = {describe(spec, name): name for name in reversed(names)}
-    return list(Counter(first[describe(spec, name)] for name in names).items())
+    """The first of each kind of parts that a stage has, with how many it has."""
+    first = kinds(spec)
+    return list(Counter(first[name] for name in parts(spec, stages, stage)).items())
 
 
 def _bare(layout: Layout) -> Layout:
@@ -153,10 +149,9 @@ def _decoded(served: Served, layout: Layout, name: str, rows: int, context: int)
 
 
 def _forward(served: Served, layout: Layout, name: str, rows: int, sequence: int) -> list[Operation]:
-    counted = msgspec.structs.replace(layout, micro_batch=rows)
     system = msgspec.structs.replace(served.software, fused_products=True, loss="plain", flash=True)
-    precision = served.precision
-    work = workload.work(served.spec, counted, name, sequence=sequence, software=system, precision=precision)
+    case = workload.Case(served.spec, sequence, system, served.precision)
+    work = workload.work(case, msgspec.structs.replace(layout, micro_batch=rows), name)
     return [one for one in work.operations if one.phase == "forward" and one.module != "loss"]
 
 
@@ -181,14 +176,14 @@ def _streamed(served: Served, layout: Layout, part: Part, operation: Operation, 
 def _cached(served: Served, layout: Layout, part: Part, rows: int, context: int) -> float:
     """Attention of one new token each over the cache: read once, by groups of queries; latent attention in its absorbed form,
     every tensor rank reading all of it (DeepSeek-V2, arXiv:2405.04434, 2.1)."""
-    machine, heads = served.machine, max(1, part.heads // layout.tp)
+    machine, heads = served.machine, max(1, part.spec.heads // layout.tp)
     seen = min(part.window, context) if part.window else context
-    if part.latent:
-        width = part.latent.kv_rank + part.latent.rope_dim
-        flops = 2 * heads * (width + part.latent.kv_rank)
+    if part.spec.latent:
+        width = part.spec.latent.kv_rank + part.spec.latent.rope_dim
+        flops = 2 * heads * (width + part.spec.latent.kv_rank)
     else:
-        width = 2 * max(1, part.kv_heads // layout.tp) * part.head_dim
-        flops = 4 * heads * part.head_dim
+        width = 2 * max(1, part.spec.kv_heads // layout.tp) * part.spec.head_dim
+        flops = 4 * heads * part.spec.head_dim
     moving = rows * seen * width * served.cache / (machine.bandwidth * machine.product("bf16").memory)
     peak = machine.flops("bf16" if served.precision in (*WIDTHS, "bf16", "fp16") else served.precision)
     computing = rows * seen * flops / (peak * machine.attention.efficiency)
@@ -199,13 +194,13 @@ def _collectives(served: Served, layout: Layout, part: Part, rows: int) -> float
     """After attention and after the MLP a sum over tensor ranks; of the head its logits are gathered. Ranks that share experts
     beyond them (dp > 1) gather all tokens and sum what comes back."""
     element, machine = ELEMENT_BYTES[served.precision], served.machine
-    size, ranks = rows * part.hidden * element, layout.tp * layout.dp
+    size, ranks = rows * part.spec.hidden * element, layout.tp * layout.dp
 
     def call(operation: str, size: float, over: int) -> float:
         return cost.call_seconds(operation, round(size), over, machine, 1)
 
     if part.what == "head":
-        return call("all-gather", rows * part.vocabulary * element, layout.tp)
+        return call("all-gather", rows * part.spec.vocabulary * element, layout.tp)
     if part.what == "embed":
         return call("all-reduce", size, layout.tp)
     if part.what != "layer":

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import csv
 import re
-import statistics
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Hashable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from fiveply.plan import inference, table
 from fiveply.plan import machine as machines
 from fiveply.plan import software as systems
 from fiveply.plan.inference import Load, Served
-from fiveply.plan.score import errors
-from fiveply.plan.table import RowError, Skipped
+from fiveply.plan.score import Compared, Errors, errors, errors_by
+from fiveply.plan.table import Record, RowError, Skipped, number_in, rows_of, whole_in
 from fiveply.spec.architecture import Experts, ModelSpec
-from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 
@@ -58,7 +56,7 @@ SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 """Models of such tables as presets with other sizes, from their config.json (Hugging Face, 2025-2026)."""
-SYSTEMS = {"trtllm": "trtllm", "vllm": "vllm", "sglang": "sglang"}
+SYSTEMS = ("trtllm", "vllm", "sglang")
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -83,15 +81,6 @@ class Scored(msgspec.Struct, frozen=True):
     terms: dict[str, float]
 
 
-class Errors(msgspec.Struct, frozen=True):
-    """Of `n` rows: median and mean of |predicted / measured - 1|, and the mean of predicted / measured - 1."""
-
-    median: float
-    mape: float
-    bias: float
-    n: int
-
-
 class Score(msgspec.Struct, frozen=True):
     rows: int
     skipped: list[Skipped]
@@ -111,62 +100,55 @@ def is_table(path: str | Path) -> bool:
 
 
 def read(path: str | Path) -> tuple[list[Row], list[Skipped]]:
-    rows: list[Row] = []
-    skipped: list[Skipped] = []
-    seen: set[tuple[Any, ...]] = set()
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        for number, record in enumerate(csv.DictReader(file), 1):
-            try:
-                row = _row(number, defaultdict(str, {k: (v or "").strip() for k, v in record.items() if k}))
-                key = (row.served, row.layout, row.load, row.requests, row.seconds)
-                if key in seen:
-                    raise RowError("repeats an earlier row")
-                seen.add(key)
-                rows.append(row)
-            except (RowError, InputError) as error:
-                skipped.append(Skipped(number, str(error)))
-    return rows, skipped
+    """Rows that can be predicted, and the others with the reason. Raises InputError where the file is no such table."""
+    first: dict[Hashable, int] = {}
+
+    def row(number: int, record: Record) -> Row:
+        found = _row(number, record)
+        if first.setdefault((found.served, found.layout, found.load, found.requests, found.seconds), number) < number:
+            raise RowError("repeats an earlier row")
+        return found
+
+    return rows_of(path, NEEDED, row)
 
 
-def _row(number: int, record: dict[str, str]) -> Row:
-    milliseconds = _number(record, "tpot_ms")
+def _row(number: int, record: Record) -> Row:
+    milliseconds = number_in(record, "tpot_ms")
     if not milliseconds:
         raise RowError("no time per token")
     if record["mode"] == "disagg":
         raise RowError("disaggregated: requests decoded together are not said")
     served, name = _served(record)
     layout = _layout(record, served)
-    clients, load = _number(record, "concurrency"), Load(_number(record, "isl"), _number(record, "osl"))
-    requests = max(1, round(clients / layout.dp))
+    load = Load(whole_in(record, "isl"), whole_in(record, "osl"))
+    requests = max(1, round(whole_in(record, "concurrency") / layout.dp))
     held = inference.held_requests(served, layout, load)
     if requests > held:
         raise RowError(f"memory holds {held} of {requests} requests")
-    system = record["backend"].split()[0]
     return Row(
-        number, f"{name} on {served.machine.name}, {system}, {served.precision}",
-        "experts" if served.spec.experts else "dense", served, layout, load, requests, float(milliseconds) / 1e3,
+        number, f"{name} on {served.machine.name}, {served.software.name}, {served.precision}",
+        "experts" if served.spec.experts else "dense", served, layout, load, requests, milliseconds / 1e3,
     )  # fmt: skip
 
 
-def _served(record: dict[str, str]) -> tuple[Served, str]:
-    name = record["model"].rpartition("/")[2].lower()
+def _served(record: Record) -> tuple[Served, str]:
+    name, backend = record["model"].rpartition("/")[2].lower(), record["backend"].partition(" ")[0]
     name = re.sub(r"-(instruct|fp8|nvfp4)", "", name).replace("v3.1", "v3")
     if name not in SPECS:
         raise RowError(f"model '{record['model']}' is not counted")
-    if record["backend"].split(" ")[0] not in SYSTEMS:
+    if backend not in SYSTEMS:
         raise RowError(f"system '{record['backend']}' is unknown")
     preset, changes = SPECS[name]
     spec = msgspec.structs.replace(ModelSpec.load(preset), **changes)
-    kind, system = table.device(record["gpu"]), systems.load(record["backend"].split(" ")[0])
     precision = {"": "bf16", "int4": "fp4"}.get(record["precision"], record["precision"])
-    return Served(spec, machines.load(kind), system, precision, 2 if precision == "bf16" else 1), name
+    machine = machines.load(table.device(record["gpu"]))
+    return Served(spec, machine, systems.load(backend), precision, 2 if precision == "bf16" else 1), name
 
 
-def _layout(record: dict[str, str], served: Served) -> Layout:
+def _layout(record: Record, served: Served) -> Layout:
     """Ranks that compute attention (tp each, dp_attention groups) and those that share experts are the same."""
-    tp, dp, devices = (_number(record, key) for key in ("tp", "dp_attention", "num_gpus"))
-    dp, pp = max(1, dp), max(1, _number(record, "pp"))
-    ep, etp = max(1, _number(record, "moe_ep")), max(1, _number(record, "moe_tp"))
+    tp, devices = whole_in(record, "tp"), whole_in(record, "num_gpus")
+    dp, pp, ep, etp = (whole_in(record, key, 1) for key in ("dp_attention", "pp", "moe_ep", "moe_tp"))
     experts = served.spec.experts is not None
     if tp * dp * pp != devices or (experts and ep * etp != tp * dp):
         raise RowError(f"{devices} devices, tp={tp}, dp={dp}, experts over {ep} x {etp} contradict each other")
@@ -176,14 +158,6 @@ def _layout(record: dict[str, str], served: Served) -> Layout:
     return resolve(layout, served.spec, sequence=1, global_batch=dp, runtime=False)
 
 
-def _number(record: dict[str, str], key: str) -> Any:
-    text = record[key]
-    try:
-        return float(text) if key == "tpot_ms" and text else int(float(text)) if text else 0
-    except ValueError:
-        raise RowError(f"{key}: '{text}' is not a number") from None
-
-
 def predicted(row: Row) -> inference.Latency:
     return inference.closed(row.served, row.layout, row.load, row.requests)
 
@@ -191,23 +165,11 @@ def predicted(row: Row) -> inference.Latency:
 def score(path: str | Path) -> Score:
     rows, skipped = read(path)
     scored: list[Scored] = []
+    compared: list[Compared] = []
     for row in rows:
         found = predicted(row)
         scored.append(Scored(row.number, row.source, row.stratum, row.seconds, found.tpot, found.terms))
-
-    def split(key: Callable[[Scored], str]) -> dict[str, Errors]:
-        parts: dict[str, list[Scored]] = defaultdict(list)
-        for one in scored:
-            parts[key(one)].append(one)
-        return {name: summary(many) for name, many in sorted(parts.items())}
-
-    return Score(
-        len(rows) + len(skipped), skipped, summary(scored) if scored else None, split(lambda one: one.source),
-        split(lambda one: one.stratum), scored,
-    )  # fmt: skip
-
-
-def summary(scored: list[Scored]) -> Errors:
-    found = errors([(one.measured_seconds, one.predicted_seconds, None) for one in scored])
-    middle = statistics.median(abs(one.predicted_seconds / one.measured_seconds - 1) for one in scored)
-    return Errors(middle, found.mape or 0.0, found.bias or 0.0, found.n)
+        compared.append(Compared(row.source, row.stratum, row.seconds, found.tpot))
+    by_source, by_stratum = (errors_by(compared, attrgetter(key)) for key in ("source", "stratum"))
+    tpot = errors(compared) if compared else None
+    return Score(len(rows) + len(skipped), skipped, tpot, by_source, by_stratum, scored)

@@ -113,10 +113,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """That libraries allocate on it beyond what they do on an A100."""
     spread: float = 0.08
     """Standard deviation of log(measured / predicted) that not knowing this kind better adds."""
-    dollars_per_hour: float | None = None
     sources: dict[str, str] = {}
     """Where a figure is from, and when."""
-    count: int = 1
 
     @property
     def joined(self) -> int:
@@ -126,7 +124,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def with_threads(self, threads: float) -> Machine:
         """A rank that computes with `threads` devices (CPU cores), or with a part of one."""
         peak = {precision: flops * threads for precision, flops in self.peak.items()}
-        return msgspec.structs.replace(self, peak=peak, bandwidth=self.bandwidth * threads)
+        memory = int(self.memory_bytes * threads)
+        return msgspec.structs.replace(self, peak=peak, bandwidth=self.bandwidth * threads, memory_bytes=memory)
 
     def flops(self, precision: str) -> float:
         """Peak FLOP/s of `precision`; of the next wider one that the device has."""

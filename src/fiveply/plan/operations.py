@@ -41,12 +41,11 @@ class Operation(msgspec.Struct, frozen=True):
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A tensor that forward leaves for backward. `count` alike."""
+    """A tensor that forward leaves for backward."""
 
     name: str
     module: Module
     bytes: int
-    count: int = 1
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -70,7 +69,7 @@ class Work(msgspec.Struct, frozen=True):
 
     @property
     def kept_bytes(self) -> int:
-        return sum(kept.bytes * kept.count for kept in self.kept)
+        return sum(kept.bytes for kept in self.kept)
 
     def flops(self, phase: Phase) -> int:
         return sum(operation.flops * operation.count for operation in self.operations if operation.phase == phase)
@@ -106,14 +105,17 @@ class Tally:
             dropped = module in self.again and not always
             (self.dropped if dropped else self.kept).append(Kept(name, module, size))
 
-    def products(self, module: Module, m: int, k: int, /, **columns: int) -> None:
-        """Products of one input (m, k) with weights (n, k) each, forward and backward: x W^T, g W, g^T x."""
+    def products(self, module: Module, rows: int, k: int, /, *, groups: int = 0, **columns: int) -> None:
+        """Products of one input (rows, k) with weights (n, k) each, forward and backward: x W^T, g W, g^T x. Of `groups`, as many
+        weights share the rows equally."""
         if self.software.fused_products and len(columns) > 1:
             columns = {"+".join(columns): sum(columns.values())}
+        m = -(-rows // groups) if groups else rows
         for name, n in columns.items():
-            size = self.element * (m * k + n * k + m * n)
+            size = self.element * (rows * k + (groups or 1) * n * k + rows * n)
             for phase, shape in zip(PRODUCT_PHASES, ((m, n, k), (m, k, n), (n, k, m)), strict=True):
-                self._add(name, "product", phase, module, shape, 2 * m * n * k, size)
+                kind, shape = ("grouped", (groups, *shape)) if groups else ("product", shape)
+                self._add(Operation(name, kind, phase, module, shape, 2 * rows * n * k, size))
 
     def save_alternate(self) -> None:
         """Of all that is computed again, save the outputs of every second product from the first on, and attention's."""
@@ -133,58 +135,25 @@ class Tally:
         for name, shape in (("logits", (m, n, k)), ("hidden gradient", (m, k, n)), ("head gradient", (n, k, m))):
             self.operations.append(Operation(name, "product", "forward", "head", shape, 2 * m * n * k, size, count))
 
-    def grouped(self, module: Module, groups: int, rows: int, k: int, /, **columns: int) -> None:
-        """Products of `rows` rows in all, shared equally by `groups` weights (n, k) each."""
-        if self.software.fused_products and len(columns) > 1:
-            columns = {"+".join(columns): sum(columns.values())}
-        m = -(-rows // groups)
-        for name, n in columns.items():
-            size = self.element * (rows * k + groups * n * k + rows * n)
-            shapes = ((groups, m, n, k), (groups, m, k, n), (groups, n, k, m))
-            for phase, shape in zip(PRODUCT_PHASES, shapes, strict=True):
-                self._add(name, "grouped", phase, module, shape, 2 * rows * n * k, size)
-
-    def attention(
-        self,
-        rows: int,
-        queries: int,
-        keys: int,
-        heads: int,
-        kv_heads: int,
-        size: int,
-        value: int,
-        window: int,
-        pairs: int,
-    ) -> None:
+    def attention(self, shape: tuple[int, ...], pairs: int) -> None:
         """`pairs` of a query and a key that it sees, all rows together. Backward of flash attention forms the scores again
         (Dao et al. 2022): five products for forward's two."""
+        rows, queries, keys, heads, kv_heads, size, value, _ = shape
         flash = self.software.flash
-        shape = (rows, queries, keys, heads, kv_heads, size, value, window)
         tensors = self.element * rows * (queries * heads * (size + value) + keys * kv_heads * (size + value))
         scores = 0 if flash else 2 * self.element * pairs * heads
-        forward, backward = (
-            2 * pairs * heads * (size + value),
-            2 * pairs * heads * (2 * size + 2 * value + size * flash),
-        )
-        self._add("attention", "attention", "forward", "core", shape, forward, tensors + scores)
-        self._add("attention", "attention", "input", "core", shape, backward, 2 * tensors + 2 * scores)
+        forward, backward = 2 * (size + value), 2 * (2 * size + 2 * value + size * flash)
+        for phase, flops, times in (("forward", forward, 1), ("input", backward, 2)):
+            moved = times * (tensors + scores)
+            self._add(Operation("attention", "attention", phase, "core", shape, flops * pairs * heads, moved))
 
     def memory(self, name: str, module: Module, forward: int, backward: int) -> None:
         """An operation bound by memory: elements that forward and backward read and write."""
-        self._add(name, "memory", "forward", module, (), 0, forward * self.element)
-        if backward:
-            self._add(name, "memory", "input", module, (), 0, backward * self.element)
+        for phase, elements in (("forward", forward), ("input", backward)):
+            if elements:
+                self._add(Operation(name, "memory", phase, module, (), 0, elements * self.element))
 
-    def _add(
-        self,
-        name: str,
-        kind: OperationKind,
-        phase: Phase,
-        module: Module,
-        shape: tuple[int, ...],
-        flops: int,
-        size: int,
-    ) -> None:
-        self.operations.append(Operation(name, kind, phase, module, shape, flops, size))
-        if phase == "forward" and module in self.again:
-            self.operations.append(Operation(name, kind, "input", module, shape, flops, size, again=True))
+    def _add(self, one: Operation) -> None:
+        self.operations.append(one)
+        if one.phase == "forward" and one.module in self.again:
+            self.operations.append(msgspec.structs.replace(one, phase="input", again=True))

@@ -1,4 +1,5 @@
-"""What a part of the model is, and all that its work depends on: of the model a `Part`, of layout and batch a `Split`.
+"""What is counted (a `Case`), what a part of its model is, and all that a part's work depends on: of the model a `Part`, of
+layout and batch a `Split`.
 
 A *part* is a unit of the parameter table (`embed`, `positions`, `layers.3`, `norm`, `head`), and `head` also where it shares
 the embedding's matrix. Parts of equal `Part` under an equal `Split` are counted once.
@@ -7,12 +8,13 @@ the embedding's matrix. Parts of equal `Part` under an equal `Split` are counted
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-from fiveply.spec.architecture import Experts, Latent, ModelSpec
+from fiveply.plan.software import FIVEPLY, Software
+from fiveply.spec.architecture import Experts, ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import part as cut
 from fiveply.spec.placement import stage_units
@@ -28,22 +30,9 @@ class Part(msgspec.Struct, frozen=True):
     """All that a part's work depends on in the model: parts of equal `Part` have equal work and equal traffic."""
 
     what: Literal["embed", "positions", "layer", "norm", "head"]
-    vocabulary: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    norm: str
-    qk_norm: bool
-    qkv_bias: bool
-    gated: bool
-    rotary: bool
-    dropout: float
+    spec: ModelSpec
     window: int = 0
     experts: Experts | None = None
-    latent: Latent | None = None
-    sinks: bool = False
     predicts: bool = False
     """A layer that predicts a further token: it joins two inputs, and has a pass of the head of its own."""
 
@@ -90,6 +79,31 @@ class Split(msgspec.Struct, frozen=True):
         return cut(size, self.tp, self.tp_rank)[1]
 
 
+class Case(msgspec.Struct, frozen=True):
+    """A model, the length of its rows in tokens, and the system and precision that compute them: what layouts are counted for."""
+
+    spec: ModelSpec
+    sequence: int
+    software: Software = FIVEPLY
+    precision: str = "bf16"
+
+    def split(self, layout: Layout, tp_rank: int = 0) -> Split:
+        return Split(
+            tp=layout.tp,
+            tp_rank=tp_rank,
+            sequence_parallel=layout.sequence_parallel,
+            cp=layout.cp,
+            cp_kind=layout.cp_kind,
+            ep=layout.ep,
+            etp=layout.expert_tensor,
+            rows=layout.micro_batch,
+            sequence=self.sequence,
+            recompute=layout.recompute,
+            element=ELEMENT_BYTES[self.precision],
+            quantised=QUANTISED_BYTES.get(self.precision, ELEMENT_BYTES[self.precision]),
+        )
+
+
 def parts(spec: ModelSpec, stages: Sequence[int], stage: int) -> list[str]:
     """The parts that a stage computes, in forward order."""
     units = stage_units(spec, stages, stage)
@@ -99,9 +113,11 @@ def parts(spec: ModelSpec, stages: Sequence[int], stage: int) -> list[str]:
     return [*units, "head"] if last and "head" not in units else units
 
 
-def kinds(spec: ModelSpec) -> dict[str, Hashable]:
-    """Every part of the model in forward order, with its kind: equal kinds have equal work and traffic."""
-    return {name: describe(spec, name) for name in parts(spec, (spec.layers,), 0)}
+@functools.cache
+def kinds(spec: ModelSpec) -> dict[str, str]:
+    """Every part of the model in forward order, with the first of its kind: parts of a kind have equal work and traffic."""
+    first: dict[Part, str] = {}
+    return {name: first.setdefault(describe(spec, name), name) for name in parts(spec, (spec.layers,), 0)}
 
 
 @functools.cache
@@ -111,41 +127,11 @@ def describe(spec: ModelSpec, name: str) -> Part:
     predicts = layer >= spec.layers
     experts = spec.experts if spec.experts and (predicts or layer in spec.experts.layers) else None
     return Part(
-        what="layer" if what == "layers" else what,  # pyright: ignore[reportArgumentType]
-        vocabulary=spec.vocabulary,
-        hidden=spec.hidden,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        ffn=spec.ffn,
-        norm=spec.norm,
-        qk_norm=spec.qk_norm,
-        qkv_bias=spec.qkv_bias,
-        gated=spec.gated_mlp,
-        rotary=spec.rope is not None,
-        dropout=spec.dropout,
+        "layer" if what == "layers" else what,  # pyright: ignore[reportArgumentType]
+        spec,
         window=spec.window if layer in spec.window_layers else 0,
         experts=msgspec.structs.replace(experts, layers=()) if experts else None,
-        latent=spec.latent,
-        sinks=spec.sinks,
         predicts=predicts,
-    )
-
-
-def split_of(layout: Layout, *, sequence: int, precision: str, tp_rank: int = 0) -> Split:
-    return Split(
-        tp=layout.tp,
-        tp_rank=tp_rank,
-        sequence_parallel=layout.sequence_parallel,
-        cp=layout.cp,
-        cp_kind=layout.cp_kind,
-        ep=layout.ep,
-        etp=layout.expert_tensor,
-        rows=layout.micro_batch,
-        sequence=sequence,
-        recompute=layout.recompute,
-        element=ELEMENT_BYTES[precision],
-        quantised=QUANTISED_BYTES.get(precision, ELEMENT_BYTES[precision]),
     )
 
 

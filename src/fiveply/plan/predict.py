@@ -7,7 +7,9 @@ kind once for all layouts that split them alike.
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from statistics import NormalDist
@@ -15,34 +17,32 @@ from statistics import NormalDist
 import msgspec
 
 from fiveply.plan import cost, footprint, traffic, workload
-from fiveply.plan.cost import Computed, PartSeconds, Wire
+from fiveply.plan.cost import Computed, Wire
 from fiveply.plan.footprint import Footprint
 from fiveply.plan.machine import Machine
+from fiveply.plan.parts import Case
 from fiveply.plan.simulate import Ends, StageSeconds, ends
-from fiveply.plan.software import Software
 from fiveply.plan.traffic import Collective
-from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.plan import Interval
 
 ORDERS = ("tp,cp,dp,pp", "tp,cp,pp,dp")
 """Ranks, fastest axis first: the runtime's own, and the one that keeps a pipeline's neighbours on one node."""
+SPLIT = operator.attrgetter("tp", "sp", "cp", "cp_kind", "ep", "etp", "micro_batch", "recompute", "offload")
+SHARED = operator.attrgetter("pp", "dp", "zero", "dp_shard")
+"""Of a layout, all that a part's seconds depend on: how a micro-batch is computed, and what of it is gathered and reduced each time."""
 WALKED = 8
 """Pipeline ranks up to which each one's memory is walked."""
 REDUCING = ("dp", "shard", "replica", "edp")
 """Axes over which gradients are summed and parameters gathered."""
 
 
-class Job(msgspec.Struct, frozen=True):
+class Job(Case, frozen=True, kw_only=True):
     """All but the layout. `global_batch` in rows of `sequence` tokens; `order` one of ORDERS."""
 
-    spec: ModelSpec
     machine: Machine
-    software: Software
-    sequence: int
     global_batch: int
-    precision: str = "bf16"
     order: str = ORDERS[0]
 
 
@@ -63,23 +63,16 @@ class Prediction(msgspec.Struct, frozen=True):
         return tuple(footprint.peak for footprint in self.footprints)
 
 
-class Stage(msgspec.Struct, frozen=True):
-    """One stage's seconds, and what those of one micro-batch consist of."""
-
-    seconds: StageSeconds
-    terms: dict[str, float]
-
-
 class Rank(msgspec.Struct, frozen=True):
     """A pipeline rank: its stages by chunk, and the terms of what it does once gradients are reduced."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageSeconds, ...]
     after: dict[str, float]
 
     @property
     def busy(self) -> float:
         """Seconds of computing one micro-batch."""
-        return sum(stage.seconds.busy for stage in self.stages)
+        return sum(stage.busy for stage in self.stages)
 
 
 def predict(job: Job, layout: Layout) -> Prediction:
@@ -93,9 +86,8 @@ class Predictor:
 
     def __init__(self, job: Job) -> None:
         self.job = msgspec.structs.replace(job, machine=cost.used_by(job.software, job.machine))
-        self._kinds = {part: number for number, part in enumerate(dict.fromkeys(workload.kinds(job.spec).values()))}
-        self._kind_of = {part: self._kinds[kind] for part, kind in workload.kinds(job.spec).items()}
-        self._parts: dict[Hashable, PartSeconds] = {}
+        self._kind_of = workload.kinds(job.spec)
+        self._parts: dict[Hashable, StageSeconds] = {}
         self._computed: dict[Hashable, Computed] = {}
         self._pieces: dict[Hashable, Computed] = {}
         self._operations: dict[Hashable, float] = {}
@@ -117,13 +109,13 @@ class Predictor:
         interval = cost.interval(seconds, job.machine, job.software, job.precision, job.spec.experts is not None)
         footprints = self.footprints(layout)
         return Prediction(
-            layout, Interval(*interval), terms, footprints,
-            tuple(stage.seconds for stage in self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
+            layout, interval, terms, footprints,
+            tuple(self.stages(layout)), self.p_oom(max(found.peak for found in footprints)),
         )  # fmt: skip
 
     def seconds(self, layout: Layout) -> float:
         """The step's middle estimate, without terms and bytes."""
-        step = self._simulated(layout, [stage.seconds for stage in self.stages(layout)])
+        step = self._simulated(layout, self.stages(layout))
         step += max(sum(rank.after.values()) for rank in self.ranks(layout))
         return step + cost.residual(step, self.job.machine, self.job.software, layout)
 
@@ -131,10 +123,9 @@ class Predictor:
         return self.job.global_batch // layout.dp // layout.micro_batch
 
     def p_oom(self, peak: int) -> float:
-        """That allocated bytes, log-normal around `peak`, and what lies outside tensors exceed a device's memory."""
-        software = self.job.software
-        room = self.job.machine.memory_bytes - software.context_bytes
-        return 1.0 if room <= 0 else 1 - NormalDist(sigma=software.memory_spread).cdf(math.log(room / peak))
+        """That allocated bytes, log-normal around `peak`, exceed a device's memory."""
+        machine, software = self.job.machine, self.job.software
+        return 1 - NormalDist(sigma=software.memory_spread).cdf(math.log(machine.memory_bytes / peak))
 
     def footprints(self, layout: Layout) -> tuple[Footprint, ...]:
         """By pipeline rank. Of many, some between the ends are walked, and others take the larger of the walked beside them:
@@ -154,52 +145,41 @@ class Predictor:
 
     def footprint(self, layout: Layout, rank: int) -> Footprint:
         """Of a pipeline rank. Beyond a few rounds the number of micro-batches does not matter, but for GPipe."""
-        job, micro_batches = self.job, self.micro_batches(layout)
+        micro_batches = self.micro_batches(layout)
         if layout.schedule != "gpipe" and micro_batches > 3 * layout.pp:
             micro_batches = 2 * layout.pp + micro_batches % layout.pp
-        return footprint.footprint(
-            job.spec, layout, sequence=job.sequence, global_batch=layout.dp * layout.micro_batch * micro_batches,
-            pp_rank=rank, software=job.software, precision=job.precision,
-        )  # fmt: skip
+        return footprint.footprint(self.job, layout, micro_batches, rank)
 
     # parts, stages, ranks
 
-    def part(self, layout: Layout, part: str) -> PartSeconds:
+    def part(self, layout: Layout, part: str) -> StageSeconds:
         """Seconds of one micro-batch of a part."""
         key = self._part_key(layout, part)
         found = self._parts.get(key)
         if found is None:
             job = self.job
-            calls = traffic.part_traffic(
-                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
-            )
             strides = self.strides(layout)
+            calls = traffic.part_traffic(job, layout, part)
             priced = [(one, self._seconds(one, strides[one.axis])) for one in calls]
             found = self._parts[key] = cost.exchanged(
-                self.computed(layout, part), priced, job.machine, job.software, away=layout.offload == "activations"
+                self.computed(layout, part), priced, job.machine, job.software, layout.offload == "activations"
             )
         return found
 
     def computed(self, layout: Layout, part: str) -> Computed:
         """The same without collectives."""
         key = self._work_key(layout, part)
-        found = self._computed.get(key)
-        if found is None:
-            job = self.job
-            pieces = workload.pieces(
-                job.spec, layout, part, sequence=job.sequence, software=job.software, precision=job.precision
-            )
-            for name, work in pieces:
+        if key not in self._computed:
+            job, found = self.job, list[Computed]()
+            for name, work in workload.pieces(job, layout, part):
                 piece = self._kind_of[part], name
                 if piece not in self._pieces:
                     self._pieces[piece] = cost.computed(
                         work, job.machine, job.software, job.precision, self._operations
                     )
-                one = self._pieces[piece]
-                found = one if found is None else found + one
-            assert found is not None
-            self._computed[key] = found
-        return found
+                found.append(self._pieces[piece])
+            self._computed[key] = functools.reduce(operator.add, found)
+        return self._computed[key]
 
     def _work_key(self, layout: Layout, part: str) -> tuple[Hashable, ...]:
         """All that a part's computation depends on."""
@@ -210,9 +190,9 @@ class Predictor:
         """All that a part's seconds depend on."""
         stride = self._expert_stride(layout) if layout.ep > 1 else 0
         key = (*self._work_key(layout, part), stride, layout.offload == "activations")
-        return (*key, layout.pp, layout.dp, layout.zero, layout.dp_shard) if layout.zero > 1 else key
+        return (*key, *SHARED(layout)) if layout.zero > 1 else key
 
-    def stages(self, layout: Layout) -> list[Stage]:
+    def stages(self, layout: Layout) -> list[StageSeconds]:
         """By global stage."""
         found = {
             layout.stage_of(number, chunk): stage
@@ -223,10 +203,7 @@ class Predictor:
 
     def ranks(self, layout: Layout) -> list[Rank]:
         """By pipeline rank; those that hold parts of the same kinds are priced once."""
-        common = (
-            layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, layout.pp, layout.dp, layout.zero,
-            layout.dp_shard, layout.micro_batch, layout.recompute, layout.offload,
-        )  # fmt: skip
+        common = SPLIT(layout), SHARED(layout)
         found: list[Rank] = []
         for number in range(layout.pp):
             held = [
@@ -240,20 +217,16 @@ class Predictor:
         return found
 
     def _rank(self, layout: Layout, number: int, held: list[list[str]]) -> Rank:
-        calls = traffic.step_traffic(self.job.spec, layout, pp_rank=number, software=self.job.software)
-        return Rank(
-            tuple(self._stage(layout, parts, calls) for parts in held), self._after(layout, number, held, calls)
-        )
+        calls = traffic.step_traffic(self.job, layout, number)
+        stages = tuple(self._stage(layout, parts, calls) for parts in held)
+        return Rank(stages, self._after(layout, number, held, calls))
 
-    def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> Stage:
+    def _stage(self, layout: Layout, parts: list[str], calls: tuple[Collective, ...]) -> StageSeconds:
         priced = [self.part(layout, part) for part in parts]
         forward, back, weight = (
             math.fsum(getattr(one, key) for one in priced) for key in ("forward", "input", "weight")
         )
-        terms: dict[str, float] = defaultdict(float)
-        for one in priced:
-            for name, seconds in one.terms.items():
-                terms[name] += seconds
+        terms = cost.summed(one.terms for one in priced)
         action = self.job.machine.action
         forward, back = forward + action, back + action
         if action:
@@ -267,15 +240,14 @@ class Predictor:
                     tail += once
         early = self.job.software.overlap_gradients * (back + weight) * (1 - 1 / len(parts))
         send = self.transfer(layout)
-        seconds = StageSeconds(forward, back, weight, send, send, reduce=reduce, reduce_early=early, reduce_tail=tail)
-        return Stage(seconds, dict(terms))
+        return StageSeconds(forward, back, weight, send, send, reduce, early, tail, terms)
 
     def transfer(self, layout: Layout) -> float:
         """Seconds until the neighbouring stage has what this one hands on."""
         if layout.pp == 1:
             return 0.0
         job = self.job
-        size = traffic.handed_on(job.spec, layout, sequence=job.sequence, precision=job.precision)
+        size = traffic.handed_on(job, layout)
         if job.software.scatter_transfers and not layout.sequence_parallel:  # each tensor rank sends a part
             size //= layout.tp
         return cost.call_seconds("send", size, 2, job.machine, self.strides(layout)["pp"])
@@ -286,7 +258,7 @@ class Predictor:
         """Sums, the optimiser, and gathering what it updated, as far as the next forward does not hide that."""
         job, software = self.job, self.job.software
         here, held_units = msgspec.structs.replace(layout, offload="none"), traffic.held_units(job.spec, layout, number)
-        state = footprint.state(job.spec, here, held_units, software=software)
+        state = footprint.state(job, here, held_units)
         owned = round(state.optimizer / software.optimizer_bytes)
         on_host = layout.offload == "optimizer"
         update = cost.optimizer_seconds(owned, job.machine, software, on_host=on_host)
@@ -314,7 +286,7 @@ class Predictor:
         return {
             "tp": 1, "kv": 1, "etp": 1, "cp": layout.tp, "ep": ep, "dp": dp, "shard": dp,
             "replica": dp * layout.shard_ranks, "edp": max(dp, etp * layout.ep), "pp": pp, "tied": pp,
-            "world": 1, "model": 1,
+            "world": 1,
         }  # fmt: skip
 
     def _expert_stride(self, layout: Layout) -> int:
@@ -347,21 +319,20 @@ class Predictor:
         plain = layout if layout.zero > 1 else msgspec.structs.replace(layout, zero=0, dp_shard=0)
         if plain not in self._ends:
             self._ends[plain] = self._pipeline(layout, stages)
-        return self._ends[plain].seconds((layout.schedule, layout.pp, layout.chunks), stages)
+        return self._ends[plain].seconds(stages)
 
     def _pipeline(self, layout: Layout, stages: list[StageSeconds]) -> Ends:
-        shape = layout.schedule, layout.pp, layout.chunks
-        return ends(*shape, self.micro_batches(layout), stages, blocking=self.blocking)
+        count = self.micro_batches(layout)
+        return ends(layout.schedule, layout.pp, layout.chunks, count, stages, blocking=self.blocking)
 
     def _step(self, layout: Layout, ranks: list[Rank]) -> tuple[float, dict[str, float]]:
         """The middle estimate and its terms: of the rank that computes longest, and what it waits for."""
         count = self.micro_batches(layout)
-        seconds = [stage.seconds for stage in self.stages(layout)]
+        seconds = self.stages(layout)
         still = [msgspec.structs.replace(stage, send=0.0, send_back=0.0) for stage in seconds]
-        shape = layout.schedule, layout.pp, layout.chunks
         ended = self._simulated(layout, seconds)
         alone = self._pipeline(layout, still)
-        without_sends, without_any = alone.seconds(shape, still), float(alone.ranks.max())
+        without_sends, without_any = alone.seconds(still), float(alone.ranks.max())
         critical = max(ranks, key=lambda rank: rank.busy)
         terms: dict[str, float] = defaultdict(float)
         for stage in critical.stages:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from fiveply.plan import cost, table
-from fiveply.plan import machine as machines
-from fiveply.plan.machine import Machine
-from fiveply.plan.predict import Job, Prediction, predict
+from fiveply.plan.predict import Prediction, predict
 from fiveply.plan.table import Row, Skipped
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import divisors
@@ -49,14 +50,29 @@ class Scored(msgspec.Struct, frozen=True):
     """10 and 90%."""
 
 
+class Compared(NamedTuple):
+    """A measurement and its prediction. `held`: whether the 10-90% interval holds it, None where there is none."""
+
+    source: str
+    stratum: str
+    measured: float
+    predicted: float
+    held: bool | None = None
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
 class Errors(msgspec.Struct, frozen=True):
-    """Over `n` rows: mean of |predicted / measured - 1|, mean of predicted / measured - 1, and the share of measurements that
-    the 10-90% interval holds (null where there is none)."""
+    """Over `n` rows: mean and median of |predicted / measured - 1|, mean of predicted / measured - 1, and the share of
+    measurements that the 10-90% interval holds; null where there is none."""
 
     mape: float | None
     bias: float | None
     n: int
     coverage: float | None
+    median: float | None
 
 
 class Group(Errors, frozen=True):
@@ -100,7 +116,9 @@ def score(path: str | Path = "") -> Score:
     count = len(rows) + len(skipped)
     scored: list[Scored] = []
     risks: list[float] = []
-    by_row: dict[int, tuple[Row, float, float]] = {}
+    times: list[Compared] = []
+    memories: list[Compared] = []
+    sweeps: dict[tuple[str, ...], list[Compared]] = defaultdict(list)
     for row in rows:
         try:
             prediction = predicted(row)
@@ -108,22 +126,25 @@ def score(path: str | Path = "") -> Score:
             skipped.append(Skipped(row.number, str(error)))
             continue
         risks.append(prediction.p_oom)
-        memory = _bytes(row, prediction) if row.bytes else None
-        seconds = prediction.seconds if row.seconds else None
-        scored.append(
-            Scored(
-                row.number, row.source, row.stratum, row.seconds, seconds, row.bytes, memory,
-                _range(memory, row) if memory else None,
-            )
-        )  # fmt: skip
+        seconds = memory = within = None
         if row.seconds:
-            by_row[row.number] = (row, row.seconds, prediction.seconds.p50)
+            seconds = prediction.seconds
+            held = seconds.p10 <= row.seconds <= seconds.p90
+            times.append(Compared(row.source, row.stratum, row.seconds, seconds.p50, held))
+            sweeps[row.sweep].append(times[-1])
+        if row.bytes:
+            memory = _bytes(row, prediction)
+            width = math.exp(cost.NINETIETH * row.job.software.memory_spread)
+            within = memory / width, memory * width
+            held = within[0] <= row.bytes <= within[1]
+            memories.append(Compared(row.source, row.stratum, row.bytes, memory, held))
+        scored.append(Scored(row.number, row.source, row.stratum, row.seconds, seconds, row.bytes, memory, within))
     return Score(
         rows=count,
         skipped=sorted(skipped, key=lambda skip: skip.row),
-        time=_group(scored, _time_errors),
-        memory=_group(scored, _memory_errors),
-        sweeps=_sweeps(by_row.values()),
+        time=_group(times),
+        memory=_group(memories),
+        sweeps=[_sweep(key, some) for key, some in sweeps.items() if len(some) >= SWEEP],
         predictions=scored,
         out_of_memory=Risk(
             sum(risk**2 for risk in risks) / len(risks) if risks else None,
@@ -138,110 +159,58 @@ def published() -> str:
     return str(resources.files("fiveply.plan").joinpath("published.csv"))
 
 
-def job(row: Row) -> Job:
-    """What a row computed, on the devices it names."""
-    return Job(
-        spec=row.spec,
-        machine=machine(row),
-        software=row.software,
-        sequence=row.sequence,
-        global_batch=row.global_batch,
-        precision=row.precision,
-    )
-
-
-def machine(row: Row) -> Machine:
-    found = machines.load(row.device)
-    network = found.network
-    if row.network:
-        network = msgspec.structs.replace(network, bandwidth=row.network)
-    return msgspec.structs.replace(found, count=row.devices, devices_per_node=row.node, network=network)
-
-
 def predicted(row: Row) -> Prediction:
     """The row's prediction; where it does not say its micro-batch, the fastest that fits is taken. Raises InputError for a
     layout that is none."""
-    if row.layout.micro_batch:
-        return predict(job(row), row.layout)
-    replica = row.global_batch // row.layout.dp
-    tried = [
-        predict(job(row), msgspec.structs.replace(row.layout, micro_batch=size))
-        for size in divisors(max(1, replica))
-        if size <= 16
-    ]
+    job, layout = row.job, row.layout
+    if layout.micro_batch:
+        return predict(job, layout)
+    sizes = [size for size in divisors(max(1, job.global_batch // layout.dp)) if size <= 16]
+    tried = [predict(job, msgspec.structs.replace(layout, micro_batch=size)) for size in sizes]
     fitting = [one for one in tried if one.p_oom < 0.5]
     return min(fitting or tried, key=lambda one: one.seconds.p50)
 
 
 def _bytes(row: Row, prediction: Prediction) -> float:
     ranks = prediction.memory_bytes
-    allocated = (ranks[-1] if row.last_rank else max(ranks)) + machine(row).workspace_bytes
+    allocated = (ranks[-1] if row.last_rank else max(ranks)) + row.job.machine.workspace_bytes
     return allocated * RESERVED if row.reserved else allocated
-
-
-def _range(predicted: float, row: Row) -> tuple[float, float]:
-    width = math.exp(cost.NINETIETH * row.software.memory_spread)
-    return predicted / width, predicted * width
 
 
 RESERVED = 1.05
 """Reserved over allocated memory: mean of 43 published runs, which span 1.03 to 1.09."""
 
 
-def errors(pairs: Sequence[tuple[float, float, bool | None]]) -> Errors:
-    """Of (measured, predicted, whether the interval held it)."""
-    if not pairs:
-        return Errors(None, None, 0, None)
-    relative = [predicted / measured - 1 for measured, predicted, _ in pairs]
-    held = [inside for *_, inside in pairs if inside is not None]
+def errors(found: Sequence[Compared]) -> Errors:
+    if not found:
+        return Errors(None, None, 0, None, None)
+    off = [one.error for one in found]
+    held = [one.held for one in found if one.held is not None]
+    sizes = list(map(abs, off))
     return Errors(
-        mape=sum(map(abs, relative)) / len(pairs),
-        bias=sum(relative) / len(pairs),
-        n=len(pairs),
+        mape=sum(sizes) / len(found),
+        bias=sum(off) / len(found),
+        n=len(found),
         coverage=sum(held) / len(held) if held else None,
+        median=statistics.median(sizes),
     )
 
 
-def _time_errors(scored: Scored) -> tuple[float, float, bool | None] | None:
-    if scored.measured_seconds is None or scored.predicted_seconds is None:
-        return None
-    held = scored.predicted_seconds.p10 <= scored.measured_seconds <= scored.predicted_seconds.p90
-    return scored.measured_seconds, scored.predicted_seconds.p50, held
+def errors_by(found: Iterable[Compared], key: Callable[[Compared], str]) -> dict[str, Errors]:
+    groups: dict[str, list[Compared]] = defaultdict(list)
+    for one in found:
+        groups[key(one)].append(one)
+    return {name: errors(some) for name, some in sorted(groups.items())}
 
 
-def _memory_errors(scored: Scored) -> tuple[float, float, bool | None] | None:
-    if scored.measured_bytes is None or scored.predicted_bytes is None:
-        return None
-    held = None
-    if scored.predicted_bytes_range is not None:
-        held = scored.predicted_bytes_range[0] <= scored.measured_bytes <= scored.predicted_bytes_range[1]
-    return scored.measured_bytes, scored.predicted_bytes, held
+def _group(found: Sequence[Compared]) -> Group:
+    by_source, by_stratum = (errors_by(found, attrgetter(key)) for key in ("source", "stratum"))
+    return Group(**msgspec.structs.asdict(errors(found)), by_source=by_source, by_stratum=by_stratum)
 
 
-def _group(scored: Iterable[Scored], pick: Callable[[Scored], tuple[float, float, bool | None] | None]) -> Group:
-    measured = [(one, pair) for one in scored if (pair := pick(one)) is not None]
-    whole = errors([pair for _, pair in measured])
-
-    def split(key: Callable[[Scored], str]) -> dict[str, Errors]:
-        parts: dict[str, list[tuple[float, float, bool | None]]] = defaultdict(list)
-        for one, pair in measured:
-            parts[key(one)].append(pair)
-        return {name: errors(pairs) for name, pairs in sorted(parts.items())}
-
-    return Group(
-        whole.mape, whole.bias, whole.n, whole.coverage, split(lambda one: one.source), split(lambda one: one.stratum)
-    )
-
-
-def _sweeps(measured: Iterable[tuple[Row, float, float]]) -> list[Sweep]:
-    sweeps: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
-    for row, seconds, guess in measured:
-        sweeps[row.sweep].append((seconds, guess))
-    return [
-        Sweep(key[0], key[1], len(pairs), kendall(pairs), min(pairs, key=lambda p: p[1])[0] / min(pairs)[0] - 1)
-        for key, pairs in sweeps.items()
-        if len(pairs) >= SWEEP
-    ]
+def _sweep(key: tuple[str, ...], found: Sequence[Compared]) -> Sweep:
+    pairs = [(one.measured, one.predicted) for one in found]
+    return Sweep(key[0], key[1], len(pairs), kendall(pairs), min(pairs, key=lambda p: p[1])[0] / min(pairs)[0] - 1)
 
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:

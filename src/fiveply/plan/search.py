@@ -17,6 +17,7 @@ its memory before it is priced (`fitting.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import heapq
 import math
@@ -79,11 +80,6 @@ HASTE: dict[Level, float] = {
     "family": 1.25, "split": 1.1, "pipeline": 1.05, "state": 1.0, "found": 1.0,
 }  # fmt: skip
 """By how much bounds are expected to grow, so that at first what is nearly known goes before what is hardly known."""
-
-
-def search(job: Job, world: int, limits: Limits | None = None, *, wanted: int = 10, budget: int = BUDGET) -> Searched:
-    """One search of a job (`Search.run`)."""
-    return Search(job, world).run(limits, wanted=wanted, budget=budget)
 
 
 @contextlib.contextmanager
@@ -169,24 +165,11 @@ class Search:
 
     def _look(self, level: Level, payload: Any) -> None:
         self._spent += EFFORT[level]
-        if level == "family":
-            self._price_family(*payload)
-        elif level == "split":
-            self._open_split(payload)
-        elif level == "pipeline":
-            self._divide(*payload)
-        elif level == "state":
-            self._price(*payload)
-        if level != "found":
-            return
-        self._spent += self._actions(payload[0]) // 100
-        if self.fitting.fits(payload[0]):
-            choice = Choice(*payload)
-            if choice.seconds < self._known(level, payload):
-                self.choices[degrees(choice.layout)] = choice
-                times = sorted(known.seconds for known in self.choices.values())
-                self._best = times[0]
-                self._limit = times[self.wanted - 1] if len(times) >= self.wanted else math.inf
+        looks: dict[Level, Callable[..., None]] = {
+            "family": self._price_family, "split": self._open_split, "pipeline": self._divide, "state": self._price,
+            "found": self._choose,
+        }  # fmt: skip
+        looks[level](*payload)
 
     def _actions(self, layout: Layout) -> int:
         """About how many are run to find the end of its step."""
@@ -194,13 +177,13 @@ class Search:
 
     def _known(self, level: Level, payload: Any) -> float:
         """Seconds of the best layout found of the same degrees."""
-        known = self.choices.get(degrees(self.splits.layout(payload) if level == "split" else payload[0]))
+        known = self.choices.get(degrees(self.splits.layout(payload[0]) if level == "split" else payload[0]))
         return known.seconds if known else math.inf
 
     def _push(self, least: float, level: Level, payload: Any) -> None:
         """`least`: a bound of all that may come of it."""
         if least < self._limit:
-            if self._haste and level == "split" and self._spare(payload):
+            if self._haste and level == "split" and self._spare(payload[0]):
                 self._later.append((least, level, payload))
                 return
             key = least * HASTE[level] ** self._haste
@@ -220,15 +203,13 @@ class Search:
         job, limits = self.job, self.limits
         self.splits = splits(self.spec, self.world, sequence=job.sequence, global_batch=job.global_batch, limits=limits)
         self._orders = {pp: pipelines(self.spec, pp, limits) for pp in np.unique(self.splits.columns["pp"]).tolist()}
-        self._chunks: dict[str, NDArray[np.int64]] = {}
+        names = dict.fromkeys(name for orders in self._orders.values() for name, _ in orders)
+        self._chunks = {name: np.zeros(max(self._orders) + 1, np.int64) for name in names}
         """By schedule, the most chunks a rank by pp; 0 where it is none."""
         for pp, orders in self._orders.items():
             for name, vp in orders:
-                if name not in self._chunks:
-                    self._chunks[name] = np.zeros(max(self._orders) + 1, np.int64)
-                most = self._chunks[name]
-                most[pp] = max(most[pp], chunks_of(name, vp))
-        self._states: dict[tuple[int, int], Kinds] = {}
+                self._chunks[name][pp] = max(self._chunks[name][pp], chunks_of(name, vp))
+        self._kinds = functools.cache(lambda dp, cp: states(dp, cp, limits))
         legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
         self._busiest = np.zeros(len(self.splits), np.int64)
         """By split, layers that its busiest rank must take at least."""
@@ -244,12 +225,6 @@ class Search:
                 may[rows] = fits.any(axis=1)
         self._queue_families(np.flatnonzero(may))
         return legal, fit
-
-    def _kinds(self, dp: int, cp: int) -> Kinds:
-        """The states of so many data-parallel and context ranks."""
-        if (dp, cp) not in self._states:
-            self._states[dp, cp] = states(dp, cp, self.limits)
-        return self._states[dp, cp]
 
     def _queue_families(self, rows: NDArray[np.int64]) -> None:
         if not len(rows):
@@ -290,15 +265,13 @@ class Search:
         largest, layout = micro_batch[0].item(), self.splits.layout(int(rows[0]))
         models = np.zeros((len(rows), len(Model._fields)))
         full = recompute == "full"
-        for some, name in (
-            (full, "full"),
-            (~full, "none"),
-        ):  # what recomputes a part takes no less than what recomputes nothing
+        # What recomputes a part takes no less than what recomputes nothing.
+        for some, name in ((full, "full"), (~full, "none")):
             if some.any():
                 models[some] = self.floors.model(msgspec.structs.replace(layout, recompute=name))
         least, here = self._least(rows, models * (micro_batch / largest)[:, None]), micro_batch == largest
         for bound, row in zip(least[here].tolist(), rows[here].tolist(), strict=True):
-            self._push(bound, "split", row)
+            self._push(bound, "split", (row,))
         if not here.all():
             self._push(float(least[~here].min()), "family", (rows[~here], least[~here]))
 
@@ -329,13 +302,13 @@ class Search:
         self._spent += layout.pp // 4
         self._queue_pipelines(layout, order, found[1:])
         chosen = msgspec.structs.replace(layout, schedule=found[0].name, vp=found[0].vp)
-        chunks, folded = chosen.chunks, chosen.schedule == "zbv"
+        chunks = chosen.chunks
         divisions = set(every(self.spec.layers, chosen.stage_count, FEW))
         for ahead in (0.0, 1.0) if layout.pp > 1 and chunks == 1 else (0.0,):
             for least in (0 if chunks == 1 else 1, chunks):  # mostly each rank gets enough for its chunks unasked
-                ranks = self._balanced(layout, order, ahead, least, folded)
+                ranks = self._balanced(chosen, order, ahead, least)
                 if ranks and (chunks == 1 or min(ranks) >= chunks):
-                    divisions.add(deal(ranks, chunks, folded=folded))
+                    divisions.add(deal(ranks, chunks, folded=chosen.schedule == "zbv"))
                     break
         if "stages" in self.limits.fixed:
             divisions = {self.limits.fixed["stages"]}
@@ -345,18 +318,17 @@ class Search:
                 self._share(divided, order)
 
     def _balanced(
-        self, layout: Layout, order: str, ahead: float, least: int, folded: bool, most: list[int] | None = None
+        self, layout: Layout, order: str, ahead: float, least: int, most: list[int] | None = None
     ) -> tuple[int, ...] | None:
-        """Remembered by what of it counts: seconds to a thousandth of a layer's."""
-        count = self.predictors[ORDERS[0]].micro_batches(layout) if ahead else 1
-        if most is not None:
-            return balance(
-                self.floors.weights(layout, order), layout.pp, count, ahead, least=least, folded=folded, most=most
-            )
+        """Without `most`, remembered by what of it counts: seconds to a thousandth of a layer's."""
+        count, folded = self.predictors[order].micro_batches(layout) if ahead else 1, layout.schedule == "zbv"
         key = (self.floors.shape(layout, order), layout.pp, count, ahead, least, folded)
-        if key not in self._divisions:
+        if most is not None or key not in self._divisions:
             weights = self.floors.weights(layout, order)
-            self._divisions[key] = balance(weights, layout.pp, count, ahead, least=least, folded=folded)
+            found = balance(weights, layout.pp, count, ahead, least=least, folded=folded, most=most)
+            if most is not None:
+                return found
+            self._divisions[key] = found
         return self._divisions[key]
 
     # 4. states
@@ -391,9 +363,8 @@ class Search:
             for rank in range(layout.pp)
         ]
         most = np.floor(np.maximum(layers, 1) * SURELY / of_rank).astype(int).tolist()
-        least, folded = 0 if layout.chunks == 1 else layout.chunks, layout.schedule == "zbv"
-        ranks = self._balanced(layout, order, 0.0, least, folded, most)
-        stages = None if ranks is None else deal(ranks, layout.chunks, folded=folded)
+        ranks = self._balanced(layout, order, 0.0, 0 if layout.chunks == 1 else layout.chunks, most)
+        stages = None if ranks is None else deal(ranks, layout.chunks, folded=layout.schedule == "zbv")
         return None if stages in (None, layout.stages) else msgspec.structs.replace(layout, stages=stages)
 
     # 5. layouts
@@ -406,3 +377,14 @@ class Search:
         seconds = self.predictors[order].seconds(layout)
         self._priced += 1
         self._push(seconds, "found", (layout, order, seconds))
+
+    # 6. choices
+
+    def _choose(self, layout: Layout, order: str, seconds: float) -> None:
+        """Keep the best layout of its degrees, if it fits."""
+        self._spent += self._actions(layout) // 100
+        if self.fitting.fits(layout) and seconds < self._known("found", (layout,)):
+            self.choices[degrees(layout)] = Choice(layout, order, seconds)
+            times = sorted(known.seconds for known in self.choices.values())
+            self._best = times[0]
+            self._limit = times[self.wanted - 1] if len(times) >= self.wanted else math.inf

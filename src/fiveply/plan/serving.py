@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 
 from fiveply.plan import explain, inference
-from fiveply.plan import software as systems
 from fiveply.plan.inference import WIDTHS, Latency, Load, Served
 from fiveply.plan.parts import ELEMENT_BYTES
+from fiveply.plan.software import FIVEPLY
 from fiveply.plan.space import Limits
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.cluster import ClusterSpec
@@ -144,7 +144,7 @@ def plain(layout: Layout) -> str:
 def served_on(spec: ModelSpec, cluster: ClusterSpec, world: int, precision: str) -> Served:
     """fiveply's own engine on `world` ranks: cache and activations in the type that is computed in."""
     machine = explain.machine_of(cluster, world)
-    return Served(spec, machine, systems.load(systems.FIVEPLY), precision, ELEMENT_BYTES[precision])
+    return Served(spec, machine, FIVEPLY, precision, ELEMENT_BYTES[precision])
 
 
 def _layouts(spec: ModelSpec, devices: int, limits: Limits) -> Iterable[Layout]:

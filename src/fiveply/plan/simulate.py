@@ -1,13 +1,13 @@
 """A pipeline's step by its own schedule: the actions that the runtime executes, with each stage's seconds.
 
-Each rank has a lane that computes, in the order of its actions, and one that reduces meanwhile. A transfer
-takes its seconds between the end of what it sends and the start of what needs it, and holds the sender up only where the
-system sends synchronously (`blocking`).
+A rank computes in the order of its actions, and reduces beside that what is complete. A transfer takes its seconds between
+the end of what it sends and the start of what needs it, and holds the sender up only where the system sends synchronously
+(`blocking`).
 
-`simulate` executes every action and says all that happened; it also replays a step of which each action's seconds are
-known. `ends` finds the same end of the step in milliseconds
-for any number of micro-batches: with constant seconds a schedule becomes periodic (it is a linear system over maximum and
-plus; Baccelli et al. 1992, Synchronization and Linearity), so a short step and its increment are enough.
+`simulate` executes every computation and says when it was; it also replays a step of which each one's seconds are known.
+`ends` finds the same end of the step in milliseconds for any number of micro-batches: with constant seconds a schedule
+becomes periodic (it is a linear system over maximum and plus; Baccelli et al. 1992, Synchronization and Linearity), so a
+short step and its increment are enough.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fiveply.timeline import Event
 
 
 class StageSeconds(msgspec.Struct, frozen=True):
-    """Seconds of one stage. `forward`, `input`, `weight`: one micro-batch; a whole backward is `input + weight`."""
+    """Seconds of one stage, or of a part. `forward`, `input`, `weight`: one micro-batch; a whole backward is `input + weight`."""
 
     forward: float
     input: float
@@ -41,6 +41,8 @@ class StageSeconds(msgspec.Struct, frozen=True):
     """How long before the end of the last backward the first gradients are ready to be reduced."""
     reduce_tail: float = 0.0
     """Of the bucket that is ready last: it can't begin before the backward ends."""
+    terms: dict[str, float] = {}
+    """What the first three consist of: they add up to the same."""
 
     @property
     def busy(self) -> float:
@@ -48,16 +50,11 @@ class StageSeconds(msgspec.Struct, frozen=True):
         return self.forward + self.input + self.weight
 
 
-EMPTY = StageSeconds(0.0, 0.0, 0.0)
-
-
 class Simulated(msgspec.Struct, frozen=True):
-    """A step. By pipeline rank: `busy` computing, `exposed` waiting at its end for reductions, `finish` after that."""
+    """A step. `busy`: computing, by pipeline rank; `events`: each rank's computations in order."""
 
     seconds: float
     busy: tuple[float, ...]
-    exposed: tuple[float, ...]
-    finish: tuple[float, ...]
     events: tuple[Event, ...]
 
     @property
@@ -67,20 +64,19 @@ class Simulated(msgspec.Struct, frozen=True):
 
 
 _Entry: TypeAlias = tuple[Action, int, int, int, int, bool]
-"""What the loop reads of an action: its rank and stage; `need`, `out`: slots of arrival times (0 arrives at once, 1 is needed by
+"""What the loop reads of a computation: its rank and stage; `need`, `out`: slots of arrival times (0 arrives at once, 1 is needed by
 none); and whether it is handed to another rank."""
 
 
 class _Program(NamedTuple):
-    """`steps`: (rank, what, need, out, travel). `what` from 0 on is a place in the table of costs, by kind of computation and
-    stage; -1 - stage reduces, and beyond the stages waits for that. `travel` is a place in the table of transfers, 0 for none."""
+    """`steps`: (rank, what, need, out, travel). `what` is a place in the table of costs, by kind of computation and stage; `travel`
+    one in the table of transfers, 0 for none."""
 
     steps: tuple[tuple[int, int, int, int, int], ...]
     slots: int
 
 
 _CODES = {kind: code for code, kind in enumerate(COMPUTE)}
-_OTHERS = (Kind.REDUCE, Kind.FINISH)
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bool = False) -> Simulated:
@@ -88,77 +84,58 @@ def simulate(schedule: Schedule, stages: Sequence[StageSeconds], *, blocking: bo
     (all of a stage stand together). Raises ScheduleError if it deadlocks."""
     entries = _entries(schedule)
     each = len(stages) // schedule.stages
-    ended, finish, exposed = _run(_program(schedule, entries, each), schedule.pp, stages, blocking)
-    busy = [0.0] * schedule.pp
+    ended, clock = _run(_program(schedule, entries, each), schedule.pp, stages, blocking)
+    busy, gradients = [0.0] * schedule.pp, np.zeros(schedule.stages)
     events: list[Event] = []
-    for (action, rank, stage, _, _, crosses), end in zip(entries, ended, strict=True):
-        kind, chunk, micro_batch, _ = action
-        one = stages[_place(stage, micro_batch, each)] if stage >= 0 else EMPTY
-        if kind in COMPUTE:
-            seconds = (one.forward, one.input + one.weight, one.input, one.weight)[_CODES[kind]]
-            busy[rank] += seconds
-            events.append(Event(rank, kind, chunk, micro_batch, end - seconds, end, stage=stage))
-            if crosses:
-                back = kind is not Kind.FORWARD
-                peer = schedule.rank_of(stage + (-1 if back else 1))[0]
-                events.append(Event(rank, "transfer", chunk, micro_batch, end, end + (one.send_back if back else one.send),
-                                    "communication", stage, "pp", "send", peer=peer))  # fmt: skip
-        elif kind is Kind.FINISH:
-            events.append(Event(rank, "wait", chunk, micro_batch, end - exposed[rank], end, axis="dp"))
-        else:
-            events.append(Event(rank, "collective", chunk, micro_batch, end - one.reduce, end, "communication", stage, "dp",
-                                "reduce-scatter"))  # fmt: skip
-    events = [event for event in events if event.end > event.start or event.kind in COMPUTE]
-    ordered = sorted(events, key=lambda event: (event.rank, event.lane, event.start))
-    return Simulated(max(finish), tuple(busy), tuple(exposed), tuple(finish), tuple(ordered))
+    for (action, rank, stage, _, _, _), end in zip(entries, ended, strict=True):
+        one = stages[_place(stage, action.micro_batch, each)]
+        seconds = (one.forward, one.input + one.weight, one.input, one.weight)[_CODES[action.kind]]
+        busy[rank] += seconds
+        gradients[stage] = end
+        events.append(Event(rank, action.kind, action.chunk, action.micro_batch, end - seconds, end, stage=stage))
+    whole = Ends(np.array(clock), gradients, _home(schedule)).seconds(stages[::each])
+    return Simulated(whole, tuple(busy), tuple(sorted(events, key=lambda event: (event.rank, event.start))))
+
+
+TOLERANCE = 1e-3
+"""Of a step's end where its stages have not settled."""
 
 
 class Ends(NamedTuple):
-    """When each pipeline rank has computed all that it computes in a step, and when each stage has its last gradient."""
+    """When each pipeline rank has computed all that it computes in a step, and when each stage has its last gradient; `home`: its
+    rank."""
 
     ranks: NDArray[np.float64]
     stages: NDArray[np.float64]
+    home: tuple[int, ...]
 
-    def seconds(self, shape: tuple[str, int, int], stages: Sequence[StageSeconds]) -> float:
+    def seconds(self, stages: Sequence[StageSeconds]) -> float:
         """The end of the step once gradients are reduced, in the order in which a rank's chunks have them."""
-        name, pp, vp = shape
-        end = 0.0
-        for rank in range(pp):
-            own = sorted(stage_of(name, pp, rank, chunk) for chunk in range(vp))
-            lane = 0.0
-            for stage in sorted(own, key=lambda stage: self.stages[stage]):
-                one, ready = stages[stage], float(self.stages[stage])
-                lane = max(max(lane, ready - one.reduce_early) + one.reduce, ready + one.reduce_tail)
-            end = max(end, lane, float(self.ranks[rank]))
-        return end
-
-
-def stage_of(name: str, pp: int, rank: int, chunk: int) -> int:
-    """As `Schedule.stage_of`."""
-    return 2 * pp - 1 - rank if name == "zbv" and chunk == 1 else chunk * pp + rank
+        lanes = [0.0] * len(self.ranks)
+        for stage in np.argsort(self.stages, kind="stable").tolist():
+            one, ready, rank = stages[stage], float(self.stages[stage]), self.home[stage]
+            lanes[rank] = max(max(lanes[rank], ready - one.reduce_early) + one.reduce, ready + one.reduce_tail)
+        return max(*lanes, float(self.ranks.max()))
 
 
 def ends(
-    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False,
-    tolerance: float = 1e-3,
-) -> Ends:  # fmt: skip
+    name: str, pp: int, vp: int, micro_batches: int, stages: Sequence[StageSeconds], *, blocking: bool = False
+) -> Ends:
     """A step's ends as `simulate` would give them, reductions left out: exactly once a short step has become periodic.
 
     Where stages still drift apart (nearly equal ones do for long), the end lies between two bounds, and a step twice as
-    long is tried until they are within `tolerance`; the lower one is returned.
+    long is tried until they are within TOLERANCE; the lower one is returned.
     """
-
-    stages = [msgspec.structs.replace(stage, reduce=0.0, reduce_early=0.0, reduce_tail=0.0) for stage in stages]
 
     def run(count: int) -> tuple[Ends, NDArray[np.float64]]:
         """The ends, and [micro-batch, stage] when each gradient is there."""
-        program, gradients = _compiled(name, pp, vp, count)
-        times, clock, _ = _run(program, pp, stages, blocking)
+        program, gradients, home = _compiled(name, pp, vp, count)
+        times, clock = _run(program, pp, stages, blocking)
         found = np.array(times)[gradients]
-        return Ends(np.array(clock), found.max(axis=0)), found
+        return Ends(np.array(clock), found.max(axis=0), home), found
 
     def later(found: Ends, seconds: float) -> Ends:
-        return Ends(found.ranks + seconds, found.stages + seconds)
+        return Ends(found.ranks + seconds, found.stages + seconds, found.home)
 
     if name == "gpipe":  # its forwards all stand before its backwards, so one trajectory does not show the increment
         if micro_batches <= 3 * pp:
@@ -178,7 +155,7 @@ def ends(
             left = (micro_batches - fitting) // step
             end = float(found.ranks.max())
             low = max(end + left * fastest, bound(name, pp, vp, micro_batches, stages, blocking=blocking))
-            if end + left * slowest <= low * (1 + tolerance):
+            if end + left * slowest <= low * (1 + TOLERANCE):
                 return later(found, low - end)
         count *= 2
     return run(micro_batches)[0]
@@ -205,12 +182,10 @@ def bound(
     last, split = pp * vp - 1, name in ("zb", "zbv")
     turn = pp - 1 if name == "zbv" else -1
     busy = np.zeros(pp)
-    for rank in range(pp):
-        for chunk in range(vp):
-            number = stage_of(name, pp, rank, chunk)
-            one = stages[number]
-            sent = one.send * (number < last and number != turn) + one.send_back * (number > 0 and number != turn + 1)
-            busy[rank] += one.busy + (sent if blocking and pp > 1 else 0.0)
+    for number, one in enumerate(stages):
+        rank = last - number if name == "zbv" and number >= pp else number % pp
+        sent = one.send * (number < last and number != turn) + one.send_back * (number > 0 and number != turn + 1)
+        busy[rank] += one.busy + (sent if blocking and pp > 1 else 0.0)
     first = stages[:pp]
     lanes = Lanes(
         busy,
@@ -223,21 +198,25 @@ def bound(
 
 
 @lru_cache(maxsize=256)
-def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program, NDArray[np.int64]]:
-    """A schedule's program, and [micro-batch, stage] where in it each gradient is complete."""
+def _compiled(name: str, pp: int, vp: int, micro_batches: int) -> tuple[_Program, NDArray[np.int64], tuple[int, ...]]:
+    """A schedule's program, [micro-batch, stage] where in it each gradient is complete, and each stage's rank."""
     schedule = build(name, pp, micro_batches, vp, transfers=False)
     entries = _entries(schedule)
     gradients = np.zeros((micro_batches, schedule.stages), np.int64)
     for place, (action, _, stage, _, _, _) in enumerate(entries):
         if action.kind is Kind.BACKWARD or action.kind is Kind.WEIGHT:
             gradients[action.micro_batch, stage] = place
-    return _program(schedule, entries), gradients
+    return _program(schedule, entries), gradients, _home(schedule)
+
+
+def _home(schedule: Schedule) -> tuple[int, ...]:
+    """Each stage's rank."""
+    return tuple(schedule.rank_of(stage)[0] for stage in range(schedule.stages))
 
 
 def _entries(schedule: Schedule) -> list[_Entry]:
-    """All actions but transfers, each after what it needs. Raises ScheduleError for a deadlock."""
-    stages, count = schedule.stages, schedule.micro_batches
-    home = [schedule.rank_of(stage)[0] for stage in range(stages)]
+    """All computations, each after what it needs. Raises ScheduleError for a deadlock."""
+    stages, count, home = schedule.stages, schedule.micro_batches, _home(schedule)
     held = [[schedule.stage_of(rank, chunk) for chunk in range(schedule.vp)] for rank in range(schedule.pp)]
     forward, backward, input_gradient = Kind.FORWARD, Kind.BACKWARD, Kind.INPUT
     position = [0] * schedule.pp
@@ -266,7 +245,7 @@ def _entries(schedule: Schedule) -> list[_Entry]:
                 waiting[need] = rank
                 break
             at += 1
-            if kind in _CODES or kind in _OTHERS:
+            if kind in _CODES:
                 entries.append((action, rank, stage, need, out, crosses))
             if out > 1:
                 made.add(out)
@@ -282,52 +261,38 @@ def _entries(schedule: Schedule) -> list[_Entry]:
 
 
 def _place(stage: int, micro_batch: int, each: int) -> int:
-    """Of an action's seconds, where each stage has `each` of them; what is about all micro-batches counts as the first."""
-    return stage * each + (max(0, micro_batch) if each > 1 else 0)
+    """Of an action's seconds, where each stage has `each` of them."""
+    return stage * each + (micro_batch if each > 1 else 0)
 
 
 def _program(schedule: Schedule, entries: list[_Entry], each: int = 1) -> _Program:
     count = schedule.stages * each
     steps: list[tuple[int, int, int, int, int]] = []
     for action, rank, number, need, out, crosses in entries:
-        kind, stage = action.kind, _place(number, action.micro_batch, each)
-        if kind in _OTHERS:
-            steps.append((rank, -1 - stage if stage >= 0 else -1 - count, 0, 1, 0))
-            continue
-        code = _CODES[kind]
+        code, stage = _CODES[action.kind], _place(number, action.micro_batch, each)
         travel = 0 if not crosses else 1 + stage + (count if code in (1, 2) else 0)
         steps.append((rank, code * count + stage, need, out, travel))
     return _Program(tuple(steps), 2 + 2 * schedule.stages * schedule.micro_batches)
 
 
-def _run(
-    program: _Program, pp: int, stages: Sequence[StageSeconds], blocking: bool
-) -> tuple[list[float], list[float], list[float]]:
-    """The end of each entry; when each rank is done, and how long it then waited for its other lane."""
-    count = len(stages)
+def _run(program: _Program, pp: int, stages: Sequence[StageSeconds], blocking: bool) -> tuple[list[float], list[float]]:
+    """The end of each entry, and when each rank has computed all."""
     costs = [
         *(stage.forward for stage in stages), *(stage.input + stage.weight for stage in stages),
         *(stage.input for stage in stages), *(stage.weight for stage in stages),
     ]  # fmt: skip
     travels = [0.0, *(stage.send for stage in stages), *(stage.send_back for stage in stages)]
-    clock, lane, exposed = [0.0] * pp, [0.0] * pp, [0.0] * pp
+    clock = [0.0] * pp
     arrival = [0.0] * program.slots
     ended: list[float] = []
     note = ended.append
     for rank, what, need, out, travel in program.steps:
         start = clock[rank]
-        if what >= 0:
-            if (arrived := arrival[need]) > start:
-                start = arrived
-            clock[rank] = end = start + costs[what]
-            arrival[out] = end + travels[travel]
-            if blocking:
-                clock[rank] = arrival[out]
-        elif what >= -count:
-            one = stages[-1 - what]
-            lane[rank] = end = max(max(lane[rank], start - one.reduce_early) + one.reduce, start + one.reduce_tail)
-        else:
-            clock[rank] = end = max(start, lane[rank])
-            exposed[rank] = end - start
+        if (arrived := arrival[need]) > start:
+            start = arrived
+        clock[rank] = end = start + costs[what]
+        arrival[out] = end + travels[travel]
+        if blocking:
+            clock[rank] = arrival[out]
         note(end)
-    return ended, clock, exposed
+    return ended, clock

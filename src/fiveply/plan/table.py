@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from fiveply.plan import machine as machines
 from fiveply.plan import software as systems
+from fiveply.plan.machine import Machine
+from fiveply.plan.predict import Job
 from fiveply.plan.software import Software
 from fiveply.spec.architecture import Experts, Latent, ModelSpec, Rope
 from fiveply.spec.errors import InputError
@@ -21,11 +26,12 @@ from fiveply.spec.layout import Layout, Recompute
 
 NEEDED = ("source", "model", "gpu", "num_gpus", "layers", "hidden", "heads", "ffn", "vocab", "seq", "global_batch")
 """Columns without which a table is none."""
-GATED = re.compile(
-    r"llama|mistral|mixtral|qwen|deepseek|kimi|grok|gpt.?oss|gemma|yi-|olmo|phi|internlm|baichuan|glm", re.I
-)
-PLAIN = re.compile(r"gpt|mpt|nemotron|megatron|mt-nlg|turing|opt|bloom|bert|falcon|palm", re.I)
+GATED = "llama|mistral|mixtral|qwen|deepseek|kimi|grok|gpt.?oss|gemma|yi-|olmo|phi|internlm|baichuan|glm"
+PLAIN = "gpt|mpt|nemotron|megatron|mt-nlg|turing|opt|bloom|bert|falcon|palm"
 GIB = 1 << 30
+T = TypeVar("T")
+Record = Mapping[str, str]
+"""A row's cells by column, "" where it has none."""
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -34,17 +40,9 @@ class Row(msgspec.Struct, frozen=True):
     number: int
     source: str
     stratum: str
-    spec: ModelSpec
+    job: Job
+    """What it computed, on the devices it names."""
     layout: Layout
-    software: Software
-    device: str
-    devices: int
-    node: int
-    network: float
-    """Bytes/s of one device's share of the network where the row says so, else 0."""
-    sequence: int
-    global_batch: int
-    precision: str
     seconds: float | None
     bytes: float | None
     last_rank: bool
@@ -63,6 +61,12 @@ class RowError(Exception):
 
 def read(path: str | Path) -> tuple[list[Row], list[Skipped]]:
     """Rows that can be predicted, and the others with the reason. Raises InputError where the file is no such table."""
+    return rows_of(path, NEEDED, _row)
+
+
+def rows_of(path: str | Path, needed: Sequence[str], row: Callable[[int, Record], T]) -> tuple[list[T], list[Skipped]]:
+    """Of a CSV file with the columns `needed`, what `row` makes of each row's number and record; rows of which it raises RowError
+    or InputError are skipped."""
     where = str(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -72,25 +76,24 @@ def read(path: str | Path) -> tuple[list[Row], list[Skipped]]:
         raise InputError(f"cannot be read ({error.strerror})", where=where, fix="give a CSV file") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"not a CSV table ({error})", where=where, fix="write it as comma-separated UTF-8") from None
-    if lost := [column for column in NEEDED if column not in columns]:
-        raise InputError("a column is missing", where=where, key=lost[0], fix=f"needed are {', '.join(NEEDED)}")
+    if lost := [column for column in needed if column not in columns]:
+        raise InputError("a column is missing", where=where, key=lost[0], fix=f"needed are {', '.join(needed)}")
     if not records:
         raise InputError("has no row", where=where, fix="add measurements")
-    rows: list[Row] = []
+    rows: list[T] = []
     skipped: list[Skipped] = []
     for number, record in enumerate(records, 1):
-        if None in record:
-            skipped.append(Skipped(number, "has more cells than the header"))
-            continue
         try:
-            rows.append(_row(number, {key: (value or "").strip() for key, value in record.items()}))
-        except RowError as error:
+            if None in record:
+                raise RowError("has more cells than the header")
+            rows.append(row(number, defaultdict(str, {key: (value or "").strip() for key, value in record.items()})))
+        except (RowError, InputError) as error:
             skipped.append(Skipped(number, str(error)))
     return rows, skipped
 
 
-def _number(record: dict[str, str], key: str) -> float | None:
-    text = record.get(key, "").replace(",", "")
+def number_in(record: Record, key: str) -> float | None:
+    text = record[key].replace(",", "")
     if not text:
         return None
     try:
@@ -102,93 +105,80 @@ def _number(record: dict[str, str], key: str) -> float | None:
     return value
 
 
-def _whole(record: dict[str, str], key: str, default: int = 0) -> int:
-    value = _number(record, key)
+def whole_in(record: Record, key: str, default: int = 0) -> int:
+    value = number_in(record, key)
     if value is not None and value != int(value):
         raise RowError(f"{key}: {value} is not a whole number")
     return int(value) if value else default
 
 
-def _row(number: int, record: dict[str, str]) -> Row:
+def _meant(record: Record, key: str, known: Mapping[str, T]) -> T:
+    """By the first of the patterns that the text contains."""
+    text = record[key].lower()
+    for pattern, meaning in known.items():
+        if re.search(pattern, text):
+            return meaning
+    raise RowError(f"{key}: '{text}' is unknown")
+
+
+def _row(number: int, record: Record) -> Row:
     for key in ("layers", "hidden", "heads", "vocab", "seq", "global_batch", "num_gpus"):
-        if not _whole(record, key):
+        if not whole_in(record, key):
             raise RowError(f"{key} is not given")
     for text, why in (("SFT", "fine-tuning on packed rows"), ("LoRA", "adapters"), ("not an iteration", "one layer")):
-        if text in record.get("notes", ""):
+        if text in record["notes"]:
             raise RowError(f"not a pretraining step ({why})")
     spec = architecture(record)
     software = system(record)
     layout = _layout(record, spec, software)
-    sequence, batch, devices = (_whole(record, key) for key in ("seq", "global_batch", "num_gpus"))
-    seconds = _number(record, "step_time_s") or _number(record, "derived_step_time_s")
-    rate = _number(record, "tokens_per_s_per_gpu")
+    sequence, batch, devices = (whole_in(record, key) for key in ("seq", "global_batch", "num_gpus"))
+    seconds = number_in(record, "step_time_s") or number_in(record, "derived_step_time_s")
+    rate = number_in(record, "tokens_per_s_per_gpu")
     if seconds is None and rate:
         seconds = batch * sequence / (rate * devices)
-    gib = _number(record, "mem_gib")
+    gib = number_in(record, "mem_gib")
     if not seconds and not gib:
         raise RowError("measures neither time nor memory")
-    precision = _precision(record)
-    network = re.search(r"(\d+) ?Gb/?p?s(?: per node| node)", record.get("notes", ""))
-    node = _whole(record, "gpus_per_node", 8)
+    precision = _meant(record, "precision", PRECISIONS)
     return Row(
         number=number,
         source=record["source"],
         stratum=_stratum(record, spec, precision),
-        spec=spec,
+        job=Job(spec, sequence, software, precision, machine=_machine(record), global_batch=batch),
         layout=layout,
-        software=software,
-        device=device(record["gpu"]),
-        devices=devices,
-        node=min(node, devices) if device(record["gpu"]) not in ("gb200", "gb300") else 4,
-        network=float(network[1]) * 1e9 / 8 / node if network else 0.0,
-        sequence=sequence,
-        global_batch=batch,
-        precision=precision,
         seconds=seconds or None,
         bytes=gib * GIB if gib else None,
-        last_rank=record.get("mem_rank", "") == "last",
-        reserved=record.get("mem_kind", "") == "reserved" or "reserved" in record.get("notes", ""),
-        sweep=tuple(record.get(key, "") for key in ("source", "model", "gpu", "num_gpus", "seq", "global_batch", "precision")),
+        last_rank=record["mem_rank"] == "last",
+        reserved=record["mem_kind"] == "reserved" or "reserved" in record["notes"],
+        sweep=tuple(record[key] for key in ("source", "model", "gpu", "num_gpus", "seq", "global_batch", "precision")),
     )  # fmt: skip
 
 
-def _precision(record: dict[str, str]) -> str:
-    text = record.get("precision", "").lower()
-    for pattern, precision in (("fp4", "fp4"), ("fp8|float8", "fp8"), ("fp32|float32", "fp32"), ("tf32", "tf32")):
-        if re.search(pattern, text):
-            return precision
-    if not text or re.search("bf16|bfloat16|fp16|float16|half|16-mixed", text):
-        return "bf16"
-    raise RowError(f"precision: '{text}' is unknown")
+def _machine(record: Record) -> Machine:
+    """The row's devices, and where it says so their hosts' network, of which each has its share."""
+    found, node = machines.load(device(record["gpu"])), whole_in(record, "gpus_per_node", 8)
+    network = found.network
+    if said := re.search(r"(\d+) ?Gb/?p?s(?: per node| node)", record["notes"]):
+        network = msgspec.structs.replace(network, bandwidth=float(said[1]) * 1e9 / 8 / node)
+    node = 4 if found.name in ("gb200", "gb300") else min(node, whole_in(record, "num_gpus"))
+    return msgspec.structs.replace(found, devices_per_node=node, network=network)
 
 
-def _recompute(record: dict[str, str]) -> Recompute:
-    text = record.get("recompute", "").lower()
-    if text in ("", "none", "no", "false", "0", "off"):
-        return "none"
-    if text.startswith("selective"):
-        return "selective"
-    if re.match("full|yes|true|1$|all|block|layer|uniform", text):
-        return "full"
-    raise RowError(f"recompute: '{text}' is unknown")
+PRECISIONS = {
+    "fp4": "fp4", "fp8|float8": "fp8", "fp32|float32": "fp32", "tf32": "tf32", "^$|bf16|bfloat16|fp16|float16|half|16-mixed": "bf16",
+}  # fmt: skip
+RECOMPUTES: dict[str, Recompute] = {
+    "^(none|no|false|0|off|)$": "none", "^selective": "selective", "^(full|yes|true|1$|all|block|layer|uniform)": "full",
+}  # fmt: skip
+ZEROS = {"fsdp": 3, "^$": 0, **{f"^[^0-3]*{zero}": zero for zero in range(4)}}
 
 
-def _zero(record: dict[str, str]) -> int:
-    text = record.get("zero", "").lower()
-    if "fsdp" in text:
-        return 3
-    found = re.search(r"[0-3]", text)
-    if text and not found:
-        raise RowError(f"zero: '{text}' is unknown")
-    return int(found[0]) if found else 0
-
-
-def _stratum(record: dict[str, str], spec: ModelSpec, precision: str) -> str:
+def _stratum(record: Record, spec: ModelSpec, precision: str) -> str:
     if precision != "bf16":
         return precision if precision in ("fp32", "tf32") else "float8"
-    if not record.get("recompute") or not record.get("precision"):
+    if not record["recompute"] or not record["precision"]:
         return "recompute-unknown"
-    if not _whole(record, "micro_batch"):
+    if not whole_in(record, "micro_batch"):
         return "micro-batch-unknown"
     return "experts-16-bit" if spec.experts else "complete-16-bit"
 
@@ -196,11 +186,9 @@ def _stratum(record: dict[str, str], spec: ModelSpec, precision: str) -> str:
 def device(text: str) -> str:
     """The hardware file of a GPU as tables name it."""
     name = text.lower().replace("_", "-").replace(" ", "-")
-    for kind in ("gb300", "gb200", "b300", "b200", "h200", "mi355x", "mi300x"):
+    for kind in ("gb300", "gb200", "b300", "b200", "h200", "mi355x", "mi300x", "h800", "a800"):
         if kind in name:
             return kind
-    if "h800" in name or "a800" in name:
-        return "h800" if "h800" in name else "a800"
     if "h100" in name:
         return "h100-pcie" if "pcie" in name else "h100-96" if "96gb" in name else "h100"
     if "a100" in name:
@@ -208,39 +196,42 @@ def device(text: str) -> str:
     raise RowError(f"gpu: '{text}' is unknown")
 
 
-def architecture(record: dict[str, str]) -> ModelSpec:
+def architecture(record: Record) -> ModelSpec:
     """The model of a row; choices that have no column follow from its family, or from its count of parameters."""
-    name = record["model"]
+    name, notes = record["model"], record["notes"]
+
+    def of(family: str) -> bool:
+        return bool(re.search(family, name, re.I))
+
     layers, hidden, heads, vocabulary, sequence = (
-        _whole(record, key) for key in ("layers", "hidden", "heads", "vocab", "seq")
+        whole_in(record, key) for key in ("layers", "hidden", "heads", "vocab", "seq")
     )
-    ffn = _whole(record, "ffn", 4 * hidden)
-    count = _whole(record, "experts")
-    notes = record.get("notes", "")
-    gated = "SwiGLU" in notes or bool(GATED.search(name)) or (not PLAIN.search(name) and ffn < 3.9 * hidden)
-    head = next((size for family, size in (("qwen3", 128), ("gpt.?oss", 64)) if re.search(family, name, re.I)), 0)
+    ffn = whole_in(record, "ffn", 4 * hidden)
+    count = whole_in(record, "experts")
+    gated = "SwiGLU" in notes or of(GATED) or (not of(PLAIN) and ffn < 3.9 * hidden)
+    head = 128 if of("qwen3") else 64 if of("gpt.?oss") else 0
     if not head and hidden % heads:
         raise RowError(f"{heads} heads do not divide hidden {hidden}")
     latent = None
-    if re.search(r"deepseek.?v[23]|kimi", name, re.I):
+    if of("deepseek.?v[23]|kimi"):
         latent, head = Latent(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128), 192
     experts = None
     if count > 1:
-        dense = 3 if re.search(r"deepseek", name, re.I) else 1 if re.search(r"kimi", name, re.I) else 0
+        dense = 3 if of("deepseek") else 1 if of("kimi") else 0
         inner = 2048 if latent else ffn
         experts = Experts(
             count=count,
-            per_token=_whole(record, "topk", 2),
+            per_token=whole_in(record, "topk", 2),
             ffn=inner,
             layers=tuple(range(min(dense, layers), layers)),
             shared_ffn=inner if latent else 0,
-            bias=bool(re.search("gpt.?oss", name, re.I)),
+            bias=of("gpt.?oss"),
         )
-    window = 128 if re.search("gpt.?oss", name, re.I) else 0
-    kv = _whole(record, "kv_heads", heads)
+    window = 128 if of("gpt.?oss") else 0
+    kv = whole_in(record, "kv_heads", heads)
     if heads % kv:
         raise RowError(f"{kv} key-value heads do not divide {heads} heads")
-    older = not gated and not re.search("nemotron", name, re.I)
+    older = not gated and not of("nemotron")
     return ModelSpec(
         family="table",
         vocabulary=vocabulary,
@@ -252,7 +243,7 @@ def architecture(record: dict[str, str]) -> ModelSpec:
         ffn=ffn,
         positions=sequence,
         norm="layer" if not gated else "rms",
-        qk_norm=bool(re.search("qwen3", name, re.I)),
+        qk_norm=of("qwen3"),
         qkv_bias=older,
         out_bias=older,
         mlp_bias=older,
@@ -268,51 +259,56 @@ def architecture(record: dict[str, str]) -> ModelSpec:
     )
 
 
-def system(record: dict[str, str]) -> Software:
+def system(record: Record) -> Software:
     """The training system of a row and its vintage, from what the source, the evidence and the notes say."""
-    text = " ".join(record.get(key, "") for key in ("source", "notes", "fill_evidence"))
-    sharded = _zero(record) == 3
-    known = (
-        ("torchtitan", "torchtitan"),
-        ("maxtext", "maxtext"),
-        ("llm-foundry|mosaic|composer", "llm-foundry"),
-        ("primus", "primus"),
-        ("megatron-deepspeed", "megatron-deepspeed"),
-        ("deepspeed", "deepspeed" if sharded else "megatron-deepspeed"),
-        ("Megatron-Bridge|NVIDIA/NeMo|dgxc|Nemotron-4", "nemo"),
-        ("Megatron|Korthikanti|MT-NLG", "deepspeed" if sharded and _vintage(record) < "2022" else "megatron"),
-    )
-    name = next(
-        (name for pattern, name in known if re.search(pattern, text, re.I)), "torchtitan" if sharded else "nemo"
-    )
+    text = " ".join(record[key] for key in ("source", "notes", "fill_evidence"))
+    name = next((name for pattern, name in SYSTEMS.items() if re.search(pattern, text, re.I)), "")
+    if _meant(record, "zero", ZEROS) != 3:
+        name = {"deepspeed": "megatron-deepspeed", "": "nemo"}.get(name, name)
+    elif not name:
+        name = "torchtitan"
+    elif name == "megatron" and _vintage(record) < "2022":
+        name = "deepspeed"
     found = systems.load(name, _vintage(record))
     changes: dict[str, Any] = {}
-    if (overlap := record.get("tp_comm_overlap")) in ("0", "1"):
-        changes["overlap_tensor"] = TENSOR_OVERLAP * (overlap == "1")
-    if re.search(r"async.?tp", record.get("notes", ""), re.I):
-        changes["overlap_tensor"] = TENSOR_OVERLAP
-    if "full_iteration" in record.get("cuda_graph", "") and not record["cuda_graph"].startswith("none"):
-        changes |= {"graphs": True, "experts_stall": 0.0}
-    if record.get("precision", "").startswith(
-        "amp"
-    ):  # autocast over float32 parameters: gathered wide, cast at each use
-        changes["gather_bytes"] = 4.0
-    if "local transformer" in record.get("notes", ""):  # without Transformer Engine, and what it allocates
-        changes["workspace_bytes"] = 0
-    elif re.search(r"\bdeterministic\b", record.get("notes", "")):  # cuBLAS gets CUBLAS_WORKSPACE_CONFIG=:4096:8
-        changes["workspace_bytes"] = DETERMINISTIC
-    if "unfused attention" in record.get("notes", ""):
-        changes |= {"flash": False}
-    if "fused cross-entropy" in record.get("notes", ""):
-        changes["loss"] = "plain"  # its fusion keeps more than it saves
-    if re.search(r"\beager\b", record.get("notes", "")):
+    for column, pattern, more in HABITS:
+        if re.search(pattern, record[column]):
+            changes |= more
+    if re.search(r"\beager\b", record["notes"]):
         changes["memory_passes"] = EAGER * found.memory_passes
-    if record.get("recompute", "").startswith("selective:"):
+    if record["recompute"].startswith("selective:"):
         parts = record["recompute"].removeprefix("selective:").split("+")
         changes["selective"] = tuple(module for part in parts for module in MODULES.get(part, ()))
     return msgspec.structs.replace(found, **changes)
 
 
+SYSTEMS = {
+    "torchtitan": "torchtitan",
+    "maxtext": "maxtext",
+    "llm-foundry|mosaic|composer": "llm-foundry",
+    "primus": "primus",
+    "megatron-deepspeed": "megatron-deepspeed",
+    "deepspeed": "deepspeed",
+    "Megatron-Bridge|NVIDIA/NeMo|dgxc|Nemotron-4": "nemo",
+    "Megatron|Korthikanti|MT-NLG": "megatron",
+}
+"""Of what a row says of its origin, the first that is found."""
+TENSOR_OVERLAP = 0.4
+"""Share of tensor-parallel collectives that userbuffers hide."""
+DETERMINISTIC = 70_000_000
+"""Bytes that cuBLAS and Transformer Engine allocate in Megatron-LM's deterministic tests: measured, beside model state."""
+HABITS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("tp_comm_overlap", "^0$", {"overlap_tensor": 0.0}),
+    ("tp_comm_overlap", "^1$", {"overlap_tensor": TENSOR_OVERLAP}),
+    ("notes", "(?i)async.?tp", {"overlap_tensor": TENSOR_OVERLAP}),
+    ("cuda_graph", "^(?!none).*full_iteration", {"graphs": True, "experts_stall": 0.0}),
+    ("precision", "^amp", {"gather_bytes": 4.0}),  # autocast over float32 parameters: gathered wide, cast at each use
+    ("notes", r"\bdeterministic\b", {"workspace_bytes": DETERMINISTIC}),  # CUBLAS_WORKSPACE_CONFIG=:4096:8
+    ("notes", "local transformer", {"workspace_bytes": 0}),  # without Transformer Engine, and what it allocates
+    ("notes", "unfused attention", {"flash": False}),
+    ("notes", "fused cross-entropy", {"loss": "plain"}),  # its fusion keeps more than it saves
+)
+"""What a column says (a pattern of it) of how the row's system was set up."""
 MODULES = {
     "core_attn": ("core",),
     "layernorm": ("norm",),
@@ -322,17 +318,13 @@ MODULES = {
     "mla_up_proj": ("latent",),
 }
 """Megatron-LM's names of what is recomputed, as workload.Module."""
-DETERMINISTIC = 70_000_000
-"""Bytes that cuBLAS and Transformer Engine allocate in Megatron-LM's deterministic tests: measured, beside model state."""
-TENSOR_OVERLAP = 0.4
-"""Share of tensor-parallel collectives that userbuffers hide."""
 EAGER = 1.8
 """Memory-bound kernels' bytes without torch.compile, relative to those with."""
 
 
-def _vintage(record: dict[str, str]) -> str:
+def _vintage(record: Record) -> str:
     """The month that a row was measured, by its container, release, paper or page."""
-    source, notes = record.get("source", ""), record.get("notes", "")
+    source, notes = record["source"], record["notes"]
     for text, pattern in (
         (notes, r"\b(2\d)\.(\d\d(?:\.\d+)?) NeMo"),
         (source, r"@v(2\d)\.(\d\d)"),
@@ -346,35 +338,29 @@ def _vintage(record: dict[str, str]) -> str:
         return f"20{found[1]}-06"
     if "SC21" in source:
         return "2021-04"
-    return {"a": "2023-06", "h": "2024-12"}.get(record["gpu"].lower()[0], "2026-01")
+    return {"a": "2023-06", "h": "2024-12"}.get(record["gpu"].lower()[:1], "2026-01")
 
 
-def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layout:
-    tp, pp, cp, ep = (_whole(record, key, 1) for key in ("tp", "pp", "cp", "ep"))
-    devices = _whole(record, "num_gpus")
+def _layout(record: Record, spec: ModelSpec, software: Software) -> Layout:
+    tp, pp, cp, ep = (whole_in(record, key, 1) for key in ("tp", "pp", "cp", "ep"))
+    devices = whole_in(record, "num_gpus")
     if devices % (tp * pp * cp):
         raise RowError(f"tp={tp} x pp={pp} x cp={cp} does not divide {devices} devices")
     dp = devices // (tp * pp * cp)
-    zero, recompute = _zero(record), _recompute(record)
-    schedule = record.get("schedule", "").lower()
+    zero = _meant(record, "zero", ZEROS)
+    schedule = record["schedule"].lower()
     # A remark in brackets is of a whole table; else a schedule that interleaves without saying how many chunks has the fewest
     # that cut the layers evenly.
     chunks = 1
     if "interleaved" in schedule and "(" not in schedule:
         chunks = next((vp for vp in (2, 3, 4) if _stages(spec.layers, pp * vp)), 1)
-    vp = _whole(record, "vp", chunks) if pp > 1 else 1
+    vp = whole_in(record, "vp", chunks) if pp > 1 else 1
     kind = "zbv" if "zbv" in schedule else "zb" if "zb" in schedule or "zero-bubble" in schedule else "1f1b"
-    sequence_parallel = record.get("seq_parallel", "")
-    sp = (
-        -1
-        if tp == 1
-        else int(sequence_parallel.lower() in ("1", "true", "yes") if sequence_parallel else software.sequence_parallel)
-    )
+    said = record["seq_parallel"].lower()
+    sp = -1 if tp == 1 else int(said in ("1", "true", "yes") if said else software.sequence_parallel)
     # FSDP2 under a pipeline keeps parameters gathered between micro-batches, and reduces once.
     kept = software.name == "torchtitan" and pp > 1 and zero == 3
-    instances = re.search(
-        r"(\d+) optimizer instances|optimizer_instances=(\d+)", record.get("notes", "") + record.get("fsdp", "")
-    )
+    instances = re.search(r"(\d+) optimizer instances|optimizer_instances=(\d+)", record["notes"] + record["fsdp"])
     copies = int(instances[1] or instances[2]) if instances else 1
     return Layout(
         dp=dp,
@@ -387,10 +373,10 @@ def _layout(record: dict[str, str], spec: ModelSpec, software: Software) -> Layo
         schedule=kind if vp == 1 else "interleaved",
         vp=vp if vp > 1 else 0,
         stages=_stages(spec.layers, pp * (2 if kind == "zbv" and vp == 1 else vp)),
-        micro_batch=_whole(record, "micro_batch"),
-        recompute=recompute,
+        micro_batch=whole_in(record, "micro_batch"),
+        recompute=_meant(record, "recompute", RECOMPUTES),
         sp=sp,
-        etp=(_whole(record, "etp") or (1 if software.vintage >= "2025-05" else tp)) if spec.experts else 1,
+        etp=(whole_in(record, "etp") or (1 if software.vintage >= "2025-05" else tp)) if spec.experts else 1,
     )
 
 

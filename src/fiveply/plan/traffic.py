@@ -1,7 +1,7 @@
 """Every collective and transfer of one rank in one step, counted exactly: axis, operation, bytes, how often, what can hide it.
 
-`part_traffic` is what one micro-batch needs in one part of the model, `step_traffic` what comes once a step, `traffic` all of
-it for one rank of fiveply's own runtime, equal to what the running code calls.
+`part_traffic` is what one micro-batch needs in one part of the model, `step_traffic` what comes once a step, `handed_on` what a
+transfer between stages carries. For fiveply's own runtime they equal what the running code calls.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from fiveply import pipeline_schedule
-from fiveply.pipeline_schedule import Kind
 from fiveply.plan import units
 from fiveply.plan.software import Software
-from fiveply.plan.workload import FIVEPLY, Part, Phase, Split, chunk_rows, describe, parts, split_of
+from fiveply.plan.workload import Case, Part, Phase, Split, chunk_rows, describe
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import stage_units
@@ -33,9 +31,8 @@ class Collective(msgspec.Struct, frozen=True):
     """`bytes` of the larger of its tensors at one rank, `size` ranks on the axis, `count` calls of this kind.
 
     axis: `tp`, `kv`, `cp`, `ep`, `etp`, `dp`, `shard`, `replica`, `edp` (ranks that hold the same experts), `pp`, `tied`, `world`.
-    part: the unit whose computation calls it; "" for those of the whole step.
-    hides: what may run meanwhile: "" (exposed), `weight` (the weight gradients of the same part), `block` (the computation
-    of the neighbouring part), `backward` (all that is left of the step's last backward), `expert`.
+    part: of a call once a step, the unit whose gradients or parameters it is about, "" for none.
+    hides: whether other parts' computation may run meanwhile.
     """
 
     axis: str
@@ -45,32 +42,21 @@ class Collective(msgspec.Struct, frozen=True):
     count: int
     phase: Phase
     part: str = ""
-    hides: Literal["", "weight", "block", "backward", "expert"] = ""
+    hides: bool = False
     copies: int = 1
     """Of each row of an exchange, those for ranks of one host cross to it once."""
 
 
-def part_traffic(
-    spec: ModelSpec,
-    layout: Layout,
-    part: str,
-    *,
-    sequence: int,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-) -> tuple[Collective, ...]:
+def part_traffic(case: Case, layout: Layout, part: str) -> tuple[Collective, ...]:
     """Of one micro-batch through `part`: `count` is calls a micro-batch. What recomputation runs again has phase `input`."""
-    split = split_of(layout, sequence=sequence, precision=precision)
-    found = _in_part(describe(spec, part), split, software)
-    if layout.zero >= 2:
-        found += _of_state_each(spec, layout, part, software)
-    return tuple(msgspec.structs.replace(collective, part=part) for collective in found)
+    found = _in_part(describe(case.spec, part), case.split(layout), case.software)
+    return found + _of_state_each(case.spec, layout, part, case.software) if layout.zero >= 2 else found
 
 
-def handed_on(spec: ModelSpec, layout: Layout, *, sequence: int, precision: str = "bf16") -> int:
+def handed_on(case: Case, layout: Layout) -> int:
     """Bytes of the hidden states that one rank hands to the next stage for one micro-batch."""
-    split = split_of(layout, sequence=sequence, precision=precision)
-    return split.local * spec.hidden * split.element
+    split = case.split(layout)
+    return split.local * case.spec.hidden * split.element
 
 
 @functools.cache
@@ -78,7 +64,7 @@ def _in_part(part: Part, split: Split, software: Software) -> tuple[Collective, 
     calls = _Calls(split, software)
     match part.what:
         case "embed":
-            calls.leave(part.hidden, again=False)
+            calls.leave(part.spec.hidden, again=False)
         case "head":
             _vocabulary(calls, part, split, software)
         case "layer":
@@ -102,20 +88,23 @@ class _Calls:
         self.selected = set(software.selective) if split.recompute == "selective" else set[str]()
         self.found: list[Collective] = []
 
-    def add(self, axis: str, operation: Operation, size: int, ranks: int, phase: Phase, count: int = 1) -> None:
+    def add(
+        self, axis: str, operation: Operation, size: int, ranks: int, phase: Phase, count: int = 1, copies: int = 1
+    ) -> None:
         if ranks > 1:
-            self.found.append(Collective(axis, operation, size, ranks, count, phase))
+            self.found.append(Collective(axis, operation, size, ranks, count, phase, copies=copies))
 
     def both(
-        self, axis: str, forward: Operation | None, backward: Operation | None, size: int, ranks: int, *, again: bool
-    ) -> None:
+        self, axis: str, forward: Operation | None, backward: Operation | None, size: int, ranks: int, *, again: bool,
+        copies: int = 1,
+    ) -> None:  # fmt: skip
         """A call of forward, the one that mirrors it in backward, and forward's once more where it is recomputed."""
         if forward:
-            self.add(axis, forward, size, ranks, "forward")
+            self.add(axis, forward, size, ranks, "forward", copies=copies)
         if backward:
-            self.add(axis, backward, size, ranks, "input")
+            self.add(axis, backward, size, ranks, "input", copies=copies)
         if forward and again:
-            self.add(axis, forward, size, ranks, "input")
+            self.add(axis, forward, size, ranks, "input", copies=copies)
 
     def enter(self, columns: int, *, again: bool) -> None:
         """Before a column-parallel product of an input of `columns`."""
@@ -137,88 +126,66 @@ class _Calls:
         else:
             self.both("tp", "all-reduce", None, split.tokens * columns * split.element, split.tp, again=again)
 
-    def exchange(self, axis: str, size: int, ranks: int, *, again: bool, copies: int = 1) -> None:
-        before = len(self.found)
-        self.both(axis, "all-to-all", "all-to-all", size, ranks, again=again)
-        if copies > 1:
-            self.found[before:] = [msgspec.structs.replace(one, copies=copies) for one in self.found[before:]]
-
 
 def _attention(calls: _Calls, part: Part, split: Split) -> None:
-    element, again = split.element, calls.full
-    heads, kv_heads, size, value = (
-        part.heads // split.tp,
-        max(1, part.kv_heads // split.tp),
-        part.head_dim,
-        part.head_dim,
-    )
-    latent = part.latent
+    element, again, latent = split.element, calls.full, part.spec.latent
+    heads, kv_heads, size = part.spec.heads // split.tp, max(1, part.spec.kv_heads // split.tp), part.spec.head_dim
+    value = size
     if latent is None:
-        calls.enter(part.hidden, again=calls.enters)
+        calls.enter(part.spec.hidden, again=calls.enters)
     else:
         calls.enter(latent.kv_rank + latent.rope_dim, again=calls.enters)
-        calls.enter(latent.q_rank or part.hidden, again=calls.enters)
+        calls.enter(latent.q_rank or part.spec.hidden, again=calls.enters)
         kv_heads, size, value = heads, latent.nope_dim + latent.rope_dim, latent.value_dim
     if split.cp > 1 and split.cp_kind == "ulysses":
         q, out = split.tokens * heads * size * element, split.tokens * heads * value * element
         for traded in (q, split.tokens * kv_heads * size * element, split.tokens * kv_heads * value * element, out):
-            calls.exchange("cp", traded, split.cp, again=again)
+            calls.both("cp", "all-to-all", "all-to-all", traded, split.cp, again=again)
     elif split.cp > 1:
         for columns in (size, value):  # keys, then values; gathered once more in backward, since the own part is kept
             gathered = split.tokens * split.cp * kv_heads * columns * element
             calls.both("cp", "all-gather", "reduce-scatter", gathered, split.cp, again=True)
-    calls.leave(part.hidden, again=again)
+    calls.leave(part.spec.hidden, again=again)
 
 
 def _mlp(calls: _Calls, part: Part, split: Split) -> None:
-    dropped = calls.software.stops_early and not max(part.dropout, calls.software.dropout)
+    dropped = calls.software.stops_early and not max(part.spec.dropout, calls.software.dropout)
     inner = calls.full or "mlp" in calls.selected
     experts = part.experts
     if experts is not None:
         again = calls.full or "experts" in calls.selected
-        chosen = split.routed * experts.per_token * part.hidden * split.element
+        chosen = split.routed * experts.per_token * part.spec.hidden * split.element
         copies = experts.per_token if calls.software.dispatch_once else 1
-        calls.exchange("ep", chosen, split.ep, again=again, copies=copies)
+        calls.both("ep", "all-to-all", "all-to-all", chosen, split.ep, again=again, copies=copies)
         calls.both("etp", "all-gather", "reduce-scatter", chosen * split.etp, split.etp, again=again)
         calls.both("etp", "reduce-scatter", "all-gather", chosen * split.etp, split.etp, again=again)
-        calls.exchange("ep", chosen, split.ep, again=again, copies=copies)
+        calls.both("ep", "all-to-all", "all-to-all", chosen, split.ep, again=again, copies=copies)
         if not split.sequence_parallel:  # each tensor rank takes its share of the tokens, and all need the result
             calls.both(
-                "tp", "all-gather", "all-gather", split.tokens * part.hidden * split.element, split.tp, again=again
+                "tp", "all-gather", "all-gather", split.tokens * part.spec.hidden * split.element, split.tp, again=again
             )
     if experts is None or experts.shared_ffn:
-        calls.enter(part.hidden, again=inner or calls.enters)
-        calls.leave(part.hidden, again=inner and not dropped)
+        calls.enter(part.spec.hidden, again=inner or calls.enters)
+        calls.leave(part.spec.hidden, again=inner and not dropped)
 
 
 def _vocabulary(calls: _Calls, part: Part, split: Split, software: Software) -> None:
     """The head's input, and what the softmax over a split vocabulary needs: largest logit, then sums and target's logit."""
     exact = max(4, split.element)
     if software.loss != "chunked":
-        calls.enter(part.hidden, again=False)
+        calls.enter(part.spec.hidden, again=False)
         calls.add("tp", "all-reduce", split.tokens * exact, split.tp, "forward", 3)
         return
     if split.sequence_parallel:
-        size = split.gathered * part.hidden * split.element
+        size = split.gathered * part.spec.hidden * split.element
         calls.both("tp", "all-gather", "reduce-scatter", size, split.tp, again=False)
     else:
-        calls.enter(part.hidden, again=False)
-    chunk = chunk_rows(part.vocabulary, split.tp)
+        calls.enter(part.spec.hidden, again=False)
+    chunk = chunk_rows(part.spec.vocabulary, split.tp)
     for rows, count in ((chunk, split.tokens // chunk), (split.tokens % chunk, 1)):
         if rows and count:
             calls.add("tp", "all-reduce", rows * exact, split.tp, "forward", count)
             calls.add("tp", "all-reduce", 2 * rows * exact, split.tp, "forward", count)
-
-
-def _buffers(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0) -> list[tuple[str, str, int, int, int]]:
-    """The flat buffers of a unit: (axis of the shards, axis of the replicas, shards, replicas, elements of a part)."""
-    one = units.held(spec, layout, unit, tp_rank)
-    shards, ranks = units.shard_ranks(layout), units.data_ranks(layout)
-    found = [("shard", "replica", shards, ranks // shards, -(-one.longest // shards))]
-    if one.experts:
-        shards = units.expert_shard_ranks(layout)
-        found.append(("edp", "edp", shards, layout.expert_data // shards, -(-one.experts // shards)))
-    return found
 
 
 def _of_state_each(spec: ModelSpec, layout: Layout, part: str, software: Software) -> tuple[Collective, ...]:
@@ -227,17 +194,18 @@ def _of_state_each(spec: ModelSpec, layout: Layout, part: str, software: Softwar
     shared = part == "head" and spec.embeds_at_end
     unit = "embed" if part == "head" and spec.tied else part
     reduces = not (shared and spec.tied and len(layout.end_ranks) == 1)  # the embedding's own unit does
-    for axis, _, shards, _, size in _buffers(spec, layout, unit):
+    for one in units.buffers(spec, layout, unit):
+        axis, shards, whole = one.axis, one.shards, one.part * one.shards
         if shards == 1:
             continue
         if layout.zero == 3:
-            bytes_ = round(size * shards * software.gather_bytes)
-            found.append(Collective(axis, "all-gather", bytes_, shards, 1, "forward", hides="block"))
+            bytes_ = round(whole * software.gather_bytes)
+            found.append(Collective(axis, "all-gather", bytes_, shards, 1, "forward", hides=True))
             if gathers_again(part, software):
-                found.append(Collective(axis, "all-gather", bytes_, shards, 1, "input", hides="block"))
+                found.append(Collective(axis, "all-gather", bytes_, shards, 1, "input", hides=True))
         if reduces:
-            bytes_ = round(size * shards * software.reduce_bytes)
-            found.append(Collective(axis, "reduce-scatter", bytes_, shards, 1, "weight", hides="backward"))
+            bytes_ = round(whole * software.reduce_bytes)
+            found.append(Collective(axis, "reduce-scatter", bytes_, shards, 1, "weight", hides=True))
     return tuple(found)
 
 
@@ -256,17 +224,15 @@ def held_units(spec: ModelSpec, layout: Layout, pp_rank: int) -> dict[str, int]:
     return found
 
 
-def unit_step_traffic(
-    spec: ModelSpec, layout: Layout, unit: str, *, tp_rank: int = 0, software: Software = FIVEPLY
-) -> tuple[Collective, ...]:
+def unit_step_traffic(case: Case, layout: Layout, unit: str, tp_rank: int = 0) -> tuple[Collective, ...]:
     """What one unit calls once a step over the ranks that hold the same of it: reductions of gradients that are not made every
     micro-batch, and gathers after the optimiser."""
     found: list[Collective] = []
-    for axis, replica_axis, shards, replicas, size in _buffers(spec, layout, unit, tp_rank):
-        for call in step_calls(layout.zero, shards, replicas, size, software):
+    for one in units.buffers(case.spec, layout, unit, tp_rank):
+        for call in step_calls(layout.zero, one.shards, one.replicas, one.part, case.software):
             if call.made:
-                over = axis if call.shards else "dp" if layout.zero == 0 and axis == "shard" else replica_axis
-                ranks = shards if call.shards else replicas
+                over = one.axis if call.shards else "dp" if layout.zero == 0 and one.axis == "shard" else one.copies
+                ranks = one.shards if call.shards else one.replicas
                 found.append(
                     Collective(over, call.operation, round(call.bytes), ranks, 1, call.phase, unit, call.hides)
                 )
@@ -281,7 +247,7 @@ class StepCall(NamedTuple):
     shards: bool
     bytes: Any
     phase: Phase
-    hides: Literal["", "backward"]
+    hides: bool
     made: Any
 
 
@@ -289,25 +255,17 @@ def step_calls(zero: Any, shards: Any, replicas: Any, size: Any, software: Softw
     """Of a buffer whose parts have `size` elements."""
     reduce, gather = size * shards * software.reduce_bytes, size * shards * software.gather_bytes
     return (
-        StepCall("all-reduce", False, reduce, "weight", "backward", (zero == 0) & (replicas > 1)),
-        StepCall("reduce-scatter", True, reduce, "weight", "backward", (zero == 1) & (shards > 1)),
-        StepCall("all-reduce", False, size * software.reduce_bytes, "weight", "", (zero >= 1) & (replicas > 1)),
-        StepCall("all-gather", True, gather, "step", "", (zero >= 1) & (zero <= 2) & (shards > 1)),
+        StepCall("all-reduce", False, reduce, "weight", True, (zero == 0) & (replicas > 1)),
+        StepCall("reduce-scatter", True, reduce, "weight", True, (zero == 1) & (shards > 1)),
+        StepCall("all-reduce", False, size * software.reduce_bytes, "weight", False, (zero >= 1) & (replicas > 1)),
+        StepCall("all-gather", True, gather, "step", False, (zero >= 1) & (zero <= 2) & (shards > 1)),
     )
 
 
-def sums(
-    spec: ModelSpec,
-    layout: Layout,
-    *,
-    pp_rank: int,
-    tp_rank: int = 0,
-    shard: int = 0,
-    software: Software = FIVEPLY,
-) -> tuple[Collective, ...]:
+def sums(case: Case, layout: Layout, pp_rank: int, tp_rank: int = 0, shard: int = 0) -> tuple[Collective, ...]:
     """What is added up once a step besides: gradients that tensor ranks share, the copies of a tied embedding, and the sums of
     the step. `shard`: the rank's index among those that share its state."""
-    shared: Counter[str] = Counter()
+    spec, shared = case.spec, Counter[str]()
     for unit, stage in held_units(spec, layout, pp_rank).items():
         one = units.held(spec, layout, unit, tp_rank)
         part = -(-one.longest // units.shard_ranks(layout))
@@ -321,7 +279,7 @@ def sums(
             shared["tied"] += sum(one.owned(add, low, high) for add in {add for add, _ in one.shared})
     sizes = {"tp": layout.tp, "kv": layout.tp // min(spec.kv_heads, layout.tp), "tied": 2}
     found = [
-        Collective(axis, "all-reduce", round(elements * software.reduce_bytes), sizes[axis], 1, "step")
+        Collective(axis, "all-reduce", round(elements * case.software.reduce_bytes), sizes[axis], 1, "step")
         for axis, elements in shared.items()
         if elements
     ]
@@ -330,63 +288,8 @@ def sums(
     return tuple(found)
 
 
-def step_traffic(
-    spec: ModelSpec,
-    layout: Layout,
-    *,
-    pp_rank: int,
-    tp_rank: int = 0,
-    shard: int = 0,
-    software: Software = FIVEPLY,
-) -> tuple[Collective, ...]:
+def step_traffic(case: Case, layout: Layout, pp_rank: int, tp_rank: int = 0, shard: int = 0) -> tuple[Collective, ...]:
     """All that a rank calls once a step, transfers left out."""
-    mine = held_units(spec, layout, pp_rank)
-    each = (unit_step_traffic(spec, layout, unit, tp_rank=tp_rank, software=software) for unit in mine)
-    rest = sums(spec, layout, pp_rank=pp_rank, tp_rank=tp_rank, shard=shard, software=software)
-    return (*itertools.chain(*each), *rest)
-
-
-def traffic(
-    spec: ModelSpec,
-    layout: Layout,
-    rank: int,
-    *,
-    sequence: int,
-    global_batch: int,
-    software: Software = FIVEPLY,
-    precision: str = "bf16",
-) -> tuple[Collective, ...]:
-    """All that `rank` calls in one step, equal calls counted together."""
-    at, micro_batches = layout.coordinates(rank), global_batch // layout.dp // layout.micro_batch
-    total: Counter[Collective] = Counter()
-
-    def count(found: tuple[Collective, ...], times: int) -> None:
-        for one in found:
-            total[msgspec.structs.replace(one, count=1)] += one.count * times
-
-    for chunk in range(layout.chunks):
-        for part in parts(spec, layout.stages, layout.stage_of(at.pp, chunk)):
-            one = part_traffic(spec, layout, part, sequence=sequence, software=software, precision=precision)
-            count(one, micro_batches)
-    found = step_traffic(spec, layout, pp_rank=at.pp, tp_rank=at.tp, shard=at.shard, software=software)
-    count(found + _transfers(spec, layout, at.pp, micro_batches, sequence, precision), 1)
-    return tuple(msgspec.structs.replace(one, count=times) for one, times in total.items())
-
-
-def _transfers(
-    spec: ModelSpec, layout: Layout, pp_rank: int, micro_batches: int, sequence: int, precision: str
-) -> tuple[Collective, ...]:
-    schedule = pipeline_schedule.build(layout.schedule, layout.pp, micro_batches, layout.chunks)
-    kinds = Counter(action.kind for action in schedule.ranks[pp_rank])
-    size = handed_on(spec, layout, sequence=sequence, precision=precision)
-    calls: tuple[tuple[Kind, Operation, Phase], ...] = (
-        (Kind.SEND_FORWARD, "send", "forward"),
-        (Kind.RECEIVE_FORWARD, "receive", "forward"),
-        (Kind.SEND_BACKWARD, "send", "input"),
-        (Kind.RECEIVE_BACKWARD, "receive", "input"),
-    )
-    return tuple(
-        Collective("pp", operation, size, layout.pp, kinds[kind], phase)
-        for kind, operation, phase in calls
-        if kinds[kind]
-    )
+    mine = held_units(case.spec, layout, pp_rank)
+    each = (unit_step_traffic(case, layout, unit, tp_rank) for unit in mine)
+    return (*itertools.chain(*each), *sums(case, layout, pp_rank, tp_rank, shard))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import msgspec
 
@@ -58,6 +59,31 @@ def shard_ranks(layout: Layout) -> int:
 def expert_shard_ranks(layout: Layout) -> int:
     """The same of experts: as many as lie within a shard group."""
     return 1 if layout.zero == 0 else max(1, layout.expert_data * shard_ranks(layout) // data_ranks(layout))
+
+
+class Buffer(NamedTuple):
+    """One of a unit's flat buffers: the axis of the ranks that share it, and that of those that hold the same of it."""
+
+    axis: str
+    copies: str
+    elements: int
+    shards: int
+    replicas: int
+
+    @property
+    def part(self) -> int:
+        """Elements that each of the sharing ranks owns."""
+        return -(-self.elements // self.shards)
+
+
+def buffers(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0) -> list[Buffer]:
+    """Of a unit; experts', if it has any, is the second."""
+    one, shards = held(spec, layout, unit, tp_rank), shard_ranks(layout)
+    found = [Buffer("shard", "replica", one.longest, shards, data_ranks(layout) // shards)]
+    if one.experts:
+        shards = expert_shard_ranks(layout)
+        found.append(Buffer("edp", "edp", one.experts, shards, layout.expert_data // shards))
+    return found
 
 
 def held(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0, ep_rank: int = 0) -> Held:

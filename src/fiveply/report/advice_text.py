@@ -14,11 +14,11 @@ def shown(advice: Advice) -> str:
     lines = [
         f"Understood: {layout_text(now)}, {given.global_batch:,} rows of {given.sequence:,} tokens, {given.precision}",
         *(f"Note: {note}" for note in given.notes),
-        *_figures(advice, now),
+        *_figures(now),
         "Lost to: " + ", ".join(f"{TERMS.get(name, name)} {seconds:.2f} s" for name, seconds in now.waterfall[1:6]),
     ]
     if best is None:
-        fits = now.worst <= advice.capacity
+        fits = now.worst <= now.capacity
         return "\n".join(
             [*lines, "Nothing that Megatron-LM runs is faster." if fits else "No layout of these devices fits."]
         )
@@ -26,18 +26,18 @@ def shown(advice: Advice) -> str:
     lines += [
         "",
         f"Better: {layout_text(best)}" + (f" ({gain:.1%} more tokens a second)" if gain > 0 else ""),
-        *_figures(advice, best),
+        *_figures(best),
         "Change:",
         *(f"  {change}" for change in advice.changes),
     ]
     return "\n".join(lines)
 
 
-def _figures(advice: Advice, one: Ranked) -> list[str]:
-    over = "" if one.worst <= advice.capacity else ", more than there is"
+def _figures(one: Ranked) -> list[str]:
+    over = "" if one.worst <= one.capacity else ", more than there is"
     return [
         f"Step: {interval_text(one.prediction.seconds)}, {count_text(one.tokens_per_second_per_device)} tokens/s a device, "
         f"MFU {one.mfu:.1%}",
-        f"Memory of the worst rank: {bytes_text(one.worst)} of {bytes_text(advice.capacity)}{over} "
+        f"Memory of the worst rank: {bytes_text(one.worst)} of {bytes_text(one.capacity)}{over} "
         f"(out of memory: {one.prediction.p_oom:.0%})",
     ]

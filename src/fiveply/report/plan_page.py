@@ -28,7 +28,6 @@ def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
     """The page's text."""
     data = {"plans": [_plan(answer, one) for one in answer.ranked], "words": WORDS, "categories": CATEGORIES}
     job, top = answer.job, answer.ranked[0]
-    helps = sorted(sensitivities(answer).items(), key=lambda item: -item[1])
     return (
         environment()
         .from_string(beside("plan.html"))
@@ -40,10 +39,10 @@ def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
             lead=f"{count_text(job.global_batch * job.sequence)} tokens a step, in {job.global_batch:,} rows of {job.sequence:,}, on "
             f"{answer.cluster.count:,} \N{MULTIPLICATION SIGN} {answer.cluster.device}, {job.precision}",
             tiles=_tiles(answer, top),
-            rows=[_row(number, one, job.machine.memory_bytes) for number, one in enumerate(answer.ranked, start=1)],
+            rows=[_row(number, one) for number, one in enumerate(answer.ranked, start=1)],
             searched=answer.searched,
             seconds=answer.seconds,
-            helps=[(name, gain) for name, gain in helps if gain >= 0.001],
+            helps=[(name, gain) for name, gain in sensitivities(answer).items() if gain >= 0.001],
             warnings=shape_warnings(answer),
             reasons=[(one.wish, one.reason, layout_text(one.best) if one.best else "") for one in reasons],
             unrunnable=any(one.refusal for one in answer.ranked),
@@ -52,19 +51,18 @@ def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
 
 
 def _tiles(answer: Answer, top: Ranked) -> list[dict[str, str]]:
-    capacity, seconds = answer.job.machine.memory_bytes, top.prediction.seconds
-    gap = "proven best" if answer.searched.gap == 0 else f"at most {answer.searched.gap:.1%} above what was pruned"
+    seconds = top.prediction.seconds
     return [
         {"title": "Step", "value": f"{seconds.p50:.3g} s", "note": f"{seconds.p10:.3g} to {seconds.p90:.3g} s at 80%"},
         {"title": "Tokens/s a device", "value": f"{top.tokens_per_second_per_device:,.0f}", "note": f"bound by {top.bound_by}"},
         {"title": "MFU", "value": f"{top.mfu:.1%}", "note": "of the devices' peak"},
-        {"title": "Memory, worst rank", "value": bytes_text(top.worst), "note": f"{top.worst / capacity:.0%} of a device"},
+        {"title": "Memory, worst rank", "value": bytes_text(top.worst), "note": f"{top.worst / top.capacity:.0%} of a device"},
         {"title": "Out of memory", "value": f"{top.prediction.p_oom:.1%}", "note": "probability"},
-        {"title": "Search", "value": f"{answer.seconds:.1f} s", "note": gap},
+        {"title": "Search", "value": f"{answer.seconds:.1f} s", "note": answer.proof},
     ]  # fmt: skip
 
 
-def _row(number: int, one: Ranked, capacity: int) -> dict[str, Any]:
+def _row(number: int, one: Ranked) -> dict[str, Any]:
     seconds = one.prediction.seconds
     return {
         "number": number,
@@ -75,7 +73,7 @@ def _row(number: int, one: Ranked, capacity: int) -> dict[str, Any]:
             (interval_text(seconds), seconds.p50),
             (f"{one.tokens_per_second_per_device:,.0f}", one.tokens_per_second_per_device),
             (f"{one.mfu:.1%}", one.mfu),
-            (f"{bytes_text(one.worst)} ({one.worst / capacity:.0%})", one.worst),
+            (f"{bytes_text(one.worst)} ({one.worst / one.capacity:.0%})", one.worst),
             (f"{one.prediction.p_oom:.1%}", one.prediction.p_oom),
             (one.bound_by, one.bound_by),
         ],
@@ -91,7 +89,7 @@ def _plan(answer: Answer, one: Ranked) -> dict[str, Any]:
         "seconds": prediction.seconds.p50,
         "memory": [[found.categories[name] for name in CATEGORIES] for found in prediction.footprints],
         "when": [found.when for found in prediction.footprints],
-        "capacity": answer.job.machine.memory_bytes,
+        "capacity": one.capacity,
         "timeline": _timeline(answer, one),
     }
 
@@ -104,16 +102,9 @@ def _timeline(answer: Answer, one: Ranked) -> dict[str, Any]:
     drawn = max(1, min(whole, MOST_MICRO_BATCHES, MOST_DRAWN // (3 * layout.stage_count)))
     found = simulate(build(layout.schedule, layout.pp, drawn, layout.chunks), one.prediction.stages)
     actions = [
-        (
-            event.rank,
-            COMPUTE.index(event.kind),
-            event.chunk,
-            event.micro_batch,
-            round(event.start, 7),
-            round(event.end, 7),
-        )
-        for event in found.events
-        if event.kind in COMPUTE
+        (one.rank, COMPUTE.index(one.kind), one.chunk, one.micro_batch, round(one.start, 7), round(one.end, 7))
+        for one in found.events
+        if one.kind in COMPUTE
     ]
     return {
         "pp": layout.pp,

@@ -24,12 +24,15 @@ def parts(answer: Answer, whys: list[WhyNot], width: int) -> list[RenderableType
     top = answer.ranked[0]
     found: list[RenderableType] = [headline(answer), "", table(answer, width), ""]
     if width < WIDE:
-        found += [*names(answer), Text("")]
+        found += [
+            Text(f"{number:>2}{'*' if one.refusal else ' '} {_named(answer, one)}")
+            for number, one in enumerate(answer.ranked, start=1)
+        ]
+        found.append(Text(""))
     if any(one.refusal for one in answer.ranked):
         found.append(Text("* can be planned, and not run by fiveply yet", style="dim"))
     found += [waterfall(top), ""]
-    gains = sensitivities(answer)
-    helps = [f"{name}: {gain:.1%}" for name, gain in sorted(gains.items(), key=lambda item: -item[1]) if gain >= 0.001]
+    helps = [f"{name}: {gain:.1%}" for name, gain in sensitivities(answer).items() if gain >= 0.001]
     if helps:
         found.append(Text("What would help: " + ", ".join(helps)))
     found += [Text(f"Shape: {warning}", style="yellow") for warning in shape_warnings(answer)]
@@ -47,12 +50,11 @@ def parts(answer: Answer, whys: list[WhyNot], width: int) -> list[RenderableType
 
 def headline(answer: Answer) -> Text:
     searched, job = answer.searched, answer.job
-    proven = "proven best" if searched.gap == 0 else f"at most {searched.gap:.1%} above what was pruned"
     return Text(
         f"{count_text(job.global_batch * job.sequence)} tokens a step in {job.global_batch:,} rows of {job.sequence:,} on "
         f"{answer.cluster.count:,} of {answer.cluster.device}, {job.precision}\n"
         f"{searched.legal:,} legal layouts, {searched.fit:,} may fit, {searched.priced:,} simulated in {answer.seconds:.1f} s: "
-        f"the first is {proven}"
+        f"the first is {answer.proof}"
     )
 
 
@@ -78,8 +80,7 @@ def compact(layout: Layout) -> str:
 
 def table(answer: Answer, width: int) -> Table:
     """The ranked layouts; on a narrow terminal each below its figures."""
-    capacity, wide = answer.job.machine.memory_bytes, width >= WIDE
-    worlds = {one.world for one in answer.ranked}
+    wide = width >= WIDE
     drawn = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     drawn.add_column("", justify="right", no_wrap=True)
     for name in ("step, 10\N{EN DASH}90%", "tokens/s/device", "MFU", "memory, of all", "OOM"):
@@ -88,24 +89,17 @@ def table(answer: Answer, width: int) -> Table:
     if wide:
         drawn.add_column("layout", overflow="fold")
     for number, one in enumerate(answer.ranked, start=1):
-        seconds = one.prediction.seconds
-        name = layout_text(one) + (f"  on {one.world} devices" if len(worlds) > 1 else "")
         drawn.add_row(
-            f"{number}{'*' if one.refusal else ' '}", interval_text(seconds), f"{one.tokens_per_second_per_device:,.0f}",
-            f"{one.mfu:.1%}", f"{bytes_text(one.worst)} {one.worst / capacity:.0%}", f"{one.prediction.p_oom:.1%}",
-            one.bound_by, *([name] if wide else []),
+            f"{number}{'*' if one.refusal else ' '}", interval_text(one.prediction.seconds),
+            f"{one.tokens_per_second_per_device:,.0f}", f"{one.mfu:.1%}", f"{bytes_text(one.worst)} {one.worst / one.capacity:.0%}",
+            f"{one.prediction.p_oom:.1%}", one.bound_by, *([_named(answer, one)] if wide else []),
         )  # fmt: skip
     return drawn
 
 
-def names(answer: Answer) -> list[Text]:
-    """The layouts by number, for a terminal too narrow to hold them in the table."""
-    worlds = {one.world for one in answer.ranked}
-    return [
-        Text(f"{number:>2}{'*' if one.refusal else ' '} {layout_text(one)}"
-             + (f"  on {one.world} devices" if len(worlds) > 1 else ""))
-        for number, one in enumerate(answer.ranked, start=1)
-    ]  # fmt: skip
+def _named(answer: Answer, one: Ranked) -> str:
+    worlds = {other.world for other in answer.ranked}
+    return layout_text(one) + (f"  on {one.world} devices" if len(worlds) > 1 else "")
 
 
 def waterfall(one: Ranked) -> Group:

@@ -79,7 +79,7 @@ class Experts(msgspec.Struct, frozen=True):
                              key="num_experts_per_tok", fix="give from 1 to the number of experts")  # fmt: skip
 
 
-class ModelSpec(msgspec.Struct, frozen=True):
+class ModelSpec(msgspec.Struct, frozen=True, cache_hash=True):
     """A decoder: sizes and the choices that distinguish the families."""
 
     family: str

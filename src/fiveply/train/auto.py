@@ -134,7 +134,7 @@ def recalibrate(measured: dict[str, float], expected: dict[str, float], world: i
     slower, talking, updating = (
         _ratio(measured, expected, share) for share in ("compute", "communication", "optimizer")
     )
-    for key in ("name", "count", "devices_per_node", "dollars_per_hour"):
+    for key in ("name", "devices_per_node"):
         values.pop(key, None)
     values["peak"] = {name: flops / slower for name, flops in values["peak"].items()}
     values["bandwidth"] /= slower

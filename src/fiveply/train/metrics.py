@@ -18,7 +18,7 @@ from fiveply.parallel.data_parallel import Dtypes
 from fiveply.parallel.parallelize import products_on
 from fiveply.parallel.pipeline_parallel import Model
 from fiveply.plan.footprint import footprint, runtime
-from fiveply.plan.workload import model_flops
+from fiveply.plan.workload import Case, model_flops
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import declare
@@ -40,16 +40,9 @@ def counted_bytes(
 ) -> dict[str, int]:
     """Bytes by category of a rank of `layout` (resolved) at the worst moment of a step, as the planner counts them."""
     at, compute = layout.coordinates(rank), dtypes.compute.itemsize
-    return footprint(
-        spec,
-        layout,
-        sequence=sequence,
-        global_batch=global_batch,
-        pp_rank=at.pp,
-        tp_rank=at.tp,
-        software=runtime(compute, dtypes.reduce.itemsize, dtypes.optimizer.itemsize),
-        precision={8: "fp64", 4: "fp32", 2: "bf16"}[compute],
-    ).categories
+    system = runtime(compute, dtypes.reduce.itemsize, dtypes.optimizer.itemsize)
+    case = Case(spec, sequence, system, {8: "fp64", 4: "fp32", 2: "bf16"}[compute])
+    return footprint(case, layout, global_batch // layout.dp // layout.micro_batch, at.pp, at.tp).categories
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.15) -> float:

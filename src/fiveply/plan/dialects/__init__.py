@@ -22,8 +22,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 
-from fiveply.plan.dialects.facts import facts_of
-from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 
@@ -109,18 +107,11 @@ def choices(system: str) -> dict[str, tuple[Any, ...]]:
     return {key: among.values for key, among in dialect.among.items()} | ({"sp": (0,)} if whole else {})
 
 
-def emit(
-    system: str, layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, precision: str = "bf16",
-    devices_per_node: int = 8, model: str = "", order: str = "",
-) -> Emitted:  # fmt: skip
-    """A resolved layout in `system`'s words. `order` is that of ranks, fastest axis first; by default the runtime's.
-    Raises InputError, with the reason, for what the system has not."""
+def emit(system: str, facts: Facts) -> Emitted:
+    """A layout in `system`'s words, by its facts (`facts.facts_of`). Raises InputError, with the reason, for what the system has
+    not."""
     dialect = load(system)
-    facts = facts_of(
-        layout, spec, sequence=sequence, global_batch=global_batch, precision=precision,
-        devices_per_node=devices_per_node, model=model, order=order,
-    )  # fmt: skip
-    check(dialect, layout, facts)
+    check(dialect, facts)
     comments = tuple(one.text.format_map(facts) for one in dialect.comment if holds(one.when, facts))
     if dialect.form == "json":
         text = msgspec.json.format(msgspec.json.encode(_nested(dialect, facts)), indent=2).decode()
@@ -129,12 +120,11 @@ def emit(
     return Emitted(f"{text}\n", comments)
 
 
-def check(dialect: Dialect, layout: Layout, facts: Facts) -> None:
+def check(dialect: Dialect, facts: Facts) -> None:
     """Raise InputError with the reason for a layout that the system does not have."""
     for key, among in dialect.among.items():
-        value = getattr(layout, key)
-        if value not in among.values:
-            raise InputError(f"{dialect.title} does not have {key}={value}: {among.why}", where="--emit", key=key,
+        if facts[key] not in among.values:
+            raise InputError(f"{dialect.title} does not have {key}={facts[key]}: {among.why}", where="--emit", key=key,
                              fix=f"plan with --fix {key}={among.values[0]}")  # fmt: skip
     for refusal in dialect.refuse:
         if holds(refusal.when, facts):

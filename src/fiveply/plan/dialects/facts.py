@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from fiveply.spec.architecture import ModelSpec
+import msgspec
+
+from fiveply.spec.architecture import Experts, Latent, ModelSpec
 from fiveply.spec.layout import Layout
 
 
@@ -15,7 +17,7 @@ def facts_of(
     layout: Layout, spec: ModelSpec, *, sequence: int, global_batch: int, precision: str, devices_per_node: int = 8,
     model: str = "", order: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """All facts of a resolved layout."""
+    """All facts of a resolved layout. `order` is that of ranks, fastest axis first; by default the runtime's."""
     rows, stages = global_batch // layout.dp, layout.stages
     per_node = min(devices_per_node, layout.world)
     micro_batches = rows // layout.micro_batch
@@ -91,41 +93,35 @@ def pattern(bits: Sequence[int]) -> str:
 
 
 def _model_facts(spec: ModelSpec) -> dict[str, Any]:
-    rope, experts, latent = spec.rope, spec.experts, spec.latent
-    has_bias = (spec.qkv_bias, spec.out_bias, spec.mlp_bias or (experts is not None and experts.bias))
+    rope, experts = spec.rope, spec.experts or Experts(count=0, per_token=2, ffn=0, layers=())
+    latent = spec.latent or Latent(q_rank=0, kv_rank=32, nope_dim=128, rope_dim=64, value_dim=128)
+    has_bias = (spec.qkv_bias, spec.out_bias, spec.mlp_bias or experts.bias)
     kinds = {(True, True, True): "all", (False, False, False): "none", (True, False, False): "qkv"}
-    facts: dict[str, Any] = {
+    return {
         **{key: getattr(spec, key) for key in ("family", "layers", "hidden", "ffn", "heads", "head_dim", "positions", "vocabulary",
                                                "norm_eps", "qk_norm", "activation", "tied", "dropout", "attention_dropout", "sinks")},
         "gated": spec.gated_mlp,
         "kv_heads": spec.kv_heads,
         "grouped": spec.kv_heads < spec.heads,
-        "odd_heads": latent is None and spec.head_dim * spec.heads != spec.hidden,
+        "odd_heads": spec.latent is None and spec.head_dim * spec.heads != spec.hidden,
         "norm": {"rms": "RMSNorm", "layer": "LayerNorm"}[spec.norm],
         "position_kind": "rope" if rope else "learned_absolute",
         "rope_theta": int(rope.theta) if rope else 10000,
         "rope_scaling": rope.kind if rope else "default",
         "rope_factor": rope.factor if rope else 1.0,
         "biases": kinds.get(has_bias, "attention"),
-        "experts": experts.count if experts else 0,
-        "latent": latent is not None,
+        "experts": experts.count,
+        "experts_per_token": experts.per_token,
+        "expert_ffn": experts.ffn,
+        "expert_layers": _layers(experts.layers, spec.layers, absent="1"),
+        "shared_ffn": experts.shared_ffn,
+        "shared_gate": experts.shared_gate,
+        "latent": spec.latent is not None,
+        **msgspec.structs.asdict(latent),
         "predicted_more": spec.predicted - 1,
         "window": f"{spec.window - 1},0" if spec.window else "",
         "window_layers": _layers(spec.window_layers, spec.layers, absent=""),
     }  # fmt: skip
-    if experts:
-        facts |= {
-            "experts_per_token": experts.per_token,
-            "expert_ffn": experts.ffn,
-            "expert_layers": _layers(experts.layers, spec.layers, absent="1"),
-            "shared_ffn": experts.shared_ffn,
-            "shared_gate": experts.shared_gate,
-        }
-    else:
-        facts |= {"experts_per_token": 2, "expert_ffn": 0, "expert_layers": "1", "shared_ffn": 0, "shared_gate": False}
-    for key in ("q_rank", "kv_rank", "nope_dim", "rope_dim", "value_dim"):
-        facts[key] = getattr(latent, key) if latent else {"q_rank": 0, "kv_rank": 32, "rope_dim": 64}.get(key, 128)
-    return facts
 
 
 def _layers(chosen: Sequence[int], layers: int, absent: str) -> str:

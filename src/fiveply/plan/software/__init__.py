@@ -10,8 +10,6 @@ import msgspec
 
 from fiveply.spec.errors import InputError
 
-FIVEPLY = "fiveply"
-
 
 class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a serving system makes of its kernels and its host: factors on the terms of `plan/inference.py`."""
@@ -34,7 +32,7 @@ class Serving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prompts, relative to the planner's forward pass."""
 
 
-class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True, cache_hash=True):
     """A training system's habits. The first group decides what is computed and kept, the second what state a parameter
     costs, the third what runs beside what, the last how fast kernels follow one another."""
 
@@ -47,14 +45,10 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Attention keeps queries, keys, values, output and one float32 a row; else scores, softmax and its dropout mask."""
     dropout: float = 0.0
     """Rate that the system's recipes train with; above 0 a byte an element of mask is kept at each site."""
-    norm_output: bool = True
-    """A norm's output is kept beside its input (as the input of the product that follows)."""
     gathered_input: bool = False
     """Under sequence parallel the gathered input of a product is kept; else its own part, and gathered again."""
     activation_input: bool = True
     """The MLP's pre-activation is kept as well as what the down product reads; else one is computed from the other."""
-    qkv_output: bool = False
-    """The fused query-key-value output stays alive beside the rotated queries and keys."""
     loss: Literal["chunked", "fused", "parallel", "plain"] = "plain"
     """chunked: one chunk of logits at a time, logits never kept. fused: logits in the activation type, gradient in place.
     parallel: a float32 copy that becomes softmax and gradient in place (Megatron-LM's over a split vocabulary). plain: logits,
@@ -92,10 +86,6 @@ class Software(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """At zero 1 the reduced part of the gradients stands beside the whole ones."""
     whole_batch: bool = False
     """All of a step's tokens lie on the device from the start."""
-    vocabulary_multiple: int = 1
-    """The vocabulary is padded to a multiple of this times tp."""
-    context_bytes: int = 0
-    """Held outside tensors: CUDA context, NCCL; counted in reserved memory, not in allocated."""
     workspace_bytes: int = 0
     """Allocated once, whatever the model: cuBLAS, fused kernels' scratch."""
 
@@ -164,3 +154,6 @@ def _read(name: str, vintage: str) -> dict[str, Any]:
         if not vintage or section <= vintage or section == min(sections):
             values |= sections[section] | {"vintage": section}
     return values
+
+
+FIVEPLY = load("fiveply")

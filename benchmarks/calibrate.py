@@ -1,8 +1,8 @@
-"""Factors that bring predicted terms to measured step times: few, shared, and held near 1 where measurements say little.
+"""Factors that bring predicted terms to measured times: few, shared, and held near 1 where measurements say little.
 
-A case is one measured step: its predicted seconds by term, and for each term the names of the factors that multiply it.
-`fit` finds the factors that make the logarithms of predicted and measured times agree best, robust against single bad
-rows; `leave_out` judges such a fit on groups (sources) that it did not see.
+Both calibrations beside this file fit them. A case is one measured step (or token): its predicted seconds by term, and for each
+term the names of the factors that multiply it. `fit` finds the factors that make the logarithms of predicted and measured
+times agree best, robust against single bad rows; `leave_out` judges such a fit on groups (sources) that it did not see.
 """
 
 from __future__ import annotations
