@@ -64,7 +64,7 @@ def figures(true: Machine, ranks: int) -> Measured:
         (rank,) = Predictor(
             Job(spec, measure.SEQUENCE, software, "fp32", machine=true, global_batch=rows * ranks)
         ).ranks(layout)
-        one = rank.stages[0].seconds
+        one = rank.stages[0]
         return Step(
             hidden, layers, rows, one.forward, one.input + one.weight, rank.after["optimizer"], rank.after["sums"]
         )

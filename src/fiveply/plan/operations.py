@@ -143,13 +143,13 @@ class Tally:
         tensors = self.element * rows * (queries * heads * (size + value) + keys * kv_heads * (size + value))
         scores = 0 if flash else 2 * self.element * pairs * heads
         forward, backward = 2 * (size + value), 2 * (2 * size + 2 * value + size * flash)
-        for phase, flops, times in (("forward", forward, 1), ("input", backward, 2)):
+        for phase, flops, times in zip(PRODUCT_PHASES, (forward, backward), (1, 2), strict=False):
             moved = times * (tensors + scores)
             self._add(Operation("attention", "attention", phase, "core", shape, flops * pairs * heads, moved))
 
     def memory(self, name: str, module: Module, forward: int, backward: int) -> None:
         """An operation bound by memory: elements that forward and backward read and write."""
-        for phase, elements in (("forward", forward), ("input", backward)):
+        for phase, elements in zip(PRODUCT_PHASES, (forward, backward), strict=False):
             if elements:
                 self._add(Operation(name, "memory", phase, module, (), 0, elements * self.element))
 

@@ -209,7 +209,7 @@ class Search:
         for pp, orders in self._orders.items():
             for name, vp in orders:
                 self._chunks[name][pp] = max(self._chunks[name][pp], chunks_of(name, vp))
-        self._kinds = functools.cache(lambda dp, cp: states(dp, cp, limits))
+        self._kinds = functools.cache(functools.partial(states, limits=limits))
         legal, fit, may = 0, 0, np.zeros(len(self.splits), bool)
         self._busiest = np.zeros(len(self.splits), np.int64)
         """By split, layers that its busiest rank must take at least."""

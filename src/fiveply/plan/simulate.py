@@ -112,7 +112,7 @@ class Ends(NamedTuple):
     def seconds(self, stages: Sequence[StageSeconds]) -> float:
         """The end of the step once gradients are reduced, in the order in which a rank's chunks have them."""
         lanes = [0.0] * len(self.ranks)
-        for stage in np.argsort(self.stages, kind="stable").tolist():
+        for stage in sorted(range(len(self.home)), key=lambda stage: self.stages[stage]):
             one, ready, rank = stages[stage], float(self.stages[stage]), self.home[stage]
             lanes[rank] = max(max(lanes[rank], ready - one.reduce_early) + one.reduce, ready + one.reduce_tail)
         return max(*lanes, float(self.ranks.max()))
