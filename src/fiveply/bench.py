@@ -14,16 +14,12 @@ from fiveply.plan.table import Skipped
 
 def show(score: Score, console: Console) -> None:
     """The score as tables: time and memory by stratum and source, sweeps, and what was skipped by which rule."""
-    table = Table("", "rows", "MAPE", "bias", "in 10-90%", box=None, title="step time", title_justify="left")
-    table.add_row("all", *_cells(score.time))
-    for name, errors in {**score.time.by_stratum, **score.time.by_source}.items():
-        table.add_row(name[:70], *_cells(errors))
-    console.print(table)
-    if score.memory.n:
-        memory = Table("", "rows", "MAPE", "bias", "in 10-90%", box=None, title="memory", title_justify="left")
-        for name, errors in {"all": score.memory, **score.memory.by_stratum, **score.memory.by_source}.items():
-            memory.add_row(name[:70], *_cells(errors))
-        console.print(memory)
+    for title, whole in (("step time", score.time), ("memory", score.memory)):
+        table = Table("", "rows", "MAPE", "bias", "in 10-90%", box=None, title=title, title_justify="left")
+        for name, errors in {"all": whole, **whole.by_stratum, **whole.by_source}.items():
+            table.add_row(name[:70], *_cells(errors))
+        if whole.n or whole is score.time:
+            console.print(table)
     if score.sweeps:
         sweeps = Table("sweep", "model", "layouts", "tau", "regret", box=None, title="ranking", title_justify="left")
         for sweep in score.sweeps:

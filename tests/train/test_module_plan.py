@@ -56,22 +56,22 @@ def test_operations_parameters_and_kept_bytes_are_those_of_the_module() -> None:
 
     seen = module_plan._seen(Mlp(width, inner), nn.MSELoss(), ["fc1", "fc2"], pair(9, width), rows, flops)
     one = 2 * rows * width * inner
-    assert seen.forward == [one, one]
-    assert sum(seen.backward) == 3 * one, "both weight gradients, and one input gradient"
+    assert [stage.forward for stage in seen] == [one, one]
+    assert sum(stage.backward for stage in seen) == 3 * one, "both weight gradients, and one input gradient"
     assert sorted(operation.shape for operation in products) == sorted([
         (rows, inner, width), (rows, width, inner), (rows, inner, width), (inner, width, rows), (width, inner, rows),
     ])  # fmt: skip
-    assert seen.parameters == [width * inner] * 2
-    assert seen.arriving == [0, FLOAT * rows * inner]
+    assert [stage.parameters for stage in seen] == [width * inner] * 2
+    assert [stage.arriving for stage in seen] == [0, FLOAT * rows * inner]
     # The input and the activation, which relu and the second product share; the loss keeps output and target.
-    assert seen.kept == [FLOAT * rows * (width + inner), FLOAT * rows * 2 * width]
+    assert [stage.kept for stage in seen] == [FLOAT * rows * (width + inner), FLOAT * rows * 2 * width]
 
 
 def test_what_multiplies_and_is_no_plain_product_counts_by_its_flops() -> None:
     module, rows = nn.Conv2d(3, 5, 3, padding=1, bias=False), 4
     data = torch.randn(rows, 3, 8, 8), torch.randn(rows, 5, 8, 8)
-    seen = module_plan._seen(module, nn.MSELoss(), [], data, rows, lambda operation: float(operation.flops))
-    assert seen.forward == [2 * rows * 8 * 8 * 5 * 3 * 3 * 3]
+    (seen,) = module_plan._seen(module, nn.MSELoss(), [], data, rows, lambda operation: float(operation.flops))
+    assert seen.forward == 2 * rows * 8 * 8 * 5 * 3 * 3 * 3
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_what_multiplies_and_is_no_plain_product_counts_by_its_flops() -> None:
 def test_every_example_is_seen(name: str) -> None:
     example = EXAMPLES[name]
     module = example.build()
-    seen = module_plan._seen(module, example.loss, [], example.data()[:5], 5, lambda operation: 1.0)
+    (seen,) = module_plan._seen(module, example.loss, [], example.data()[:5], 5, lambda operation: 1.0)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert seen.parameters == [trained]
-    assert min(seen.forward[0], seen.backward[0], seen.kept[0]) > 0
+    assert seen.parameters == trained
+    assert min(seen.forward, seen.backward, seen.kept) > 0
 
 
 def test_a_small_module_is_replicated_and_a_large_one_over_a_slow_network_is_piped(

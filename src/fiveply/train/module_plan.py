@@ -38,22 +38,14 @@ Price = Callable[[Operation], float]
 
 
 class Seen(NamedTuple):
-    """One micro-batch, by stage: seconds of forward and backward, bytes that forward leaves for backward, bytes that come from
-    the stage before, and elements of the parameters that it is the first to use."""
+    """One micro-batch on one stage: seconds of forward and backward, bytes that forward leaves for backward, bytes that come
+    from the stage before, and elements of the parameters that it is the first to use."""
 
-    forward: list[float]
-    backward: list[float]
-    kept: list[int]
-    arriving: list[int]
-    parameters: list[int]
-
-    def stages(self) -> list[Seen]:
-        """Each stage by itself."""
-        return [Seen([f], [b], [k], [a], [p]) for f, b, k, a, p in zip(*self, strict=True)]
-
-    @property
-    def total_parameters(self) -> int:
-        return sum(self.parameters)
+    forward: float
+    backward: float
+    kept: int
+    arriving: int
+    parameters: int
 
 
 def choose(
@@ -62,7 +54,7 @@ def choose(
     """The layout, and why in a line. Raises InputError for a GPU that the planner does not know, and where nothing fits."""
     devices = auto.cluster(ranks=ranks)
     one = _Pricing(module, explain.machine_of(devices, ranks))
-    seen: dict[int, Seen] = {}
+    seen: dict[int, list[Seen]] = {}  # by rows of a micro-batch
     rows, unknown = _rows(batch), "no batch was given"
     if rows:
         try:
@@ -131,24 +123,25 @@ class _Pricing:
     def price(self, operation: Operation) -> float:
         return cost.operation_seconds(operation, self.machine, self.software, self._precision)
 
-    def of(self, layout: Layout, micro_batches: int, seen: Seen | None) -> tuple[float, float]:
+    def of(self, layout: Layout, micro_batches: int, seen: list[Seen] | None) -> tuple[float, float]:
         """Seconds of a step, and bytes of the worst rank: state, and what micro-batches in flight keep."""
-        unseen = Seen([0.0], [0.0], [0], [0], [self.elements])
-        stages = [unseen] if seen is None else [seen] if layout.pp == 1 else seen.stages()
+        stages = seen or [Seen(0.0, 0.0, 0, 0, self.elements)]
+        if layout.pp == 1:
+            stages = [Seen(*map(sum, zip(*stages, strict=True)))]
         held = [[stages[layout.stage_of(rank, chunk)] for chunk in range(layout.chunks)] for rank in range(layout.pp)]
-        owned = [sum(stage.total_parameters for stage in own) for own in held]
+        owned = [sum(stage.parameters for stage in own) for own in held]
         alive = min(micro_batches, layout.stage_count)
         memory = max(
             sum(footprint.state_of(elements, layout.dp, layout.zero, software=self.software))
-            + alive * sum(sum(stage.kept) for stage in own)
+            + alive * sum(stage.kept for stage in own)
             for elements, own in zip(owned, held, strict=True)
         )
         return self._step(layout, micro_batches, stages) + self._update(layout, micro_batches, max(owned)), memory
 
     def _step(self, layout: Layout, micro_batches: int, stages: Sequence[Seen]) -> float:
-        sends = [cost.call_seconds("send", sum(one.arriving), 2, self.machine, layout.dp) for one in stages[1:]]
+        sends = [cost.call_seconds("send", one.arriving, 2, self.machine, layout.dp) for one in stages[1:]]
         seconds = [
-            StageSeconds(sum(one.forward), sum(one.backward), 0.0, send=send, send_back=back)
+            StageSeconds(one.forward, one.backward, 0.0, send=send, send_back=back)
             for one, send, back in zip(stages, [*sends, 0.0], [0.0, *sends], strict=True)
         ]
         shape = layout.schedule, layout.pp, layout.chunks
@@ -172,8 +165,8 @@ class _Pricing:
 
 def _seen(
     module: nn.Module, loss: Callable[[Any, Any], Any], stages: Sequence[str], batch: Any, rows: int, price: Price
-) -> Seen:
-    """Forward and backward of `rows` rows on fake tensors. Raises whatever a module does that needs values."""
+) -> list[Seen]:
+    """Forward and backward of `rows` rows on fake tensors, by stage. Raises whatever a module does that needs values."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, FakeCopyMode(fake), torch.random.fork_rng([]):
         model = copy.deepcopy(module).train()
@@ -189,9 +182,8 @@ def _seen(
             counter.backward = True
             total.sum().backward()
     whole = sum(counter.forward)
-    shares = [seconds / whole if whole else 1 / len(counter.forward) for seconds in counter.forward]
-    return Seen(counter.forward, [counter.behind * share for share in shares], counter.kept, counter.arriving,
-                counter.parameters)  # fmt: skip
+    backward = [counter.behind * (one / whole if whole else 1 / len(counter.forward)) for one in counter.forward]
+    return list(map(Seen, counter.forward, backward, counter.kept, counter.arriving, counter.parameters))
 
 
 class _Counter(TorchDispatchMode):
