@@ -77,9 +77,13 @@ def compare(
             str(SEQUENCE * ROWS), "--precision", precision, "--out", "first.plan")  # fmt: skip
     pick = json.loads((folder / "first.plan").read_text())["layout"]
     rows: dict[str, dict[str, Any]] = {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for layout in (*layouts, pick):
             run = undisturbed(folder, layout, "float32" if precision == "fp32" else "bfloat16", steps, tries)
+            print(
+                f"round {number + 1} of {rounds}: {layout} {1e3 * statistics.median(run['seconds']):.1f} ms a step",
+                flush=True,
+            )
             row = rows.setdefault(run["layout"], run | {"given": layout, "rounds": [], "others": [], "pick": False})
             row["rounds"].append(run["seconds"])
             row["others"].append(run["others"])

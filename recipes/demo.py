@@ -33,19 +33,8 @@ def main() -> None:
     say(f"2. Resume from the same checkpoint under another layout: {RESUMED_LAYOUT}")
     last = fiveply("train", str(FILE), "--resume", "--layout", RESUMED_LAYOUT, "--json")
     say("3. Generate from the checkpoint, on one process")
-    answer = fiveply(
-        "generate",
-        str(RUN),
-        "--prompt",
-        "ROMEO.\n",
-        "--max-tokens",
-        "120",
-        "--temperature",
-        "0.7",
-        "--seed",
-        "1",
-        "--json",
-    )
+    answer = fiveply("generate", str(RUN), "--prompt", "ROMEO.\n", "--max-tokens", "120", "--temperature", "0.7", "--seed", "1",
+                     "--json")  # fmt: skip
     print("ROMEO.\n" + answer["completions"][0]["text"])
     say(f"4. Serve it as {SERVED_LAYOUT} and ask one question over HTTP, as any client of OpenAI's API would")
     serve_one_question()
@@ -94,7 +83,7 @@ def planned(runs: list[dict[str, object]]) -> list[str]:
 def tried(layout: str) -> dict[str, object]:
     """A few steps under the planner's pick, in a run that is not kept."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"folder={folder}", f"train.stop_at={TRIED_STEPS}", "train.record=0"]
+        settings = [f"folder={folder}", f"train.steps={TRIED_STEPS}", "train.evaluate_batches=1", "train.record=0"]
         return fiveply("train", str(FILE), "--layout", layout, "--json",
                        *(part for setting in settings for part in ("--set", setting)))  # fmt: skip
 

@@ -148,7 +148,7 @@ def test_what_the_recipes_ask_is_what_the_server_takes(recipe: Any, monkeypatch:
     assert asked[2].sampling(0, 49152).grammar
     assert (asked[3].stops, asked[3].prompt) == (["\n"], "And God said.\n")
     settings = [f"{key}={value}" for key, value in recipe("translation").SETTINGS.items()]
-    assert RunSpec.load(None, settings, {"name": "translation"}).model.overrides == {"vocab_size": 4096}
+    assert RunSpec.load(None, [*settings, "name=translation"]).model.overrides == {"vocab_size": 4096}
 
 
 def test_chrf_of_known_pairs(recipe: Any) -> None:

@@ -104,8 +104,9 @@ def train(
     if not run and not (model or init_from or data):
         raise InputError("nothing to train", where="fiveply train", fix="give a RUN.toml, or --model and --data")
     settings = [*set, *(f"{key}={_toml(value)}" for key, value in given.items() if value not in (None, ""))]
-    defaults = {} if run else {"name": f"{Path(init_from or model or '2m').stem}-{Path(data or 'shakespeare').stem}"}
-    spec = RunSpec.load(run or None, settings, defaults)
+    if not run:
+        settings.insert(0, f'name="{Path(init_from or model or "2m").stem}-{Path(data or "shakespeare").stem}"')
+    spec = RunSpec.load(run or None, settings)
     if dry_run:
         from fiveply.train import dry_run as dry
 

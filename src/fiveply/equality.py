@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fiveply.checkpoint.slices import rectangles, window
+from fiveply.checkpoint.slices import assembled
 from fiveply.corpus.batches import Batches, TokenFile
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.spec.architecture import ModelSpec
@@ -69,12 +69,8 @@ def verify(
     spec = model if isinstance(model, ModelSpec) else ModelSpec.load(model)
     layouts = [Layout.parse(layout_text(layout), "--layout"), Layout.parse(layout_text(against), "--against")]
     if sync_every and any(one.zero for one in layouts):
-        raise InputError(
-            "replicas that step alone hold all their state, so zero has nothing to share",
-            where="verify",
-            key="sync_every",
-            fix="set zero=0",
-        )
+        raise InputError("replicas that step alone hold all their state, so zero has nothing to share", where="verify",
+                         key="sync_every", fix="set zero=0")  # fmt: skip
     rows = _rows(layouts)
     resolved = [
         resolve(one, spec, sequence=min(SEQUENCE, spec.positions), global_batch=rows, where=where)
@@ -148,16 +144,10 @@ def record(
 
 
 def whole_tensors(job: Job, kind: str) -> dict[str, Tensor]:
-    """`parameters` or `gradients` of the whole model by name, on rank 0 (others: their own part). Collective."""
-    own = [(s.placed, s.low, values.cpu().numpy()) for s, values in pieces(job, kind)]
-    ranks = job.mesh.gather_objects(own)
-    tensors: dict[str, Tensor] = {}
-    for placed, low, values in (piece for rank in ranks for piece in rank) if job.mesh.rank == 0 else ():
-        flat = torch.from_numpy(values)
-        whole = tensors.setdefault(placed.name, torch.full(placed.parameter.shape, math.nan, dtype=flat.dtype))
-        for start, size, first, last in rectangles(placed.start, placed.size, low, low + len(flat)):
-            whole[window(start, size, (0,) * len(start))] = flat[first - low : last - low].view(size)
-    return tensors
+    """`parameters` or `gradients` of the whole model by name, on rank 0 (others: none). Collective."""
+    # Copies, since a view travels with all that it is a view of.
+    ranks = job.mesh.gather_objects([(s.placed, s.low, values.cpu().clone()) for s, values in pieces(job, kind)])
+    return assembled(piece for rank in ranks for piece in rank) if job.mesh.rank == 0 else {}
 
 
 def _mean_over_replicas(job: Job, loss: float) -> float:

@@ -33,24 +33,8 @@ from rich.table import Table
 from fiveply.spec.errors import InputError, RunError
 
 IDS = (3, 255)  # ids that every vocabulary holds: the least one is bytes and a few special tokens
-WORDS = [
-    "sea",
-    "land",
-    "wind",
-    "ship",
-    "sail",
-    "rope",
-    "mast",
-    "deck",
-    "wave",
-    "tide",
-    "port",
-    "star",
-    "night",
-    "crew",
-    "salt",
-    "bell",
-]
+WORDS = ["sea", "land", "wind", "ship", "sail", "rope", "mast", "deck", "wave", "tide", "port", "star", "night", "crew", "salt",
+         "bell"]  # fmt: skip
 LEAST_REQUESTS = 8
 RATE_SECONDS = 30  # of arrivals at a rate, where no number of requests is asked for
 

@@ -88,9 +88,7 @@ def verify(
     wanted = check_module(Layout.parse(text, "verify"), len(stages), "verify")
     exact = tree_map_only(Tensor, lambda x: x.detach().double() if x.is_floating_point() else x.detach(), tuple(batch))
     arguments = (factory, exact, loss, optimizer or _sgd, dict(tp or {}), list(stages), steps, seed)
-    one, many = (
-        launch(_record, each.world, each, *arguments, backend="gloo") for each in (Layout(), wanted)
-    )  # fmt: skip
+    one, many = (launch(_record, each.world, each, *arguments, backend="gloo") for each in (Layout(), wanted))
     result = compare(many.trace, one.trace, dtype="float64")
     first = _first(many, one)
     verdict = Verdict(result | {"layout": text, "against": "one process", "first": first})
@@ -105,16 +103,9 @@ def _sgd(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
 
 
 def _record(
-    layout: Layout,
-    factory: Callable[[], nn.Module],
-    batch: Any,
-    loss: Loss,
-    optimizer: Factory,
-    tp: dict[str, str],
-    stages: list[str],
-    steps: int,
-    seed: int,
-) -> _Recorded | None:
+    layout: Layout, factory: Callable[[], nn.Module], batch: Any, loss: Loss, optimizer: Factory, tp: dict[str, str],
+    stages: list[str], steps: int, seed: int,
+) -> _Recorded | None:  # fmt: skip
     """One rank's run; what all ranks recorded, on rank 0."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -30,7 +29,7 @@ from torch.utils.data import default_collate
 from fiveply import pipeline_schedule
 from fiveply.checkpoint import store
 from fiveply.parallel.own_loop import OwnLoop, bind
-from fiveply.parallel.parallelize_module import Loss, ModuleBatch, parallelize_module
+from fiveply.parallel.parallelize_module import Loss, ModuleBatch, ParallelModule, parallelize_module
 from fiveply.parallel.pipeline_parallel import Executor
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
@@ -81,7 +80,7 @@ def join(layout: str | Layout = AUTO, *, seed: int = 0, hang_timeout: float = LI
             fix=f"start them with `fiveply train script.py --layout {told}`, or torchrun --nproc-per-node {wanted.world}",
         )  # fmt: skip
     if command_line.get() and given not in (AUTO, command_line.get()) and world.rank == 0:
-        print(f"fiveply: --layout {command_line.get()} goes before the script's {given}", file=sys.stderr)
+        note(f"--layout {command_line.get()} goes before the script's {given}")
     torch.manual_seed(seed)
     return world
 
@@ -146,7 +145,13 @@ class World:
         mesh = Mesh(self.layout, None, self._groups, self._recorder)
         if strict:
             _check_equal(module, mesh)
-        job = Job(self, mesh, module, loss, optimizer, tp or {}, stages, clip, run, record, strict)
+        name = type(module).__name__
+        placed = parallelize_module(
+            module, mesh, loss=loss, seed=self.seed, tp=tp or {}, stages=stages, device=self.device, strict=strict
+        )
+        stepper = ModuleOptimizer(placed, optimizer)
+        kept = None if run is None else ModuleRecord(Path(run), placed, name, self.seed, record)
+        job = Job(self, placed, stepper, clip, kept)
         self._watch(mesh, run)
         return job
 
@@ -237,35 +242,19 @@ class Job:
     """One module in training on this rank."""
 
     def __init__(
-        self,
-        world: World,
-        mesh: Mesh,
-        module: nn.Module,
-        loss: Loss,
-        optimizer: Factory,
-        tp: Mapping[str, str],
-        stages: Sequence[str],
-        clip: float,
-        run: str | Path | None,
-        record: int,
-        strict: bool,
+        self, world: World, model: ParallelModule, optimizer: ModuleOptimizer, clip: float, record: ModuleRecord | None
     ) -> None:
-        self.world, self.mesh, self.layout, self.clip = world, mesh, mesh.layout, clip
+        self.world, self.model, self._optimizer, self.clip, self._record = world, model, optimizer, clip, record
+        self.mesh, self.layout = model.mesh, model.mesh.layout
         self.steps, self.cursor = 0, 0
         """Steps done, and the global sample index after them."""
         self.norm = 0.0
         """Of the last step's gradient, before clipping."""
         self._stop = False
-        self.model = parallelize_module(
-            module, mesh, loss=loss, seed=world.seed, tp=tp, stages=stages, device=world.device, strict=strict
-        )
-        self._optimizer = ModuleOptimizer(self.model, optimizer)
         self._executors: dict[int, Executor] = {}
         self._loop = None
         if self.layout.zero <= 1 and self.model.module is not None:
             self._loop = OwnLoop(self.model, self._optimizer.torch, self._share, lambda: self.steps, self._stepped)
-        name = type(module).__name__
-        self._record = None if run is None else ModuleRecord(Path(run), self.model, name, world.seed, record)
 
     # one call a step
 
@@ -322,11 +311,8 @@ class Job:
         """
         before, loss, count = self.model.training, 0.0, 0.0
         kept, self.model.loss = self.model.loss, measure or self.model.loss
-        single = isinstance(batches, Batch) or (
-            isinstance(batches, (tuple, list))
-            and len(batches) == 2
-            and not isinstance(batches[0], (tuple, list, Batch))
-        )
+        pair = isinstance(batches, (tuple, list)) and len(batches) == 2
+        single = isinstance(batches, Batch) or (pair and not isinstance(batches[0], (tuple, list, Batch)))
         try:
             with _Paused(self._loop):
                 self.model.train(False)
@@ -382,15 +368,7 @@ class Job:
 
     def _executor(self, micro_batches: int) -> Executor:
         if micro_batches not in self._executors:
-            layout = self.layout
-            schedule = pipeline_schedule.build(
-                layout.schedule,
-                layout.pp,
-                micro_batches,
-                layout.chunks,
-                gather=layout.zero == 3,
-                reduce_each=layout.zero >= 2,
-            )
+            schedule = pipeline_schedule.of_layout(self.layout, micro_batches)
             self._executors[micro_batches] = Executor(self.model, schedule, seed=self.world.seed)
         return self._executors[micro_batches]
 

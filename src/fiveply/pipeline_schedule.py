@@ -27,6 +27,7 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
+from fiveply.spec.layout import Layout
 from fiveply.timeline import Event
 
 
@@ -39,9 +40,7 @@ class Kind(enum.StrEnum):
     RECEIVE_FORWARD = "receive_forward"  # activation from the previous stage; blocks
     SEND_BACKWARD = "send_backward"  # gradient to the previous stage; never blocks
     RECEIVE_BACKWARD = "receive_backward"  # gradient from the next stage; blocks
-    GATHER = (
-        "gather"  # start gathering a chunk's parameters, one compute action ahead; they stay until its last gradient
-    )
+    GATHER = "gather"  # start gathering a chunk's parameters, one compute action ahead; they stay to the last gradient
     REDUCE = "reduce"  # start reducing a chunk's gradients
     FINISH = "finish"  # wait for all reductions
 
@@ -132,6 +131,13 @@ def build(
     else:
         orders = [_ORDERS[name](rank, pp, micro_batches, vp) for rank in range(pp)]
     return _lower(Schedule(name, pp, vp, micro_batches, (), gather, reduce_each), orders, transfers)
+
+
+def of_layout(layout: Layout, micro_batches: int) -> Schedule:
+    """As the ranks of `layout` run it: zero 3 gathers, zero 2 and 3 reduce every micro-batch."""
+    return build(
+        layout.schedule, layout.pp, micro_batches, layout.chunks, gather=layout.zero == 3, reduce_each=layout.zero >= 2
+    )
 
 
 _F, _B, _I, _W = ((kind, 0) for kind in COMPUTE)
@@ -417,19 +423,16 @@ def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
     return tuple(max(accumulate(map(change, actions))) for actions in schedule.ranks)
 
 
-def picture(
-    schedule: Schedule, forward: float = 1, input_gradient: float = 1, weight: float = 1, width: int = 120
-) -> str:
-    """The schedule as text: a row per rank, a cell per time slot of the cheapest action, in bands of `width` columns."""
+def picture(schedule: Schedule, width: int = 120) -> str:
+    """The schedule as text: a row per rank, a cell per unit of time of `compute_costs`, in bands of `width` columns."""
     marks = {Kind.FORWARD: "F", Kind.BACKWARD: "B", Kind.INPUT: "I", Kind.WEIGHT: "W"}
-    costs = compute_costs(forward, input_gradient, weight)
-    slot = min(cost for cost in costs.values() if cost > 0)
+    costs = compute_costs()
     cell = 1 + len(str(schedule.micro_batches - 1))
     events = timeline(schedule, costs)
-    slots = max(int(event.end / slot + 0.5) for event in events)
+    slots = int(max(event.end for event in events))
     rows = [[".".ljust(cell)] * slots for _ in range(schedule.pp)]
     for event in events:
-        rank, first, last = event.rank, int(event.start / slot + 0.5), int(event.end / slot + 0.5)
+        rank, first, last = event.rank, int(event.start), int(event.end)
         mark = marks[Kind(event.kind)].lower() if event.chunk % 2 else marks[Kind(event.kind)]
         text = f"{mark}{event.micro_batch}".ljust(cell * (last - first), "-" if last - first > 1 else " ")
         rows[rank][first:last] = [text[index : index + cell] for index in range(0, len(text), cell)][: last - first]

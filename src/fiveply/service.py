@@ -25,13 +25,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import msgspec
 import tokenizers
 import torch
 
 from fiveply.checkpoint.huggingface import HuggingFaceSource
 from fiveply.corpus.chat import ChatTemplate
-from fiveply.corpus.tokenizer import Tokenizer
+from fiveply.corpus.tokenizer import Tokenizer, read_object
 from fiveply.engine import kernels, worker
 from fiveply.engine.weights import Source, open_source
 from fiveply.plan import serving
@@ -293,12 +292,7 @@ def text_of(source: Source) -> Text:
     chat = ChatTemplate.load(source.path)
     if not isinstance(source, HuggingFaceSource):
         return Text(tokenizer, frozenset(own_end), [], own_end, chat)
-    config, generation = source.spec.config, source.path / "generation_config.json"
-    try:
-        own = msgspec.json.decode(generation.read_bytes(), type=dict[str, Any]) if generation.is_file() else {}
-    except msgspec.MsgspecError as error:
-        raise InputError(f"not a JSON object ({error})", where=str(generation), fix="mend or delete it") from None
-    config = config | own
+    config = source.spec.config | read_object(source.path / "generation_config.json")
     eos, bos = config.get("eos_token_id"), config.get("bos_token_id")
     ends = [*own_end, *(token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int))]
     # What the tokenizer's own template puts around a text.

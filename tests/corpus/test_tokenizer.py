@@ -90,7 +90,7 @@ def test_errors_name_the_file_and_the_fix(tmp_path):
     with pytest.raises(InputError, match=r"no end-of-text token known.*name it as \"eos_token\""):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: not a JSON object"):
         Tokenizer.load(tmp_path)
     with pytest.raises(InputError, match="a vocabulary of 256 is too small"):
         Tokenizer.train([TEXT], 256)

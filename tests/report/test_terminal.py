@@ -191,7 +191,7 @@ def test_the_table_of_one_rank() -> None:
 def test_the_schedule_fits_the_terminal(size: Any) -> None:
     size(60)
     stream = Terminal()
-    schedule_picture(pipeline_schedule.build("1f1b", 4, 16), stream)
+    schedule_picture(pipeline_schedule.build("1f1b", 4, 16), Console(file=stream))
     rows = [line for line in stream.getvalue().splitlines() if line.startswith("rank")]
     assert len(rows) > 4
     assert max(map(len, rows)) <= 60

@@ -99,7 +99,8 @@ def test_any_run_survives_its_own_toml(values: dict[str, Any]) -> None:
     for key, value in values.items():
         table, _, last = key.rpartition(".")
         (nested.setdefault(table, {}) if table else nested)[last] = value
-    run = RunSpec.load(None, defaults=nested)
+    run = msgspec.convert(nested, RunSpec)
+    run.check()
     assert msgspec.convert(tomllib.loads(run.toml()), RunSpec) == run
 
 
@@ -107,22 +108,21 @@ def test_the_file_names_the_run(tmp_path: Path) -> None:
     path = tmp_path / "small.toml"
     path.write_text("")
     assert RunSpec.load(path) == RunSpec(name="small")
-    assert RunSpec.load(path, defaults={"name": "given"}).name == "given"
+    assert RunSpec.load(path, ["name=given"]).name == "given"
     assert RunSpec.load(path).directory == Path("runs/small")
 
 
 def test_without_a_file() -> None:
-    assert RunSpec.load(None, ["train.steps=3"], {"name": "x"}).train.steps == 3
+    assert RunSpec.load(None, ["train.steps=3", "name=x"]).train.steps == 3
     error = refused(None)
     assert (error.where, error.key, error.problem) == ("command line", "name", "the run has no name")
 
 
-def test_settings_override_the_file_and_the_file_the_defaults(file: Path) -> None:
-    defaults = {"seed": 1, "train": {"steps": 9, "patience": 2}, "data": {"tokenizer": "train:300"}}
-    run = RunSpec.load(file, ["train.steps=5", "seed=3", "seed=4"], defaults)
-    assert (run.train.steps, run.train.patience, run.seed, run.data.tokenizer) == (5, 2, 4, "train:300")
+def test_settings_override_the_file(file: Path) -> None:
+    run = RunSpec.load(file, ["train.steps=5", "seed=3", "seed=4", "train.patience=2"])
+    assert (run.train.steps, run.train.patience, run.seed) == (5, 2, 4)
     assert run.data.sequence == 128
-    assert RunSpec.load(file, [], defaults).train.steps == 400
+    assert RunSpec.load(file).train.steps == 400
 
 
 @pytest.mark.parametrize(
@@ -249,16 +249,16 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 
 def test_model_overrides(tmp_path: Path) -> None:
-    run = RunSpec.load(None, ["model.overrides.hidden_sise=3"], {"name": "x"})
+    run = RunSpec.load(None, ["model.overrides.hidden_sise=3", "name=x"])
     with pytest.raises(InputError, match=r"unknown key 'hidden_sise'; keys are .*hidden_size") as caught:
         run.model_spec()
     assert caught.value.key == "model.overrides"
-    run = RunSpec.load(None, ["model.overrides.num_attention_heads=5"], {"name": "x"})
+    run = RunSpec.load(None, ["model.overrides.num_attention_heads=5", "name=x"])
     with pytest.raises(InputError, match=r"4 key-value heads do not divide 5 heads|5 heads do not divide hidden size"):
         run.model_spec()
     config = json.loads((Path(__file__).parents[1] / "configs" / "qwen3.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    run = RunSpec.load(None, [f"model.preset={tmp_path}", "model.overrides.tie_word_embeddings=false"], {"name": "x"})
+    run = RunSpec.load(None, [f"model.preset={tmp_path}", "model.overrides.tie_word_embeddings=false", "name=x"])
     assert (run.model_spec().family, run.model_spec().tied) == ("qwen3", False)
     assert run.model_spec().config["tie_word_embeddings"] is False
 
@@ -266,5 +266,5 @@ def test_model_overrides(tmp_path: Path) -> None:
 def test_init_from_brings_its_own_config(tmp_path: Path) -> None:
     config = json.loads((Path(__file__).parents[1] / "configs" / "gpt2.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    run = RunSpec.load(None, ["model.preset=2m", f"model.init_from={tmp_path}"], {"name": "x"})
+    run = RunSpec.load(None, ["model.preset=2m", f"model.init_from={tmp_path}", "name=x"])
     assert run.model_spec().family == "gpt2"

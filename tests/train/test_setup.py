@@ -103,7 +103,8 @@ def test_the_tokenizer_is_the_runs_else_the_models_else_trained_to_its_vocabular
 
 def test_an_evaluation_takes_no_more_batches_than_there_are() -> None:
     spec = run(train={"evaluate_batches": 1000})
-    held_out = setup.held_out_batches(spec, setup.Prepared.open(setup.ready(spec, progress=False).corpus))
+    prepared = setup.Prepared.open(setup.ready(spec, progress=False).corpus)
+    held_out = setup.batches(spec, prepared.held_out, shuffle=False)
     count = setup.evaluation_count(spec, held_out)
     assert 1 <= count < 1000
     assert (count - 1) * 4 < len(held_out) <= count * 4

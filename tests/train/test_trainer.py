@@ -281,7 +281,7 @@ def test_init_from_a_hugging_face_directory_starts_at_its_loss(shared: Path) -> 
     Path("weights/tokenizer.json").write_bytes((ready.corpus / "tokenizer.json").read_bytes())
     main(arguments(file, "tp=2", "name=from", "model.init_from=weights", "data.tokenizer=weights", "train.steps=1",
                    "optimizer.lr=0", "train.evaluate_batches=1"))  # fmt: skip
-    batches = setup.training_batches(ready.run, setup.Prepared.open(ready.corpus)).rows(0, 8)
+    batches = setup.batches(ready.run, setup.Prepared.open(ready.corpus).train).rows(0, 8)
     with torch.no_grad():
         logits = oracle(torch.from_numpy(batches.tokens)).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batches.targets).flatten())

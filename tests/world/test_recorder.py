@@ -90,7 +90,7 @@ def test_an_asynchronous_call_ends_when_it_is_seen_done() -> None:
     b = call(recorder, second, wait=False)
     assert a.end is not None
     assert b.end is None
-    assert call(recorder, None, wait=True) is None, "a transport that is done when it returns gives no work"
+    assert call(recorder, None, wait=True).is_completed(), "a transport that is done when it returns gives no work"
     ends = [e.end for e in recorder.stop() if e.lane == "communication"]
     assert ends == [a.end, max(ends), ends[2]], "what is not seen done ends with the recording"
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
@@ -53,26 +53,6 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 # Buffers that old files carry beside the parameters: rotary frequencies, GPT-2's causal mask.
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
-
-
-class TensorSource(Protocol):
-    """Where a model's weights come from, by slices; `names` and `read` speak the decoder's names (`spec.placement.declare`)."""
-
-    @property
-    def spec(self) -> ModelSpec: ...
-
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def has(self, name: str) -> bool: ...
-
-    def check(self, spec: ModelSpec) -> None:
-        """Raise InputError naming the first tensor that model `spec` has otherwise."""
-        ...
-
-    def read(self, name: str, start: Shape, size: Shape, dtype: torch.dtype | None = None) -> Tensor:
-        """The region [start, start + size) of parameter `name`, contiguous, in the stored dtype unless one is given."""
-        ...
 
 
 class DiskRegion(NamedTuple):
@@ -139,7 +119,7 @@ def check_shapes(found: Mapping[str, Shape], spec: ModelSpec, where: str, fix: s
 
 
 class HuggingFaceSource:
-    """A Hugging Face directory (`config.json` with model.safetensors or its shards) as a TensorSource; reads lazily.
+    """A Hugging Face directory (`config.json` with model.safetensors or its shards), read lazily by regions.
 
     Raises InputError, naming file and tensor, for a directory that is incomplete, damaged, or not the model of its config.
     """
@@ -166,17 +146,13 @@ class HuggingFaceSource:
             if key not in on_disk and not harmless:
                 raise InputError("the config's model has no such tensor", where=str(self.path / self._files[key]), key=key,
                                  fix=fix)  # fmt: skip
-        self.names = frozenset(parameter.name for parameter in declare(self.spec))
-
-    def has(self, name: str) -> bool:
-        return name in self.names
 
     def check(self, spec: ModelSpec) -> None:
-        """See TensorSource."""
+        """Raise InputError naming the first tensor that model `spec` has otherwise."""
         check_shapes(self.stored, spec, str(self.path), "these are weights of another model; give its own config")
 
     def read(self, name: str, start: Shape, size: Shape, dtype: torch.dtype | None = None) -> Tensor:
-        """See TensorSource."""
+        """The region [start, start + size) of parameter `name` (the decoder's), contiguous, in the stored dtype unless one is given."""
         region = disk_region(self.spec, name, tuple(start), tuple(size))
         key = self._key(region.name)
         file = self._files[key]
@@ -308,11 +284,11 @@ def _write_shards(folder: Path, spec: ModelSpec, tensors: Iterable[tuple[str, Te
     return dtype
 
 
-def export(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
+def export(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a fiveply checkpoint as a Hugging Face directory, tokenizer files included; errors as `write`."""
     spec = checkpoint.spec
     shapes = disk_names(spec)
     checkpoint.check(spec)
-    whole = ((name, checkpoint.read_stored(name, (0,) * len(shape), shape, dtype)) for name, shape in shapes.items())
+    whole = ((name, checkpoint.read_stored(name, (0,) * len(shape), shape)) for name, shape in shapes.items())
     extra_files = {name: content for name, content in checkpoint.extra_files().items() if name != "config.json"}
     write(folder, spec, whole, extra_files)

@@ -6,7 +6,7 @@ Pure geometry over global offsets: this file knows neither files nor ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiveply.checkpoint.huggingface import Shape, disk_region, disk_shape
 from fiveply.spec.architecture import ModelSpec
-from fiveply.spec.placement import Parameter
+from fiveply.spec.placement import Parameter, Placed
 
 Rectangle = tuple[Shape, Shape, int, int]
 """Global start, size, and the flat range [lo, hi) of the local slice that it covers."""
@@ -84,6 +84,18 @@ def read_flat(read: Callable[[Shape, Shape], Tensor], start: Shape, size: Shape,
         read(block_start, block_size).flatten() for block_start, block_size, _, _ in rectangles(start, size, lo, hi)
     ]
     return torch.cat(blocks) if blocks else read(start, tuple(0 for _ in size)).flatten()
+
+
+def assembled(pieces: Iterable[tuple[Placed, int, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors by name, of flat pieces (slice, its first element that is there, values); what none holds is NaN."""
+    tensors: dict[str, Tensor] = {}
+    for placed, lo, flat in pieces:
+        if placed.name not in tensors:
+            missing = math.nan if flat.is_floating_point() else 0
+            tensors[placed.name] = torch.full(placed.parameter.shape, missing, dtype=flat.dtype)
+        for start, size, low, high in rectangles(placed.start, placed.size, lo, lo + flat.numel()):
+            tensors[placed.name][window(start, size, (0,) * len(start))] = flat[low - lo : high - lo].view(size)
+    return tensors
 
 
 def overlap(start: Shape, size: Shape, other_start: Shape, other_size: Shape) -> tuple[Shape, Shape] | None:

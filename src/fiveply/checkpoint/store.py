@@ -30,11 +30,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fiveply.checkpoint.huggingface import Shape, TensorSource, check_shapes, disk_region, write_tensors
+from fiveply.checkpoint.huggingface import Shape, check_shapes, disk_region, write_tensors
 from fiveply.checkpoint.slices import Slice, overlap, window
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import FiveplyError, InputError, RunError
-from fiveply.spec.placement import declare
 
 FORMAT, VERSION = "fiveply-checkpoint", 1
 INDEX, PARTIAL = "index.json", ".partial"
@@ -102,9 +101,8 @@ def save(
     slices: Iterable[Slice],
     state: Mapping[str, Any],
     extra_files: Mapping[str, bytes] | None = None,
-    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`; collective over `group` (None: the default group, or one process without any).
+    """Write `folder/step-XXXXXXXX`; collective over the default group, where there is one.
 
     Together the ranks hand in each tensor exactly once. Of `state` (JSON values; non-finite numbers become null) and
     `extra_files` rank 0's count. An existing checkpoint of the same step is replaced. Raises RunError on every rank, with
@@ -112,7 +110,7 @@ def save(
     """
     final = Path(folder) / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
-    ranks = _Ranks(group)
+    ranks = _Ranks()
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -140,24 +138,23 @@ def save(
 class _Ranks:
     """The ranks that save or open together: errors of one become errors of all, so that nobody waits in vain."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group, self.active = group, dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(group) if self.active else 0
-        self.world = dist.get_world_size(group) if self.active else 1
+    def __init__(self) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if active else (0, 1)
 
     def gather(self, report: bytes) -> list[bytes]:
         """Everyone's report on rank 0, in rank order; nothing elsewhere."""
         if self.world == 1:
             return [report]
         reports: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(report, reports, group=self.group, group_dst=0)
+        dist.gather_object(report, reports)
         return reports or []
 
     def share(self, value: Any) -> Any:
         """Rank 0's value (of JSON's kinds), on every rank."""
         box = [msgspec.json.encode(value)]
         if self.world > 1:
-            dist.broadcast_object_list(box, group=self.group, group_src=0)
+            dist.broadcast_object_list(box)
         return msgspec.json.decode(box[0])
 
     def on_first(self, action: Callable[[], None], path: Path, own_error: Exception | None = None) -> None:
@@ -323,13 +320,13 @@ def prune(folder: Path, keep: int, protect: Iterable[Path] = ()) -> list[Path]:
     return removed
 
 
-def open_newest_intact(folder: Path, group: dist.ProcessGroup | None = None) -> tuple[Checkpoint | None, list[str]]:
+def open_newest_intact(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are all whole, and a line for each damaged newer one; collective.
 
     The ranks share the checksumming and reach the same answer. None where the folder holds no intact checkpoint. Raises
     InputError for one of another format.
     """
-    ranks, problems = _Ranks(group), []
+    ranks, problems = _Ranks(), []
     for name in ranks.share([path.name for path in all_complete(folder)]):
         checkpoint, problem = None, ""
         try:
@@ -347,7 +344,7 @@ def open_newest_intact(folder: Path, group: dist.ProcessGroup | None = None) -> 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-class Checkpoint(TensorSource):
+class Checkpoint:
     """A complete checkpoint, read by regions. `read` speaks the decoder's names, `read_stored` the stored ones."""
 
     def __init__(self, path: Path, index: _Index) -> None:
@@ -395,21 +392,10 @@ class Checkpoint(TensorSource):
             raise InputError("holds no config.json", where=str(self.path), fix="give a checkpoint of a fiveply decoder")
         return ModelSpec.load(self.path)
 
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """The decoder's parameter names that are here; without a config.json, the stored names."""
-        if "config.json" not in self._files:
-            return frozenset(self._tensors)
-        whole = {p.name: disk_region(self.spec, p.name, (0,) * len(p.shape), p.shape) for p in declare(self.spec)}
-        return frozenset(name for name, region in whole.items() if region.name in self._tensors)
-
     @property
     def stored(self) -> dict[str, Shape]:
         """Stored name -> global shape, optimiser state included."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
-
-    def has(self, name: str) -> bool:
-        return name in self.names
 
     def check(self, spec: ModelSpec) -> None:
         """Raise InputError naming the first parameter that `spec` has otherwise."""
@@ -420,8 +406,6 @@ class Checkpoint(TensorSource):
 
         Raises InputError for a tensor or region that is not here, DamagedCheckpointError naming the file.
         """
-        if "config.json" not in self._files:
-            return self.read_stored(prefix + name, start, size, dtype)
         region = disk_region(self.spec, name, tuple(start), tuple(size))
         block = self.read_stored(prefix + region.name, region.start, region.size, dtype)
         return block.t().contiguous() if region.transposed else block

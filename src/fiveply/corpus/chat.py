@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from fiveply.corpus.tokenizer import read_object
 from fiveply.spec.errors import InputError
 
 
@@ -42,10 +42,7 @@ class ChatTemplate:
     def load(cls, folder: Path) -> ChatTemplate | None:
         """Of a Hugging Face directory or a checkpoint; None where it has none."""
         file = folder / "tokenizer_config.json"
-        try:
-            config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.is_file() else {}
-        except msgspec.MsgspecError as error:
-            raise InputError(f"not a JSON object ({error})", where=str(file), fix="mend or delete it") from None
+        config = read_object(file)
         own = folder / "chat_template.jinja"
         source = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
         for_tools = ""
@@ -56,12 +53,8 @@ class ChatTemplate:
             return None
         tokens = {key: value for key, value in config.items() if key.endswith("_token")}
         names = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
-        return cls(
-            source,
-            {key: value for key, value in names.items() if isinstance(value, str)},
-            str(own if own.is_file() else file),
-            for_tools,
-        )
+        special = {key: value for key, value in names.items() if isinstance(value, str)}
+        return cls(source, special, str(own if own.is_file() else file), for_tools)
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text up to where the model's answer begins. Raises ValueError with what the template says against it."""

@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +30,7 @@ import numpy as np
 from fiveply.corpus.batches import TokenFile
 from fiveply.corpus.documents import find_files, is_data_set
 from fiveply.corpus.tokenise import FORMAT, Index, Job, Source, SplitCount, write_index
-from fiveply.corpus.tokenizer import Tokenizer, tokenizer_file
+from fiveply.corpus.tokenizer import tokenizer_file
 from fiveply.spec.errors import InputError, RunError
 
 __all__ = ["Prepared", "Source", "prepare"]
@@ -77,10 +76,6 @@ class Prepared:
     def vocabulary(self) -> int:
         """Highest token id + 1; a model's vocabulary must be at least this."""
         return self.index.vocabulary
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.folder)
 
     def characters_per_token(self, split: Split = "held_out") -> float:
         """Characters of text for each token, end-of-text tokens counted: nats per token / (ln 2 x this) = bits per

@@ -117,28 +117,16 @@ def tokenise(job: Job) -> None:
         for number, source in enumerate(job.sources):
             name = f"{number}-{re.sub(r'[^A-Za-z0-9_]+', '-', Path(source.path).stem)[:40]}"
             writers = [_Writer(folder, f"{name}.{split}", dtype, tokenizer.end) for split in ("train", "held_out")]
-            _write_source(
-                _split_documents(source.path, job),
-                writers,
-                tokenizer,
-                _watch(bars, source.path, f"tokens of {_short(source)}"),
-            )
+            watch = _Watch(bars, source.path, "tokens of")
+            _write_source(_split_documents(source.path, job), writers, tokenizer, watch)
             train, held_out = (writer.close() for writer in writers)
             if not train.tokens:
                 raise InputError("holds no text", where=source.path, fix="give a corpus with text in it")
             sources.append(SourceIndex(source.path, source.weight, train, held_out))
     index = Index(
-        format=FORMAT,
-        fingerprint=job.fingerprint,
-        tokenizer=job.tokenizer,
-        tokenizer_hash=tokenizer.fingerprint,
-        vocabulary=tokenizer.vocabulary,
-        end=tokenizer.end,
-        dtype=dtype,
-        held_out=job.held_out,
-        seed=job.seed,
-        sources=sources,
-    )
+        FORMAT, job.fingerprint, job.tokenizer, tokenizer.fingerprint, tokenizer.vocabulary, tokenizer.end, dtype,
+        job.held_out, job.seed, sources,
+    )  # fmt: skip
     write_index(folder, index)
 
 
@@ -152,24 +140,17 @@ def write_index(folder: Path, index: Index) -> None:
 class _Watch:
     """A source's progress bar, in characters of about as many bytes."""
 
-    def __init__(self, bars: Progress, title: str, total: float | None) -> None:
-        self._bars, self._total = bars, total
-        self._task = bars.add_task(title, total=total)
+    def __init__(self, bars: Progress, path: str, title: str) -> None:
+        # What a data set holds is not known before it is read: such a bar only moves.
+        self._total = None if is_data_set(path) else sum(file.stat().st_size for file in find_files(path))
+        # A long path would leave no room for the bar.
+        self._bars, self._task = bars, bars.add_task(f"{title} {Path(path).name[:24]}", total=self._total)
 
     def advance(self, characters: int) -> None:
         self._bars.advance(self._task, characters)
 
     def finish(self) -> None:
         self._bars.update(self._task, total=self._total or 1, completed=self._total or 1)
-
-
-def _short(source: Source) -> str:
-    return Path(source.path).name[:24]  # a long path would leave no room for the bar
-
-
-def _watch(bars: Progress, path: str, title: str) -> _Watch:
-    # What a data set holds is not known before it is read: such a bar only moves.
-    return _Watch(bars, title, None if is_data_set(path) else sum(file.stat().st_size for file in find_files(path)))
 
 
 def _split_documents(path: str, job: Job) -> Iterator[tuple[str, str]]:
@@ -199,7 +180,7 @@ def _training_texts(job: Job, bars: Progress) -> Iterator[str]:
     """The training split of each source, as far as the tokenizer's share of characters goes."""
     limit = _TRAINING_CHARACTERS // len(job.sources)
     for source in job.sources:
-        watch, left = _watch(bars, source.path, f"tokenizer from {_short(source)}"), limit
+        watch, left = _Watch(bars, source.path, "tokenizer from"), limit
         for text, _ in _split_documents(source.path, job):
             yield text[:left]
             watch.advance(len(text))

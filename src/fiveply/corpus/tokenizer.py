@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -127,13 +128,13 @@ def tokenizer_file(path: Path | str) -> Path:
 def _configured_end(inner: tokenizers.Tokenizer, folder: Path) -> int | None:
     """The end-of-text id by the Hugging Face files beside a tokenizer, the tokenizer's own files before the model's."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(folder / name).get("eos_token")
+        token = read_object(folder / name).get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")
         if isinstance(token, str) and (found := inner.token_to_id(token)) is not None:
             return found
     for name in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / name).get("eos_token_id")
+        ids = read_object(folder / name).get("eos_token_id")
         # A list holds all tokens that stop generation; the first ends a text.
         first = ids[0] if isinstance(ids, list) and ids else ids
         if isinstance(first, int) and inner.id_to_token(first) is not None:
@@ -141,11 +142,9 @@ def _configured_end(inner: tokenizers.Tokenizer, folder: Path) -> int | None:
     return None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object beside a tokenizer; empty where there is no such file. Raises InputError for anything else."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"not JSON ({error})", where=str(file), fix="mend or delete it") from None
-    return value if isinstance(value, dict) else {}
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.is_file() else {}
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InputError(f"not a JSON object ({error})", where=str(file), fix="mend or delete it") from None

@@ -19,7 +19,7 @@ IGNORE = -100
 CHUNK_ELEMENTS = 1 << 22
 """Logits formed at a time: 16 MiB in float32."""
 
-Reduce = Callable[[Tensor], None]
+Reduce = Callable[[Tensor], object]
 """An in-place reduction over the ranks that hold slices of the vocabulary."""
 
 

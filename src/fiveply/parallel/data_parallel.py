@@ -69,12 +69,7 @@ class Unit:
     """Parameters that are gathered, reduced and freed together, as views of one flat buffer."""
 
     def __init__(
-        self,
-        name: str,
-        parameters: Sequence[tuple[Placed, Tensor]],
-        longest: int,
-        mesh: Mesh,
-        dtypes: Dtypes,
+        self, name: str, parameters: Sequence[tuple[Placed, Tensor]], longest: int, mesh: Mesh, dtypes: Dtypes
     ) -> None:
         """`parameters`: this rank's slices with their initial values; `longest`: elements of the largest tensor rank."""
         layout = mesh.layout
@@ -110,22 +105,15 @@ class Unit:
         self.full_grad: Tensor | None = None
         if self.zero <= 1:
             self.full_grad = torch.zeros(self.full.shape, dtype=dtypes.reduce, device=device)
-            self._bind_gradients()
-        self.grad = (
-            self.full_grad
-            if self.full_grad is not None and shards == 1
-            else torch.zeros(self.part, dtype=dtypes.reduce, device=device)
-        )
+            if dtypes.reduce == dtypes.compute:  # autograd accumulates straight into the flat buffer
+                for entry in self.entries:
+                    entry.parameter.grad = self.full_grad[entry.low : entry.high].view(entry.parameter.shape)
+        alone = self.full_grad if shards == 1 else None
+        self.grad = torch.zeros(self.part, dtype=dtypes.reduce, device=device) if alone is None else alone
         self._gathering: Call | None = None
         self.is_full = True
         if self.zero == 3:
             self.release()
-
-    def _bind_gradients(self) -> None:
-        """Let autograd accumulate straight into the flat gradient buffer where the types agree."""
-        if self.full_grad is not None and self.dtypes.reduce == self.dtypes.compute:
-            for entry in self.entries:
-                entry.parameter.grad = self.full_grad[entry.low : entry.high].view(entry.parameter.shape)
 
     def segments(self) -> Iterator[Segment]:
         first, last = self.owned
@@ -246,18 +234,13 @@ class GradientReducer:
         if not self.average:
             return
         axis = self.mesh.dp if unit.zero == 0 else self.mesh.shard
-        if unit.zero == 0:
-            if axis is not None:
-                self._queue(unit, axis.all_reduce(flat, wait=False), flat, unit.grad)
-        elif axis is None:
+        if axis is None:
             self._deliver(unit, flat)
+        elif unit.zero == 0:
+            self._pending.append((unit, axis.all_reduce(flat, wait=False), flat, unit.grad))
         else:
             out = torch.empty_like(unit.grad)
-            self._queue(unit, axis.reduce_scatter(out, flat, wait=False), flat, out)
-
-    def _queue(self, unit: Unit, work: Call | None, flat: Tensor, out: Tensor) -> None:
-        assert work is not None
-        self._pending.append((unit, work, flat, out))
+            self._pending.append((unit, axis.reduce_scatter(out, flat, wait=False), flat, out))
 
     def _deliver(self, unit: Unit, out: Tensor) -> None:
         if out is not unit.grad:
@@ -275,7 +258,6 @@ class GradientReducer:
         if self.average and self.mesh.replica is not None and self.mesh.layout.zero > 0:
             works = [self.mesh.replica.all_reduce(unit.grad, wait=False) for unit in self.units]
             for work in works:
-                assert work is not None
                 work.wait()
         self._sum_shared(self.mesh.tp, lambda placed: placed.tp_sum == self.mesh.layout.tp)
         self._sum_shared(self.mesh.kv, lambda placed: 1 < placed.tp_sum < self.mesh.layout.tp)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,8 @@ from fiveply.world.collectives import Axis, copy_to, gather_columns, sum_from, t
 SPLITS: dict[str, Split] = {"column": "rows", "row": "columns"}
 """How the weight of each kind is sliced: a column of the product is a row of nn.Linear's weight."""
 
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+"""What only holds other modules."""
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus,
     nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Identity, KeyedDropoutLayer,
@@ -68,40 +70,27 @@ class RowLinear(nn.Linear):
 def check_names(module: nn.Module, tp: Mapping[str, str], degree: int) -> None:
     """Raise InputError for a name that is no linear of `module`, a kind that is none, or a size below `degree`."""
 
-    def refuse(key: str, problem: str, fix: str) -> None:
+    def refuse(key: str, problem: str, fix: str) -> NoReturn:
         raise InputError(problem, where="parallelize: tp", key=key, fix=fix)
 
     modules = dict(module.named_modules(remove_duplicate=False))
     linears = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
+    known = ", ".join(linears[:8]) or "it has none"
     for name, kind in tp.items():
         layer = modules.get(name)
         if layer is None:
-            refuse(
-                name, "the module has no such part", f"name linears of it: {', '.join(linears[:8]) or 'it has none'}"
-            )
+            refuse(name, "the module has no such part", f"name linears of it: {known}")
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-            refuse(
-                name,
-                f"{type(layer).__name__} is no nn.Linear",
-                f"name linears: {', '.join(linears[:8]) or 'it has none'}",
-            )
-        assert isinstance(layer, nn.Linear)
+            refuse(name, f"{type(layer).__name__} is no nn.Linear", f"name linears: {known}")
         if kind not in SPLITS:
             refuse(name, f"'{kind}' is unknown", 'give "column" or "row"')
         parent = modules[name.rpartition(".")[0]]
-        if type(parent).__module__.startswith("torch.nn") and not isinstance(
-            parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-        ):
-            refuse(
-                name,
-                f"{type(parent).__name__} uses its weight without calling it",
-                "write that block as a module of your own",
-            )
-        width = layer.out_features if kind == "column" else layer.in_features
+        if type(parent).__module__.startswith("torch.nn") and not isinstance(parent, LISTS):
+            problem = f"{type(parent).__name__} uses its weight without calling it"
+            refuse(name, problem, "write that block as a module of your own")
+        width, side = (layer.out_features, "output") if kind == "column" else (layer.in_features, "input")
         if width < degree:
-            refuse(
-                name, f"tp={degree} exceeds its {width} {'output' if kind == 'column' else 'input'} columns", "lower tp"
-            )
+            refuse(name, f"tp={degree} exceeds its {width} {side} columns", "lower tp")
     holders: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         other = holders.setdefault(id(parameter), name)

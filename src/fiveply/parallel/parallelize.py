@@ -9,7 +9,7 @@ Nothing above asks how the model is split: the trainer sees chunks, units and a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,6 +75,11 @@ class Chunk:
         """Weight gradients put off by a split backward."""
         self.blocked_backward = False
         """Of attention."""
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        names = list(self.decoder.model.layers)
+        return (int(names[0]), int(names[-1])) if names else None
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         begin_step(self.decoder, micro_batches[0].tokens_T.shape[0])
@@ -151,27 +156,20 @@ def parallelize(
     layout, device = mesh.layout, device or torch.device("cpu")
     chunks: list[Chunk] = []
     made: dict[str, Unit] = {}
+
+    def value(placed: Placed) -> Tensor:
+        if source is not None:
+            return source.read(placed.name, placed.start, placed.size).to(device)
+        return initial_value(placed, spec, seed, dtypes.optimizer).to(device)
+
     for index in range(layout.chunks):
         stage = layout.stage_of(mesh.at.pp, index)
         names = stage_units(spec, layout.stages, stage)
         decoder = stage_of_decoder(spec, names, first=stage == 0)
-        shared = [name for name in names if name in made]
-        _make_units(
-            decoder,
-            place(spec, layout, mesh.at.tp, stage),
-            mesh,
-            made,
-            seed,
-            dtypes,
-            device,
-            source,
-            longest_of(spec, mesh, stage),
-        )
-        units = {name: made[name] for name in names}
-        chunk = Chunk(
-            decoder, stage, units, [made[name] for name in names if name not in shared], stage == layout.stage_count - 1
-        )
-        chunks.append(chunk)
+        own = [name for name in names if name not in made]
+        _make_units(decoder, stage, mesh, dtypes, made, value)
+        units, reduces = {name: made[name] for name in names}, [made[name] for name in own]
+        chunks.append(Chunk(decoder, stage, units, reduces, stage == layout.stage_count - 1))
     for chunk in chunks:
         chunk.blocked_backward = blocked_backward_on(device, dtypes.compute)
         _dress(chunk, mesh, products_on(device, dtypes.compute), compile=compile)
@@ -200,30 +198,16 @@ def longest_of(spec: ModelSpec, mesh: Mesh, stage: int) -> dict[str, int]:
 
 
 def _make_units(
-    decoder: Decoder,
-    table: Sequence[Placed],
-    mesh: Mesh,
-    made: dict[str, Unit],
-    seed: int,
-    dtypes: Dtypes,
-    device: torch.device,
-    source: TensorSource | None,
-    longest: dict[str, int],
+    decoder: Decoder, stage: int, mesh: Mesh, dtypes: Dtypes, made: dict[str, Unit], value: Callable[[Placed], Tensor]
 ) -> None:
     """Give every parameter of the chunk its values, unit by unit; a unit that another chunk made is shared."""
     by_unit: dict[str, list[Placed]] = {}
-    for placed in table:
+    for placed in place(decoder.spec, mesh.layout, mesh.at.tp, stage):
         by_unit.setdefault(placed.parameter.unit, []).append(placed)
+    longest = longest_of(decoder.spec, mesh, stage)
     for name, rows in by_unit.items():
         if name not in made:
-            values: list[tuple[Placed, Tensor]] = []
-            for placed in rows:
-                if source is None:
-                    value = initial_value(placed, decoder.spec, seed, dtypes.optimizer)
-                else:
-                    value = source.read(placed.name, placed.start, placed.size)
-                values.append((placed, value.to(device)))
-            made[name] = Unit(name, values, longest[name], mesh, dtypes)
+            made[name] = Unit(name, [(placed, value(placed)) for placed in rows], longest[name], mesh, dtypes)
         for entry in made[name].entries:
             owner, _, attribute = entry.placed.name.rpartition(".")
             setattr(decoder.get_submodule(owner), attribute, entry.parameter)
@@ -247,30 +231,27 @@ def _dress(chunk: Chunk, mesh: Mesh, products: Products, *, compile: bool) -> No
             forward = torch.compile(forward)
         block.forward = recomputed_block(forward, layout.recompute)
     if layout.zero == 3:
-        _gather_around_units(chunk)
-
-
-def _gather_around_units(chunk: Chunk) -> None:
-    """zero 3: a unit's parameters exist from just before its use to just after, forward and backward, one unit ahead."""
-    trunk, units = chunk.decoder.model, chunk.units
-    users: list[tuple[nn.Module, str]] = []
-    if chunk.decoder.first and trunk.embed_tokens is not None:
-        users.append((trunk.embed_tokens, "embed"))
-    if trunk.embed_positions is not None:
-        users.append((trunk.embed_positions, "positions"))
-    users += [(block, f"layers.{name}") for name, block in trunk.layers.items()]
-    if trunk.norm is not None:
-        users.append((trunk.norm, "norm"))
-    order = [units[name] for _, name in users]
-    for index, (module, name) in enumerate(users):
-        following = order[index + 1 : index + 2]
+        trunk, units = decoder.model, chunk.units
         # Backward needs the weights of blocks and norms; an embedding's needs the indices alone.
-        preceding = [unit for unit in order[max(0, index - 1) : index] if unit.name not in ("embed", "positions")]
-        again = name not in ("embed", "positions")
-        gather_around(module, units[name], following, preceding, again)
+        users: list[tuple[nn.Module | None, str, bool]] = [
+            (trunk.embed_tokens if decoder.first else None, "embed", False),
+            (trunk.embed_positions, "positions", False),
+            *((block, f"layers.{name}", True) for name, block in trunk.layers.items()),
+            (trunk.norm, "norm", True),
+        ]
+        gather_in_order([(module, units[name], again) for module, name, again in users if module is not None])
 
 
-def gather_around(module: nn.Module, unit: Unit, following: list[Unit], preceding: list[Unit], again: bool) -> None:
+def gather_in_order(users: Sequence[tuple[nn.Module, Unit, bool]]) -> None:
+    """zero 3: the parameters of each (module, unit, whether backward needs it) exist from just before its use to just after,
+    forward and backward, one unit ahead."""
+    for index, (module, unit, again) in enumerate(users):
+        following = [after for _, after, _ in users[index + 1 : index + 2]]
+        preceding = [before for _, before, needed in users[max(0, index - 1) : index] if needed]
+        _gather_around(module, unit, following, preceding, again)
+
+
+def _gather_around(module: nn.Module, unit: Unit, following: list[Unit], preceding: list[Unit], again: bool) -> None:
     """Hooks on `module`, which may return tensors in any nesting; `again`: backward needs the parameters too."""
 
     def before(_module: nn.Module, _args: Any) -> None:

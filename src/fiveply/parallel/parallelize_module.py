@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from fiveply.parallel.data_parallel import Dtypes, GradientReducer, Unit
 from fiveply.parallel.module_layers import Now, Watch, key_layers
-from fiveply.parallel.module_tensor_parallel import SPLITS, check_names, split_linears
-from fiveply.parallel.parallelize import gather_around
+from fiveply.parallel.module_tensor_parallel import LISTS, SPLITS, check_names, split_linears
+from fiveply.parallel.parallelize import gather_in_order
 from fiveply.parallel.split_backward import WeightQueue
 from fiveply.parallel.trace import Cut, StageForward
 from fiveply.spec.errors import InputError
-from fiveply.spec.placement import Parameter, Placed, Split, part
+from fiveply.spec.placement import Parameter, Placed, Split, part, place_parameter
 from fiveply.world.collectives import Axis
 from fiveply.world.mesh import Mesh
 
@@ -52,6 +52,7 @@ class ModuleChunk:
     """One stage of a user's module: a `pipeline_parallel.Stage`."""
 
     weights: WeightQueue | None = None
+    layers = None
 
     def __init__(
         self, model: ParallelModule, stage: int, forwards: dict[bool, Any], modules: dict[str, nn.Module]
@@ -190,7 +191,7 @@ def parallelize_module(
     module.to(device)
     model = ParallelModule(mesh, module, loss, Now(seed), device, strict=strict)
     key_layers(module, model.now, mesh.dp, micro_batches=layout.pp > 1 or layout.micro_batch > 0, strict=strict)
-    tensors = [*((n, p) for n, p in module.named_parameters()), *_persistent_buffers(module)]
+    tensors = [*module.named_parameters(), *_persistent_buffers(module)]
     shapes = {name: tuple(x.shape) for name, x in tensors}
     names = {id(p): name for name, p in tensors}
     every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -216,11 +217,10 @@ def parallelize_module(
         here = [stage for stage in numbers if stage in holders]
         if not here:
             continue
-        unit, split = unit_of[here[0]].get(id(x), REST), splits.get(name)
-        start, size = _slice(shapes[name], split, layout.tp, mesh.at.tp)
-        parameter = Parameter(name, shapes[name], unit, split or "none")
-        counted = (split is not None or mesh.at.tp == 0) and min(holders) in numbers
-        placed = model.placed[name] = Placed(parameter, start, size, counted=counted)
+        unit = unit_of[here[0]].get(id(x), REST)
+        parameter = Parameter(name, shapes[name], unit, splits.get(name, "none"))
+        placed = place_parameter(layout, parameter, 1, tp_rank=mesh.at.tp, counted=min(holders) in numbers)
+        model.placed[name] = placed
         if isinstance(x, nn.Parameter) and x.requires_grad:
             trained[here[0]].setdefault(unit, []).append((placed, x))
         else:
@@ -229,7 +229,8 @@ def parallelize_module(
     for chunk in model.chunks:
         _make_units(chunk, trained[chunk.stage])
         if layout.zero == 3:
-            _gather_around_blocks(chunk, blocks[chunk.stage])
+            held = blocks[chunk.stage]
+            gather_in_order([(held[name], unit, True) for name, unit in chunk.units.items() if name != REST])
         model.units += chunk.reduces
     model.reducer = GradientReducer(model.units, mesh)
     if cuts:
@@ -267,11 +268,8 @@ def _check(module: nn.Module, loss: Loss, tp: Mapping[str, str], stages: Sequenc
             refuse(f"is {p.dtype}, and {trained[0][0]} is {trained[0][1].dtype}".replace("torch.", ""), name,
                    "give all trained parameters one type")  # fmt: skip
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
-        refuse(
-            "it has parameters, which nothing would train",
-            "loss",
-            "hold them in the module, and let it return what the loss needs",
-        )
+        refuse("it has parameters, which nothing would train", "loss",
+               "hold them in the module, and let it return what the loss needs")  # fmt: skip
     names = dict(module.named_modules(remove_duplicate=False))
     for name in stages:
         if name not in names or not name:
@@ -290,18 +288,10 @@ def _slice_linears(module: nn.Module, mesh: Mesh, tp: Mapping[str, str]) -> dict
     splits |= {f"{layer}.bias": "rows" for layer, kind in tp.items() if kind == "column"}
     for name, parameter in module.named_parameters():
         if name in splits:
-            start, size = _slice(tuple(parameter.shape), splits[name], mesh.tp.size, mesh.tp.index)
-            window = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
-            parameter.data = parameter.data[window].clone()
+            dim = 1 if splits[name] == "columns" else 0
+            mine = part(parameter.shape[dim], mesh.tp.size, mesh.tp.index)
+            parameter.data = parameter.data.narrow(dim, *mine).clone()
     return splits
-
-
-def _slice(shape: tuple[int, ...], split: Split | None, tp: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    start, size = [0] * len(shape), list(shape)
-    if split is not None:
-        dim = 1 if split == "columns" else 0
-        start[dim], size[dim] = part(shape[dim], tp, rank)
-    return tuple(start), tuple(size)
 
 
 def _persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -314,10 +304,10 @@ def _blocks(chunk: ModuleChunk) -> dict[str, nn.Module]:
     blocks: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
-        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        listed = isinstance(module, LISTS)
         for key, child in module.named_children():
             path = f"{name}.{key}" if name else key
-            if listed and not isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            if listed and not isinstance(child, LISTS):
                 blocks[path] = child
             else:
                 visit(path, child)
@@ -344,24 +334,10 @@ def _make_units(chunk: ModuleChunk, trained: Mapping[str, list[tuple[Placed, nn.
     model = chunk.model
     dtypes = Dtypes(model.dtype, model.dtype, model.dtype)
     for name in sorted(trained, key=lambda unit: unit != REST):  # the rest is complete last in backward
-        longest = sum(
-            math.prod(
-                _slice(
-                    p.parameter.shape, None if p.parameter.split == "none" else p.parameter.split, model.layout.tp, 0
-                )[1]
-            )
-            for p, _ in trained[name]
-        )
+        largest = (place_parameter(model.layout, p.parameter, 1, tp_rank=0).size for p, _ in trained[name])
+        longest = sum(map(math.prod, largest))
         chunk.units[name] = Unit(f"{chunk.stage}/{name}", trained[name], longest, model.mesh, dtypes)
     chunk.reduces = list(chunk.units.values())
-
-
-def _gather_around_blocks(chunk: ModuleChunk, blocks: Mapping[str, nn.Module]) -> None:
-    members = [(blocks[name], unit) for name, unit in chunk.units.items() if name != REST]
-    for index, (block, unit) in enumerate(members):
-        following = [each for _, each in members[index + 1 : index + 2]]
-        preceding = [each for _, each in members[max(0, index - 1) : index]]
-        gather_around(block, unit, following, preceding, again=True)
 
 
 class _SilentAxis(Axis):
@@ -370,7 +346,7 @@ class _SilentAxis(Axis):
     def __init__(self, axis: Axis) -> None:
         self.name, self.ranks, self.size, self.index = axis.name, axis.ranks, axis.size, axis.index
 
-    def all_reduce(self, *_args: Any, **_options: Any) -> None:
+    def all_reduce(self, *_args: Any, **_options: Any) -> Any:
         return None
 
     all_gather = reduce_scatter = all_reduce

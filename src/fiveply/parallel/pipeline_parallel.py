@@ -28,10 +28,16 @@ Values = tuple[Tensor, ...]
 class Stage(Protocol):
     """One stage's part of a model on this rank."""
 
+    stage: int
     last: bool
     units: dict[str, Unit]
     reduces: list[Unit]
     weights: WeightQueue | None
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        """The decoder's, first and last."""
+        ...
 
     def begin(self, micro_batches: Sequence[Any]) -> None:
         """A step over these micro-batches begins."""
@@ -80,11 +86,7 @@ class Executor:
         self.actions = schedule.ranks[model.mesh.at.pp]
         self.dtype, self.device = model.dtype, model.device
         self._places = {id(entry.parameter): (unit, entry) for unit in model.units for entry in unit.entries}
-        last: dict[int, int] = {}
-        for action in self.actions:
-            if action.kind is Kind.BACKWARD:
-                last[action.chunk] = action.micro_batch
-        self._last_backward = last
+        self._last_backward = {a.chunk: a.micro_batch for a in self.actions if a.kind is Kind.BACKWARD}
         for index, chunk in enumerate(model.chunks):
             names = [name.removeprefix("layers.") for name in chunk.units if name.startswith("layers.")]
             text = f"layers {names[0]} to {names[-1]}" if len(names) > 1 else f"layer {names[0]}" if names else ""
@@ -112,9 +114,8 @@ class Executor:
     def _begin(self, micro_batches: Sequence[Any], step: int | None) -> None:
         assert len(micro_batches) == self.schedule.micro_batches
         self._micro_batches, self._step = micro_batches, step
-        self._loss = torch.zeros(
-            (), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=self.device
-        )
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._loss = torch.zeros((), dtype=exact, device=self.device)
         self._inputs: dict[tuple[int, int], Values] = {}
         self._outputs: dict[tuple[int, int], Values] = {}
         self._gradients: dict[tuple[int, int], Values] = {}
@@ -135,17 +136,16 @@ class Executor:
         return mesh.recorder.span(action.kind, action.chunk, action.micro_batch, stage, peer)
 
     def _do(self, action: Action) -> None:
-        chunk = self.model.chunks[action.chunk] if action.chunk >= 0 else None
-        key = (action.chunk, action.micro_batch)
+        if action.kind is Kind.FINISH:
+            self.model.reducer.finish()
+            return
+        chunk, key = self.model.chunks[action.chunk], (action.chunk, action.micro_batch)
         match action.kind:
             case Kind.FORWARD:
-                assert chunk is not None
                 self._forward(chunk, key)
             case Kind.BACKWARD | Kind.INPUT:
-                assert chunk is not None
                 self._backward(chunk, key, whole=action.kind is Kind.BACKWARD)
             case Kind.WEIGHT:
-                assert chunk is not None
                 self._weight(chunk)
             case Kind.SEND_FORWARD:
                 self._send(self._outputs[key], self._lane(action), action.peer)
@@ -158,14 +158,10 @@ class Executor:
             case Kind.RECEIVE_BACKWARD:
                 self._gradients[key] = self._receive(action)
             case Kind.GATHER:
-                assert chunk is not None
                 for unit in list(chunk.units.values())[:1]:
                     unit.start_gather()
             case Kind.REDUCE:
-                assert chunk is not None
                 self.model.reducer.start(chunk.reduces)
-            case Kind.FINISH:
-                self.model.reducer.finish()
 
     def _forward(self, chunk: Stage, key: tuple[int, int]) -> None:
         outputs = chunk.forward(self._input(key), self._micro_batches[key[1]], self.seed, self._step)

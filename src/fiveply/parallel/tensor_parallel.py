@@ -57,26 +57,14 @@ class VocabularyHead:
 
     def __call__(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """Sum of cross-entropy over the targets, the same on every tensor rank."""
-        if self.axis is None:
-            return head_loss(hidden_TD, self.decoder.head_weight, targets_T, products=self.decoder.products)
+        decoder, axis = self.decoder, self.axis
+        if axis is None:
+            return head_loss(hidden_TD, decoder.head_weight, targets_T, products=decoder.products)
         return head_loss(
-            self.decoder.boundary.enter(hidden_TD),
-            self.decoder.head_weight,
-            targets_T,
-            products=self.decoder.products,
-            first_row=self.first_row,
-            largest_slice=part(self.decoder.spec.vocabulary, self.axis.size, 0)[1],
-            reduce_max=self._maximum,
-            reduce_sum=self._sum,
-        )
-
-    def _maximum(self, x: Tensor) -> None:
-        assert self.axis is not None
-        self.axis.all_reduce(x, dist.ReduceOp.MAX)
-
-    def _sum(self, x: Tensor) -> None:
-        assert self.axis is not None
-        self.axis.all_reduce(x)
+            decoder.boundary.enter(hidden_TD), decoder.head_weight, targets_T, products=decoder.products,
+            first_row=self.first_row, largest_slice=part(decoder.spec.vocabulary, axis.size, 0)[1],
+            reduce_max=lambda x: axis.all_reduce(x, dist.ReduceOp.MAX), reduce_sum=axis.all_reduce,
+        )  # fmt: skip
 
 
 def apply_tensor_parallel(decoder: Decoder, axis: Axis, *, sequence_parallel: bool) -> None:

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from fiveply.report import expected, figures, perfetto, timelines
 from fiveply.report.record import Facts, Record, Row, load, smoothed
-from fiveply.report.template import beside, embedded, environment
+from fiveply.report.template import beside, embedded, filled
 from fiveply.report.text import bytes_text, count_text, duration_text, plural
 from fiveply.spec.errors import RunError
 from fiveply.timeline import RecordedStep
@@ -54,9 +54,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 def render(record: Record, steps: list[RecordedStep]) -> str:
     """The page's text; `steps`: those recorded, the first on top."""
     recorded = [timelines.drawn(step) | {"expected": expected.values(record.facts, step)} for step in steps]
-    pages = environment()
-    pages.filters |= {"bytes": bytes_text, "breakable": _breakable}
-    return pages.from_string(beside("page.html")).render(
+    return filled(
+        "page.html",
+        {"bytes": bytes_text, "breakable": _breakable},
         style=Markup(beside("page.css")),
         script=Markup(beside("page.js")),
         data=embedded(_curves(record)),

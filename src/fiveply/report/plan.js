@@ -45,7 +45,7 @@
     place("memory").replaceChildren(...plan.memory.map((held, rank) => {
       const row = element("div", "held"), track = element("span", "track");
       held.forEach((size, category) => {
-        const part = element("i", `c${category}`);
+        const part = element("i", data.categories[category]);
         part.style.width = `${100 * size / widest}%`;
         part.title = `${data.categories[category]}: ${bytes(size)}`;
         track.append(part);
@@ -66,7 +66,7 @@
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
     return made;
   };
-  const NAMES = ["forward", "backward", "input gradient", "weight gradient"];
+  const KINDS = [["forward", "forward"], ["backward", "backward"], ["input", "input gradient"], ["weight", "weight gradient"]];
   const pipeline = (plan) => {
     const { pp, drawn, of, end, actions } = plan.timeline;
     const left = 46, width = 1140, high = pp > 16 ? 11 : 20, step = high + 4, scale = (width - left) / end;
@@ -79,10 +79,10 @@
     for (const [rank, kind, chunk, microBatch, start, stop] of actions) {
       const box = shape("rect", {
         x: left + start * scale, y: rank * step, width: Math.max(0.6, (stop - start) * scale - 0.6), height: high,
-        class: `k${kind}${microBatch % 2 ? " odd" : ""}`,
+        class: `${KINDS[kind][0]}${microBatch % 2 ? " odd" : ""}`,
       });
       const title = shape("title", {});
-      title.textContent = `rank ${rank}: ${NAMES[kind]} of micro-batch ${microBatch}, chunk ${chunk}, ${seconds(stop - start)}`;
+      title.textContent = `rank ${rank}: ${KINDS[kind][1]} of micro-batch ${microBatch}, chunk ${chunk}, ${seconds(stop - start)}`;
       box.append(title);
       svg.append(box);
     }
@@ -105,15 +105,13 @@
     pipeline(plan);
   };
 
-  place("legend").replaceChildren(...data.categories.map((name, index) => {
+  place("legend").replaceChildren(...data.categories.map((name) => {
     const entry = element("span");
-    entry.append(element("i", `c${index}`), name);
+    entry.append(element("i", name), name);
     return entry;
   }));
   for (const row of body.rows) {
-    row.addEventListener("pointerenter", () => choose(row));
-    row.addEventListener("focus", () => choose(row));
-    row.addEventListener("click", () => choose(row));
+    for (const name of ["pointerenter", "focus", "click"]) row.addEventListener(name, () => choose(row));
     row.addEventListener("keydown", (event) => {
       const other = { ArrowDown: row.nextElementSibling, ArrowUp: row.previousElementSibling }[event.key];
       if (other) { event.preventDefault(); other.focus(); }

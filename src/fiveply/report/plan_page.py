@@ -16,7 +16,7 @@ from fiveply.plan.explain import TERMS, Answer, Ranked, WhyNot, interval_text, s
 from fiveply.plan.predict import Predictor
 from fiveply.plan.simulate import simulate
 from fiveply.report.plan_text import compact, layout_text
-from fiveply.report.template import beside, embedded, environment
+from fiveply.report.template import beside, embedded, filled
 from fiveply.report.text import bytes_text, count_text
 
 MOST_DRAWN, MOST_MICRO_BATCHES = 1200, 24  # actions of a pipeline that can be told apart
@@ -28,25 +28,24 @@ def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
     """The page's text."""
     data = {"plans": [_plan(answer, one) for one in answer.ranked], "words": WORDS, "categories": CATEGORIES}
     job, top = answer.job, answer.ranked[0]
-    return (
-        environment()
-        .from_string(beside("plan.html"))
-        .render(
-            style=Markup(beside("page.css") + beside("plan.css")),
-            script=Markup(beside("plan.js")),
-            data=embedded(data),
-            model=model,
-            lead=f"{count_text(job.global_batch * job.sequence)} tokens a step, in {job.global_batch:,} rows of {job.sequence:,}, on "
-            f"{answer.cluster.count:,} \N{MULTIPLICATION SIGN} {answer.cluster.device}, {job.precision}",
-            tiles=_tiles(answer, top),
-            rows=[_row(number, one) for number, one in enumerate(answer.ranked, start=1)],
-            searched=answer.searched,
-            seconds=answer.seconds,
-            helps=[(name, gain) for name, gain in sensitivities(answer).items() if gain >= 0.001],
-            warnings=shape_warnings(answer),
-            reasons=[(one.wish, one.reason, layout_text(one.best) if one.best else "") for one in reasons],
-            unrunnable=any(one.refusal for one in answer.ranked),
-        )
+    tokens = (
+        f"{count_text(job.global_batch * job.sequence)} tokens a step, in {job.global_batch:,} rows of {job.sequence:,}"
+    )
+    return filled(
+        "plan.html",
+        {},
+        style=Markup(beside("page.css") + beside("plan.css")),
+        script=Markup(beside("plan.js")),
+        data=embedded(data),
+        model=model,
+        lead=f"{tokens}, on {answer.cluster.count:,} \N{MULTIPLICATION SIGN} {answer.cluster.device}, {job.precision}",
+        tiles=_tiles(answer, top),
+        rows=[_row(number, one) for number, one in enumerate(answer.ranked, start=1)],
+        searched=answer.searched,
+        helps=[(name, gain) for name, gain in sensitivities(answer).items() if gain >= 0.001],
+        warnings=shape_warnings(answer),
+        reasons=[(one.wish, one.reason, layout_text(one.best) if one.best else "") for one in reasons],
+        unrunnable=any(one.refusal for one in answer.ranked),
     )
 
 
@@ -67,7 +66,6 @@ def _row(number: int, one: Ranked) -> dict[str, Any]:
     return {
         "number": number,
         "layout": compact(one.prediction.layout),
-        "devices": one.world,
         "refusal": one.refusal,
         "cells": [
             (interval_text(seconds), seconds.p50),

@@ -14,6 +14,7 @@ import msgspec
 
 from fiveply import pipeline_schedule
 from fiveply.pipeline_schedule import Schedule
+from fiveply.report.text import coordinates
 from fiveply.spec.errors import InputError
 from fiveply.spec.run import RunSpec
 
@@ -81,21 +82,15 @@ class ScheduleFacts(msgspec.Struct, frozen=True):
 
 
 class Predicted(msgspec.Struct, frozen=True):
-    """What the planner expected of the layout: seconds of a step, and by share of a recorded one."""
+    """What the planner expected of the layout: seconds of a step by share."""
 
-    seconds: dict[str, float]
     shares: dict[str, float]
-    memory_bytes: list[int] = []
-    cluster: str = ""
-    measured: bool = False
-    """Whether on figures that `fiveply probe` measured here."""
 
 
 class Facts(msgspec.Struct, frozen=True):
     """What `facts.json` says. Its free tables are shown, not computed with, so each key of theirs may be missing."""
 
     version: str = ""
-    started: str = ""
     segments: list[Segment] = []
     layout: str = "dp=1"
     world: int = 1
@@ -106,7 +101,6 @@ class Facts(msgspec.Struct, frozen=True):
     precision: dict[str, Any] = {}
     schedule: ScheduleFacts | None = None
     tokens_per_step: int = 0
-    flops_per_token: float = 0.0
     ranks: list[Rank] = []
     predicted: Predicted | None = None
     own_module: bool = False
@@ -118,7 +112,7 @@ class Facts(msgspec.Struct, frozen=True):
 
     def coordinates(self, rank: Rank, axes: tuple[str, ...] = ("dp", "cp", "tp", "pp")) -> str:
         """`dp 0, pp 1`: the axes above one rank."""
-        return ", ".join(f"{axis} {getattr(rank, axis)}" for axis in axes if self.degree(axis) > 1)
+        return coordinates(rank, self.ranks, axes)
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -15,9 +16,13 @@ def beside(name: str) -> str:
     return files("fiveply.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def environment() -> jinja2.Environment:
-    """Escapes what it is given, and refuses names that it is not."""
-    return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+def filled(template: str, filters: Mapping[str, Callable[..., Any]], /, **values: Any) -> str:
+    """The file `template` with these values: escaped, and refused where one is missing."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= filters
+    return environment.from_string(beside(template)).render(values)
 
 
 def embedded(value: Any) -> Markup:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import groupby
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -22,13 +23,14 @@ from rich.text import Text
 
 from fiveply import pipeline_schedule
 from fiveply.pipeline_schedule import Schedule
-from fiveply.report.record import Facts, Rank
+from fiveply.report.record import Facts
 from fiveply.report.text import bytes_text, count_text
 
 REDRAW_SECONDS = 0.2
 SMOOTHING = 0.9  # of the loss shown: a mean over about ten steps
 BAR_CELLS, BAR_PRIORITY = 16, 7
 MOST_ROWS = 16  # of the table of ranks before replicas fold
+MOST_DRAWN = 16  # micro-batches of a schedule
 
 
 class Progress:
@@ -197,10 +199,7 @@ def layout_table(facts: Facts | dict[str, Any]) -> Table:
     folds = len(facts.ranks) > MOST_ROWS
     groups = [[rank] for rank in facts.ranks]
     if folds:
-
-        def place(rank: Rank) -> tuple[int, int, int]:
-            return rank.pp, rank.cp, rank.tp
-
+        place = attrgetter("pp", "cp", "tp")
         groups = [list(group) for _, group in groupby(sorted(facts.ranks, key=place), key=place)]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("rank", justify="right")
@@ -209,21 +208,17 @@ def layout_table(facts: Facts | dict[str, Any]) -> Table:
     table.add_column("parameters", justify="right")
     table.add_column("state", justify="right")
     for ranks in groups:
-        rank, axes = ranks[0], ("cp", "tp", "pp") if folds else ("dp", "cp", "tp", "pp")
-        which = (
-            str(rank.rank) if len(ranks) == 1 else f"{rank.rank}\N{HORIZONTAL ELLIPSIS}{ranks[-1].rank} ({len(ranks)})"
-        )
+        rank, last, axes = ranks[0], ranks[-1], ("cp", "tp", "pp") if folds else ("dp", "cp", "tp", "pp")
         table.add_row(
-            which,
-            facts.coordinates(rank, axes) or "alone",
-            "; ".join(chunk.text for chunk in rank.chunks),
-            count_text(rank.parameters),
-            bytes_text(max(each.state_bytes for each in ranks)),
-        )
+            str(rank.rank) if rank is last else f"{rank.rank}\N{HORIZONTAL ELLIPSIS}{last.rank} ({len(ranks)})",
+            facts.coordinates(rank, axes) or "alone", "; ".join(chunk.text for chunk in rank.chunks),
+            count_text(rank.parameters), bytes_text(max(each.state_bytes for each in ranks)),
+        )  # fmt: skip
     return table
 
 
-def schedule_picture(schedule: Schedule, stream: TextIO | None = None) -> None:
-    """Print the schedule as text, in bands as wide as the terminal."""
-    stream = sys.stderr if stream is None else stream
-    print(pipeline_schedule.picture(schedule, width=Console(file=stream).width), file=stream)
+def schedule_picture(schedule: Schedule, console: Console) -> None:
+    """Print a pipeline's schedule as text, in bands as wide as the terminal; of many micro-batches the report draws it."""
+    if schedule.pp > 1 and schedule.micro_batches <= MOST_DRAWN:
+        text = pipeline_schedule.picture(schedule, width=console.width)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

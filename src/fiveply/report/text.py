@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 def count_text(number: float, letters: str = "kMBT") -> str:
     """`1.23 M`: three significant digits, and a letter for each thousandfold."""
@@ -28,6 +31,12 @@ def duration_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def coordinates(rank: Any, ranks: Iterable[Any], axes: Iterable[str] = ("dp", "cp", "tp", "pp")) -> str:
+    """`dp 0, pp 1`: of the axes along which `ranks` are more than one."""
+    ranks = list(ranks)
+    return ", ".join(f"{axis} {getattr(rank, axis)}" for axis in axes if any(getattr(one, axis) for one in ranks))
 
 
 def plural(number: int, word: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fiveply import pipeline_schedule, timeline
 from fiveply.pipeline_schedule import Action, ScheduleError
+from fiveply.report.text import coordinates
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 from fiveply.timeline import COMPUTE_KINDS, Event, RecordedStep, innermost
@@ -23,13 +24,9 @@ from fiveply.timeline import COMPUTE_KINDS, Event, RecordedStep, innermost
 MOST_STEPS = 4  # recorded steps on a page: the last of each of the latest layouts
 MOST_SPANS, MOST_RANKS = 12_000, 32  # of one step's picture; beyond, ranks are left out, whole pipelines first in
 SHARE_TEXT = {
-    "compute": "compute",
-    "communication": "exposed communication",
-    "bubble": "bubble",
-    "data": "input",
-    "optimizer": "optimiser",
-    "rest": "rest",
-}
+    "compute": "compute", "communication": "exposed communication", "bubble": "bubble", "data": "input",
+    "optimizer": "optimiser", "rest": "rest",
+}  # fmt: skip
 _SAME_GROUP = {
     "world": (),
     "model": ("dp",),
@@ -60,9 +57,6 @@ def drawn(recorded: RecordedStep) -> dict[str, Any]:
     return {
         "step": recorded.step,
         "layout": recorded.layout,
-        "schedule": recorded.schedule,
-        "seconds": recorded.seconds,
-        "events": len(recorded.events),
         "ran": plan.ran,
         "planned": plan.seconds,
         "picture": _picture(recorded, plan),
@@ -79,8 +73,7 @@ def drawn(recorded: RecordedStep) -> dict[str, Any]:
 def place(recorded: RecordedStep, rank: int) -> str:
     """`dp 0, pp 1`: the axes above one rank."""
     lane = next(lane for lane in recorded.ranks if lane.rank == rank)
-    above = [axis for axis in ("dp", "cp", "tp", "pp") if any(getattr(other, axis) for other in recorded.ranks)]
-    return ", ".join(f"{axis} {getattr(lane, axis)}" for axis in above)
+    return coordinates(lane, recorded.ranks)
 
 
 class Plan(NamedTuple):

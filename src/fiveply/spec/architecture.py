@@ -149,11 +149,8 @@ class ModelSpec(msgspec.Struct, frozen=True, cache_hash=True):
         if path.is_dir():
             path = path / "config.json"
         if not path.is_file():
-            raise InputError(
-                "no such preset, config.json or directory",
-                where=name,
-                fix=f"presets are {', '.join(presets())}; else give a Hugging Face directory",
-            )
+            raise InputError("no such preset, config.json or directory", where=name,
+                             fix=f"presets are {', '.join(presets())}; else give a Hugging Face directory")  # fmt: skip
         return cls.from_config(_decode(path.read_bytes(), str(path)), where=str(path))
 
     @classmethod
@@ -166,42 +163,32 @@ class ModelSpec(msgspec.Struct, frozen=True, cache_hash=True):
         return spec
 
     def check(self, where: str = "model") -> None:
+        def refuse(key: str, problem: str, fix: str) -> None:
+            raise InputError(problem, where=where, key=key, fix=fix)
+
         for key in ("vocabulary", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "positions"):
             if getattr(self, key) < 1:
-                raise InputError(
-                    f"{getattr(self, key)} is not a size", where=where, key=key, fix="give a whole number from 1"
-                )
+                refuse(key, f"{getattr(self, key)} is not a size", "give a whole number from 1")
         if self.heads % self.kv_heads:
-            raise InputError(
-                f"{self.kv_heads} key-value heads do not divide {self.heads} heads",
-                where=where,
-                key="num_key_value_heads",
-                fix="make the heads a multiple of them",
-            )
-        if self.rope is not None and self.head_dim % 2:
-            raise InputError(f"rotary positions need an even head size, not {self.head_dim}", where=where, key="head_dim",
-                             fix="make hidden_size / num_attention_heads even")  # fmt: skip
-        if self.rope is not None and not (
-            1 < self.rope.theta < math.inf and 0 < self.rope.factor < math.inf and self.rope.original_positions >= 0
-        ):
-            raise InputError(
-                f"theta {self.rope.theta} with factor {self.rope.factor} rotates nothing",
-                where=where,
-                key="rope_parameters",
-                fix="give a theta above 1 and a factor above 0",
-            )
+            problem = f"{self.kv_heads} key-value heads do not divide {self.heads} heads"
+            refuse("num_key_value_heads", problem, "make the heads a multiple of them")
+        if rope := self.rope:
+            if self.head_dim % 2:
+                problem = f"rotary positions need an even head size, not {self.head_dim}"
+                refuse("head_dim", problem, "make hidden_size / num_attention_heads even")
+            if not (1 < rope.theta < math.inf and 0 < rope.factor < math.inf and rope.original_positions >= 0):
+                problem = f"theta {rope.theta} with factor {rope.factor} rotates nothing"
+                refuse("rope_parameters", problem, "give a theta above 1 and a factor above 0")
         if self.experts is not None:
             self.experts.check(where)
         if self.latent is not None:
             self.latent.check(where)
         if self.predicted < 1:
-            raise InputError(f"{self.predicted - 1} is not a number of layers", where=where, key="num_nextn_predict_layers",
-                             fix="give a whole number from 0")  # fmt: skip
+            problem = f"{self.predicted - 1} is not a number of layers"
+            refuse("num_nextn_predict_layers", problem, "give a whole number from 0")
         for key in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, key) < 1:
-                raise InputError(
-                    f"{getattr(self, key)} is not a rate", where=where, key=key, fix="give 0 or more and less than 1"
-                )
+                refuse(key, f"{getattr(self, key)} is not a rate", "give 0 or more and less than 1")
 
 
 def presets() -> list[str]:

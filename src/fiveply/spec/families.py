@@ -29,12 +29,8 @@ FAMILIES = {
 """`model_type` and the class of `transformers` that it names."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -43,12 +39,8 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 }
 """The numbers that each needs; yarn's factor follows from the positions."""
 _DEEPSEEK = {
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -73,267 +65,234 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 """What `transformers` takes for keys that a configuration leaves out, where it is not what follows from the others."""
 
 
+class _Config(dict[str, Any]):
+    """The keys of a configuration. Raises InputError, by file and key, for a value that is missing or of another type."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where, self.family = where, str(values.get("model_type", ""))
+
+    def refuse(self, key: str, problem: str, fix: str) -> InputError:
+        return InputError(problem, where=self.where, key=key, fix=fix)
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """A whole number."""
+        value = default if self.get(key) is None else self[key]
+        if value is None:
+            raise self.refuse(key, "is missing", "add it; every size must be given")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.refuse(key, f"{value!r} is not a whole number", "give a whole number")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = default if self.get(key) is None else self[key]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise self.refuse(key, f"{value!r} is not a number from 0", f"give one, such as {default}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = default if self.get(key) is None else self[key]
+        if not isinstance(value, bool):
+            raise self.refuse(key, f"{value!r} is neither true nor false", "give true or false")
+        return value
+
+    def activation(self, key: str, default: str) -> Any:
+        name = str(self.get(key) or default)
+        if name not in ACTIVATIONS:
+            raise self.refuse(key, f"activation '{name}' is not supported", f"supported: {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[name]
+
+
 def read(config: dict[str, Any], where: str) -> ModelSpec:
     """Translate a Hugging Face configuration; raises InputError for what the fields cannot hold."""
-    family = str(config.get("model_type", ""))
-    if family not in FAMILIES:
-        raise InputError(
-            f"model_type '{family}' is not supported",
-            where=where,
-            key="model_type",
-            fix=f"supported: {', '.join(FAMILIES)}",
-        )
-    return _gpt2(config, where) if family == "gpt2" else _llama_like(config, where)
+    given = _Config(config, where)
+    if given.family not in FAMILIES:
+        raise given.refuse("model_type", f"model_type '{given.family}' is not supported",
+                           f"supported: {', '.join(FAMILIES)}")  # fmt: skip
+    return _gpt2(given) if given.family == "gpt2" else _llama_like(given)
 
 
-def _llama_like(given: dict[str, Any], where: str) -> ModelSpec:
-    family = given["model_type"]
-    config = LEFT_OUT[family] | given
-    hidden, heads, layers = (
-        _take(config, k, where) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
-    latent = _latent(config, where) if family in ("deepseek_v2", "deepseek_v3") else None
+def _llama_like(given: _Config) -> ModelSpec:
+    family = given.family
+    config = _Config(LEFT_OUT[family] | given, given.where)
+    hidden, heads, layers = map(config.take, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    latent = _latent(config) if family in ("deepseek_v2", "deepseek_v3") else None
     if heads < 1 or (not latent and config.get("head_dim") is None and hidden % heads):
-        raise InputError(
-            f"{heads} heads do not divide hidden size {hidden}",
-            where=where,
-            key="num_attention_heads",
-            fix="give head_dim, or sizes that divide",
-        )
-    positions = _take(config, "max_position_embeddings", where)
-    biased = _flag(config, "attention_bias", where) and family not in ("mistral", "mixtral", "qwen2", "qwen2_moe")
-    window, windowed = _window(config, layers, where)
+        raise config.refuse("num_attention_heads", f"{heads} heads do not divide hidden size {hidden}",
+                            "give head_dim, or sizes that divide")  # fmt: skip
+    biased = config.flag("attention_bias") and family not in ("mistral", "mixtral", "qwen2", "qwen2_moe")
+    window, windowed = _window(config, layers)
     return ModelSpec(
         family=family,
-        vocabulary=_take(config, "vocab_size", where),
+        vocabulary=config.take("vocab_size"),
         hidden=hidden,
         layers=layers,
         heads=heads,
-        kv_heads=heads if latent else _take(config, "num_key_value_heads", where, heads),
-        head_dim=latent.nope_dim + latent.rope_dim if latent else _take(config, "head_dim", where, hidden // heads),
-        ffn=_take(config, "intermediate_size", where),
-        positions=positions,
-        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
+        kv_heads=heads if latent else config.take("num_key_value_heads", heads),
+        head_dim=latent.nope_dim + latent.rope_dim if latent else config.take("head_dim", hidden // heads),
+        ffn=config.take("intermediate_size"),
+        positions=config.take("max_position_embeddings"),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        qkv_bias=biased or family == "qwen2" or (family == "qwen2_moe" and _flag(config, "qkv_bias", where, True)),
+        qkv_bias=biased or family == "qwen2" or (family == "qwen2_moe" and config.flag("qkv_bias", True)),
         out_bias=biased,
-        mlp_bias=_flag(config, "mlp_bias", where) and family in ("llama", "deepseek_v2"),
-        activation=_activation(config, "hidden_act", where, "silu"),
-        rope=_rope(config, where),
+        mlp_bias=config.flag("mlp_bias") and family in ("llama", "deepseek_v2"),
+        activation=config.activation("hidden_act", "silu"),
+        rope=_rope(config),
         window=window,
         window_layers=windowed,
-        experts=_experts(config, layers, where),
+        experts=_experts(config, layers),
         latent=latent,
         sinks=family == "gpt_oss",
-        predicted=1 + (_take(config, "num_nextn_predict_layers", where, 0) if family == "deepseek_v3" else 0),
-        tied=_flag(config, "tie_word_embeddings", where),
-        attention_dropout=_number(config, "attention_dropout", where, 0.0),
-        init_std=_number(config, "initializer_range", where, 0.02),
-        config=given,
+        predicted=1 + (config.take("num_nextn_predict_layers", 0) if family == "deepseek_v3" else 0),
+        tied=config.flag("tie_word_embeddings"),
+        attention_dropout=config.number("attention_dropout", 0.0),
+        init_std=config.number("initializer_range", 0.02),
+        config=dict(given),
     )
 
 
-def _latent(config: dict[str, Any], where: str) -> Latent:
+def _latent(config: _Config) -> Latent:
     return Latent(
-        q_rank=0 if config["q_lora_rank"] is None else _take(config, "q_lora_rank", where),
-        kv_rank=_take(config, "kv_lora_rank", where),
-        nope_dim=_take(config, "qk_nope_head_dim", where),
-        rope_dim=_take(config, "qk_rope_head_dim", where),
-        value_dim=_take(config, "v_head_dim", where),
+        q_rank=0 if config["q_lora_rank"] is None else config.take("q_lora_rank"),
+        kv_rank=config.take("kv_lora_rank"),
+        nope_dim=config.take("qk_nope_head_dim"),
+        rope_dim=config.take("qk_rope_head_dim"),
+        value_dim=config.take("v_head_dim"),
     )
 
 
-def _experts(config: dict[str, Any], layers: int, where: str) -> Experts | None:
-    family, every = config["model_type"], tuple(range(layers))
+def _experts(config: _Config, layers: int) -> Experts | None:
+    family, every = config.family, tuple(range(layers))
     if family in ("mixtral", "gpt_oss"):
         return Experts(
-            count=_take(config, "num_local_experts", where),
-            per_token=_take(config, "num_experts_per_tok", where),
-            ffn=_take(config, "intermediate_size", where),
+            count=config.take("num_local_experts"),
+            per_token=config.take("num_experts_per_tok"),
+            ffn=config.take("intermediate_size"),
             layers=every,
             bias=family == "gpt_oss",
         )
     if family in ("qwen2_moe", "qwen3_moe"):
-        step = _take(config, "decoder_sparse_step", where, 1)
+        step = config.take("decoder_sparse_step", 1)
         dense: Any = config.get("mlp_only_layers") or []
         if step < 1 or not isinstance(dense, list):
             key = "decoder_sparse_step" if step < 1 else "mlp_only_layers"
-            raise InputError("does not say which layers have experts", where=where, key=key,
-                             fix="give a step from 1 and a list of layers")  # fmt: skip
-        renamed = "num_local_experts"  # as `transformers` 5 writes it
-        shared = _take(config, "shared_expert_intermediate_size", where) if family == "qwen2_moe" else 0
+            raise config.refuse(
+                key, "does not say which layers have experts", "give a step from 1 and a list of layers"
+            )
+        # `transformers` 5 writes the first name.
+        count = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        shared = config.take("shared_expert_intermediate_size") if family == "qwen2_moe" else 0
         return Experts(
-            count=_take(
-                config, renamed if renamed in config else "num_experts", where, 60 if family == "qwen2_moe" else 128
-            ),
-            per_token=_take(config, "num_experts_per_tok", where),
-            ffn=_take(config, "moe_intermediate_size", where),
+            count=config.take(count, 60 if family == "qwen2_moe" else 128),
+            per_token=config.take("num_experts_per_tok"),
+            ffn=config.take("moe_intermediate_size"),
             layers=tuple(i for i in every if i not in cast(list[Any], dense) and (i + 1) % step == 0),
             shared_ffn=shared,
             shared_gate=shared > 0,
         )
     if family in ("deepseek_v2", "deepseek_v3"):
-        if _take(config, "moe_layer_freq", where, 1) != 1:
-            raise InputError("only 1 is supported", where=where, key="moe_layer_freq", fix="leave it out")
-        ffn = _take(config, "moe_intermediate_size", where)
+        if config.take("moe_layer_freq", 1) != 1:
+            raise config.refuse("moe_layer_freq", "only 1 is supported", "leave it out")
+        ffn = config.take("moe_intermediate_size")
         return Experts(
-            count=_take(config, "n_routed_experts", where),
-            per_token=_take(config, "num_experts_per_tok", where),
+            count=config.take("n_routed_experts"),
+            per_token=config.take("num_experts_per_tok"),
             ffn=ffn,
-            layers=every[max(0, _take(config, "first_k_dense_replace", where)) :],
-            shared_ffn=ffn * _take(config, "n_shared_experts", where),
+            layers=every[max(0, config.take("first_k_dense_replace")) :],
+            shared_ffn=ffn * config.take("n_shared_experts"),
         )
     return None
 
 
-def _window(config: dict[str, Any], layers: int, where: str) -> tuple[int, tuple[int, ...]]:
+def _window(config: _Config, layers: int) -> tuple[int, tuple[int, ...]]:
     """The sliding window and the layers that have it."""
-    family = config["model_type"]
-    window = _take(config, "sliding_window", where, 0)
-    switched = family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and _flag(config, "use_sliding_window", where)
+    family = config.family
+    window = config.take("sliding_window", 0)
+    switched = family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and config.flag("use_sliding_window")
+    windowed: tuple[int, ...] = ()
     if family in ("mistral", "mixtral") or (family == "qwen3_moe" and switched):
         windowed = tuple(range(layers))
     elif switched or family == "gpt_oss":
         kinds: Any = config.get("layer_types")
         if kinds is None:
-            near = _window_layers(config, layers, where)
-            kinds = ["sliding_attention" if layer in near else "full_attention" for layer in range(layers)]
-        if (
-            not isinstance(kinds, list)
-            or len(kinds := cast(list[Any], kinds)) != layers
-            or not set(map(str, kinds)) <= LAYER_TYPES
+            windowed = tuple(_window_layers(config, layers))
+        elif (
+            isinstance(kinds, list)
+            and len(kinds := cast(list[Any], kinds)) == layers
+            and set(map(str, kinds)) <= LAYER_TYPES
         ):
-            raise InputError(
-                f"does not say for each of {layers} layers which attention it has",
-                where=where,
-                key="layer_types",
-                fix=f"list {layers} of {', '.join(sorted(LAYER_TYPES))}",
-            )
-        windowed = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    else:
-        windowed = ()
+            windowed = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+        else:
+            raise config.refuse("layer_types", f"does not say for each of {layers} layers which attention it has",
+                                f"list {layers} of {', '.join(sorted(LAYER_TYPES))}")  # fmt: skip
     if window < 0:
-        raise InputError(f"{window} is not a window", where=where, key="sliding_window", fix="give a number of tokens")
+        raise config.refuse("sliding_window", f"{window} is not a window", "give a number of tokens")
     return (window, windowed) if window and windowed else (0, ())
 
 
-def _window_layers(config: dict[str, Any], layers: int, where: str) -> range:
+def _window_layers(config: _Config, layers: int) -> range:
     """Which layers have the window where `layer_types` is left out."""
-    if config["model_type"] == "gpt_oss":
+    if config.family == "gpt_oss":
         return range(0, layers, 2)
-    first = _take(config, "max_window_layers", where)
-    return range(0, min(first, layers), 2) if config["model_type"] == "qwen2_moe" else range(max(0, first), layers)
+    first = config.take("max_window_layers")
+    return range(0, min(first, layers), 2) if config.family == "qwen2_moe" else range(max(0, first), layers)
 
 
-def _gpt2(config: dict[str, Any], where: str) -> ModelSpec:
-    hidden, heads = _take(config, "n_embd", where, 768), _take(config, "n_head", where, 12)
+def _gpt2(config: _Config) -> ModelSpec:
+    hidden, heads = config.take("n_embd", 768), config.take("n_head", 12)
     if heads < 1 or hidden % heads:
-        raise InputError(
-            f"{heads} heads do not divide hidden size {hidden}", where=where, key="n_head", fix="give sizes that divide"
-        )
+        raise config.refuse("n_head", f"{heads} heads do not divide hidden size {hidden}", "give sizes that divide")
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if _flag(config, key, where):
-            raise InputError("is not supported", where=where, key=key, fix="set it to false")
+        if config.flag(key):
+            raise config.refuse(key, "is not supported", "set it to false")
     if config.get("scale_attn_weights") is False:
-        raise InputError(
-            "unscaled attention is not supported", where=where, key="scale_attn_weights", fix="set it to true"
-        )
-    rates = {_number(config, key, where, 0.1) for key in ("embd_pdrop", "resid_pdrop")}
+        raise config.refuse("scale_attn_weights", "unscaled attention is not supported", "set it to true")
+    rates = {config.number(key, 0.1) for key in ("embd_pdrop", "resid_pdrop")}
     if len(rates) > 1:
-        raise InputError(
-            f"embd_pdrop and resid_pdrop differ ({sorted(rates)})",
-            where=where,
-            key="resid_pdrop",
-            fix="give both the same rate",
-        )
+        raise config.refuse("resid_pdrop", f"embd_pdrop and resid_pdrop differ ({sorted(rates)})",
+                            "give both the same rate")  # fmt: skip
     return ModelSpec(
         family="gpt2",
-        vocabulary=_take(config, "vocab_size", where, 50257),
+        vocabulary=config.take("vocab_size", 50257),
         hidden=hidden,
-        layers=_take(config, "n_layer", where, 12),
+        layers=config.take("n_layer", 12),
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
-        ffn=_take(config, "n_inner", where, 4 * hidden),
-        positions=_take(config, "n_positions", where, 1024),
+        ffn=config.take("n_inner", 4 * hidden),
+        positions=config.take("n_positions", 1024),
         norm="layer",
-        norm_eps=_number(config, "layer_norm_epsilon", where, 1e-5),
+        norm_eps=config.number("layer_norm_epsilon", 1e-5),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         gated_mlp=False,
-        activation=_activation(config, "activation_function", where, "gelu_new"),
+        activation=config.activation("activation_function", "gelu_new"),
         rope=None,
-        tied=_flag(config, "tie_word_embeddings", where, True),
+        tied=config.flag("tie_word_embeddings", True),
         dropout=rates.pop(),
-        attention_dropout=_number(config, "attn_pdrop", where, 0.1),
-        init_std=_number(config, "initializer_range", where, 0.02),
-        config=config,
+        attention_dropout=config.number("attn_pdrop", 0.1),
+        init_std=config.number("initializer_range", 0.02),
+        config=dict(config),
     )
 
 
-def _take(config: dict[str, Any], key: str, where: str, default: Any = None) -> Any:
-    """A whole number of the configuration, or `default`; a missing or mistyped one is the user's error."""
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise InputError("is missing", where=where, key=key, fix="add it; every size must be given")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{value!r} is not a whole number", where=where, key=key, fix="give a whole number")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, where: str, default: float) -> float:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise InputError(f"{value!r} is not a number from 0", where=where, key=key, fix=f"give one, such as {default}")
-    return float(value)
-
-
-def _flag(config: dict[str, Any], key: str, where: str, default: bool = False) -> bool:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise InputError(f"{value!r} is neither true nor false", where=where, key=key, fix="give true or false")
-    return value
-
-
-def _activation(config: dict[str, Any], key: str, where: str, default: str) -> Any:
-    name = str(config.get(key) or default)
-    if name not in ACTIVATIONS:
-        raise InputError(
-            f"activation '{name}' is not supported", where=where, key=key, fix=f"supported: {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
-
-
-def _rope(config: dict[str, Any], where: str) -> Rope:
+def _rope(config: _Config) -> Rope:
     # transformers 5 writes `rope_parameters`; before it, `rope_theta` stood alone beside `rope_scaling`.
     raw: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value: Any = config.get(key) or {}
         if not isinstance(value, dict):
-            raise InputError(f"{value!r} is not an object", where=where, key=key, fix="give rope_type and its numbers")
+            raise config.refuse(key, f"{value!r} is not an object", "give rope_type and its numbers")
         raw |= cast(dict[str, Any], value)
     kind = raw.get("rope_type") or raw.get("type") or "default"
     if kind not in ROPE_SCALINGS:
-        raise InputError(
-            f"rotary scaling '{kind}' is not supported",
-            where=where,
-            key="rope_parameters",
-            fix=f"supported: {', '.join(ROPE_SCALINGS)}",
-        )
+        raise config.refuse("rope_parameters", f"rotary scaling '{kind}' is not supported",
+                            f"supported: {', '.join(ROPE_SCALINGS)}")  # fmt: skip
     if raw.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise InputError(
-            "partial rotary positions are not supported",
-            where=where,
-            key="partial_rotary_factor",
-            fix="use a model that rotates whole heads",
-        )
+        raise config.refuse("partial_rotary_factor", "partial rotary positions are not supported",
+                            "use a model that rotates whole heads")  # fmt: skip
     fields = {key: raw[key] for key in Rope.__struct_fields__ if raw.get(key) is not None} | {
         "theta": raw.get("rope_theta") or config.get("rope_theta") or 10000.0,
         "kind": kind,
@@ -343,11 +302,11 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
     }
     for key in ROPE_SCALINGS[kind]:
         if key not in fields:
-            raise InputError(f"{kind} scaling needs {key}", where=where, key="rope_parameters", fix="add it")
+            raise config.refuse("rope_parameters", f"{kind} scaling needs {key}", "add it")
     try:
         rope = msgspec.convert(fields, Rope)
-        if kind == "yarn" and "factor" not in fields:
-            rope = msgspec.structs.replace(rope, factor=config["max_position_embeddings"] / rope.original_positions)
-        return rope
     except msgspec.ValidationError as error:
-        raise InputError(str(error), where=where, key="rope_parameters", fix="give numbers") from None
+        raise config.refuse("rope_parameters", str(error), "give numbers") from None
+    if kind == "yarn" and "factor" not in fields:
+        rope = msgspec.structs.replace(rope, factor=config["max_position_embeddings"] / rope.original_positions)
+    return rope

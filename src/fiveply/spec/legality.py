@@ -99,33 +99,7 @@ def check_runnable(spec: ModelSpec, where: str = "model") -> None:
 def check_module(layout: Layout, stages: int, where: str = "layout") -> Layout:
     """Check `layout` for a user's own module that names `stages` stages; returns it with sequence parallel off."""
     layout.check(where)
-    for key in ("cp", "ep", "etp"):
-        if getattr(layout, key) > 1:
-            raise InputError(f"{key}={getattr(layout, key)} needs to know what a module computes", where=where, key=key,
-                             fix=f"leave {key} out for a module of your own")  # fmt: skip
-    if layout.sp == 1:
-        raise InputError(
-            "sequence parallel needs to know which dimension holds tokens", where=where, key="sp", fix="leave sp out"
-        )
-    if layout.recompute != "none" or layout.offload != "none":
-        key = "recompute" if layout.recompute != "none" else "offload"
-        raise InputError(f"{key}={getattr(layout, key)} is for fiveply's own decoder", where=where, key=key,
-                         fix="call torch.utils.checkpoint in the module" if key == "recompute" else "leave offload out")  # fmt: skip
-    if layout.schedule in ("zb", "zbv"):
-        raise InputError(f"{layout.schedule} splits the backward of each linear, which a module of your own does not offer",
-                         where=where, key="schedule", fix="set schedule=1f1b, gpipe or interleaved")  # fmt: skip
-    if layout.stages:
-        raise InputError(
-            "counts layers of fiveply's decoder",
-            where=where,
-            key="stages",
-            fix="name modules in parallelize(stages=...)",
-        )
-    if layout.stage_count > 1 and layout.stage_count != stages:
-        raise InputError(
-            f"pp={layout.pp} x {layout.chunks} chunks = {layout.stage_count} stages, {stages} are named", where=where, key="pp",
-            fix=f"name {layout.stage_count} modules in parallelize(stages=...)",
-        )  # fmt: skip
+    enforce(_OWN_MODULE_RULES, layout, stages, where)
     return msgspec.structs.replace(layout, sp=0) if layout.tp > 1 else layout
 
 
@@ -136,11 +110,8 @@ def _check_batch(job: _Job, where: str) -> None:
             key="data.sequence", fix=f"give at most {job.spec.positions}",
         )  # fmt: skip
     if job.sequence < 1 or job.global_batch < 1:
-        raise InputError(
-            f"sequence {job.sequence} and global_batch {job.global_batch} must be 1 or more",
-            where=where,
-            fix="give whole numbers from 1",
-        )
+        problem = f"sequence {job.sequence} and global_batch {job.global_batch} must be 1 or more"
+        raise InputError(problem, where=where, fix="give whole numbers from 1")
 
 
 def _kv_splits(spec: ModelSpec, parts: int) -> bool:
@@ -228,6 +199,28 @@ _RUNTIME_RULES: tuple[Rule[_Job], ...] = (
          lambda _x, _j: ("dropout inside attention would draw another mask when recomputed",
                      "leave recompute out, or set the model's attention dropout to 0")),
 )  # fmt: skip
+
+
+_OWN_MODULE_RULES: tuple[Rule[int], ...] = (
+    *(Rule(key, lambda x, _, key=key: getattr(x, key) > 1,
+           lambda x, _, key=key: (f"{key}={getattr(x, key)} needs to know what a module computes",
+                                  f"leave {key} out for a module of your own")) for key in ("cp", "ep", "etp")),
+    Rule("sp", lambda x, _: x.sp == 1,
+         lambda x, _: ("sequence parallel needs to know which dimension holds tokens", "leave sp out")),
+    Rule("recompute", lambda x, _: x.recompute != "none",
+         lambda x, _: (f"recompute={x.recompute} is for fiveply's own decoder", "call torch.utils.checkpoint in the module")),
+    Rule("offload", lambda x, _: x.offload != "none",
+         lambda x, _: (f"offload={x.offload} is for fiveply's own decoder", "leave offload out")),
+    Rule("schedule", lambda x, _: x.schedule in ("zb", "zbv"),
+         lambda x, _: (f"{x.schedule} splits the backward of each linear, which a module of your own does not offer",
+                       "set schedule=1f1b, gpipe or interleaved")),
+    Rule("stages", lambda x, _: bool(x.stages),
+         lambda x, _: ("counts layers of fiveply's decoder", "name modules in parallelize(stages=...)")),
+    Rule("pp", lambda x, named: x.stage_count > 1 and x.stage_count != named,
+         lambda x, named: (f"pp={x.pp} x {x.chunks} chunks = {x.stage_count} stages, {named} are named",
+                           f"name {x.stage_count} modules in parallelize(stages=...)")),
+)  # fmt: skip
+"""Of a layout alone, and the number of stages that the module names."""
 
 
 def _micro_batch(pp: int, replica_batch: int) -> int:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 import tomli_w
@@ -123,6 +125,15 @@ class Precision(Table, frozen=True):
     """Of what the optimiser updates and keeps; auto: as `reduce`'s auto."""
 
 
+LEAST = {
+    "train.steps": 1, "train.global_batch": 1, "train.patience": 1, "train.sync_every": 0, "train.evaluate_every": 0,
+    "train.evaluate_batches": 1, "train.checkpoint_every": 0, "train.stop_at": 0, "train.keep_checkpoints": 1,
+    "train.log_every": 1, "train.record": 0, "train.hang_timeout": 0, "data.sequence": 1, "optimizer.warmup": 0,
+    "optimizer.lr": 0, "optimizer.clip": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
+}  # fmt: skip
+"""What each number must be at the least."""
+
+
 class RunSpec(Table, frozen=True):
     name: str = ""
     """Names the run's directory, `runs/NAME`; default: the file's name."""
@@ -141,25 +152,23 @@ class RunSpec(Table, frozen=True):
         return Path(self.folder) / self.name
 
     @classmethod
-    def load(
-        cls, path: str | Path | None, settings: list[str] | None = None, defaults: dict[str, Any] | None = None
-    ) -> RunSpec:
+    def load(cls, path: str | Path | None, settings: Sequence[str] = ()) -> RunSpec:
         """Read a TOML file (None: defaults alone) and apply `key=value` settings; raises InputError naming file and key."""
-        values: dict[str, Any] = dict(defaults or {})
+        values: Values = {}
         where = "command line" if path is None else str(path)
         if path is not None:
             file = Path(path)
             if not file.is_file():
                 raise InputError("no such file", where=where, fix="give a run's TOML file, or --model and --data")
             try:
-                values = _merged(values, tomllib.loads(file.read_text()))
+                values = tomllib.loads(file.read_text())
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise InputError(f"not valid TOML ({error})", where=where, fix="mend that line") from None
             values.setdefault("name", file.stem)
             written = _converted(values, where)
             if settings and _checks(written):
                 where = "--set"  # what is wrong from here on came with the settings
-        for setting in settings or []:
+        for setting in settings:
             _apply(values, setting)
         run = _converted(values, where)
         run.check(where)
@@ -173,60 +182,28 @@ class RunSpec(Table, frozen=True):
 
         if not self.name:
             refuse("name", "the run has no name", 'add name = "..."')
-        for key, value, least in (
-            ("train.steps", self.train.steps, 1),
-            ("train.global_batch", self.train.global_batch, 1),
-            ("train.patience", self.train.patience, 1),
-            ("train.sync_every", self.train.sync_every, 0),
-            ("train.evaluate_every", self.train.evaluate_every, 0),
-            ("train.evaluate_batches", self.train.evaluate_batches, 1),
-            ("train.checkpoint_every", self.train.checkpoint_every, 0),
-            ("train.stop_at", self.train.stop_at, 0),
-            ("train.keep_checkpoints", self.train.keep_checkpoints, 1),
-            ("train.log_every", self.train.log_every, 1),
-            ("train.record", self.train.record, 0),
-            ("train.hang_timeout", self.train.hang_timeout, 0),
-            ("data.sequence", self.data.sequence, 1),
-            ("optimizer.warmup", self.optimizer.warmup, 0),
-            ("optimizer.lr", self.optimizer.lr, 0),
-            ("optimizer.clip", self.optimizer.clip, 0),
-            ("optimizer.eps", self.optimizer.eps, 0),
-            ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
-        ):
+        for key, least in LEAST.items():
+            value = attrgetter(key)(self)
             if not least <= value < math.inf:
-                refuse(
-                    key,
-                    f"{value} is {'too small' if value < least else 'not a finite number'}",
-                    f"give {least} or more",
-                )
-        for key, share in (
-            ("data.held_out", self.data.held_out),
-            *(("optimizer.betas", beta) for beta in self.optimizer.betas),
-        ):
+                problem = "too small" if value < least else "not a finite number"
+                refuse(key, f"{value} is {problem}", f"give {least} or more")
+        betas = (("optimizer.betas", beta) for beta in self.optimizer.betas)
+        for key, share in (("data.held_out", self.data.held_out), *betas):
             if not 0 <= share < 1:
                 refuse(key, f"{share} is not a share", "give 0 or more and less than 1")
-        for key, share in (
-            ("optimizer.decay_share", self.optimizer.decay_share),
-            ("optimizer.final_share", self.optimizer.final_share),
-        ):
-            if not 0 <= share <= 1:
-                refuse(key, f"{share} is not a share", "give 0 to 1")
+        for key in ("optimizer.decay_share", "optimizer.final_share"):
+            if not 0 <= attrgetter(key)(self) <= 1:
+                refuse(key, f"{attrgetter(key)(self)} is not a share", "give 0 to 1")
         try:
             first, last = self.train.profiled
         except ValueError:
             first, last = 1, 0
         if self.train.profile and not 1 <= first <= last:
-            refuse(
-                "train.profile",
-                f"'{self.train.profile}' is no range of steps",
-                "write the first and the last, as 10:12",
-            )
+            problem = f"'{self.train.profile}' is no range of steps"
+            refuse("train.profile", problem, "write the first and the last, as 10:12")
         if self.train.until == "converged" and (self.train.evaluate_every == 0 or self.data.held_out == 0):
-            refuse(
-                "train.until",
-                "convergence needs evaluations on held-out text",
-                "set train.evaluate_every and data.held_out",
-            )
+            problem = "convergence needs evaluations on held-out text"
+            refuse("train.until", problem, "set train.evaluate_every and data.held_out")
 
     def toml(self) -> str:
         return tomli_w.dumps(msgspec.to_builtins(self))
@@ -236,14 +213,9 @@ class RunSpec(Table, frozen=True):
         spec = ModelSpec.load(self.model.init_from or self.model.preset)
         if not self.model.overrides:
             return spec
-        unknown = [key for key in self.model.overrides if key not in spec.config]
-        if unknown:
-            raise InputError(
-                f"unknown key '{unknown[0]}'",
-                where="run",
-                key="model.overrides",
-                fix=f"keys are {', '.join(sorted(spec.config))}",
-            )
+        if unknown := [key for key in self.model.overrides if key not in spec.config]:
+            raise InputError(f"unknown key '{unknown[0]}'", where="run", key="model.overrides",
+                             fix=f"keys are {', '.join(sorted(spec.config))}")  # fmt: skip
         return ModelSpec.from_config(spec.config | self.model.overrides, where="model.overrides")
 
 
@@ -262,18 +234,6 @@ def _checks(run: RunSpec) -> bool:
     except InputError:
         return False
     return True
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = dict(base)
-    for key, value in over.items():
-        old = both.get(key)
-        both[key] = (
-            _merged(cast(Values, old), cast(Values, value))
-            if isinstance(value, dict) and isinstance(old, dict)
-            else value
-        )
-    return both
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

@@ -16,6 +16,7 @@ from fiveply.parallel.data_parallel import Dtypes
 from fiveply.plan import explain, footprint, machine, table
 from fiveply.plan.explain import TERMS, Answer, Ranked, interval_text
 from fiveply.plan.predict import Predictor
+from fiveply.plan.software import Software
 from fiveply.plan.space import Limits
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.cluster import ClusterSpec
@@ -65,17 +66,21 @@ def plan(
         among["zero"] = (0,)
     if spec.attention_dropout:
         among |= {"dp": (1,), "tp": (1,), "pp": (1,), "recompute": ("none",)}
-    sizes = [dtype.itemsize for dtype in (dtypes.compute, dtypes.reduce, dtypes.optimizer)]
     worlds = [ranks] if ranks else None
     return explain.answer(
         spec, devices, sequence=sequence, global_batch=global_batch, precision=precision(dtypes.compute),
-        limits=Limits(among=among), system=footprint.runtime(*sizes), worlds=worlds,
+        limits=Limits(among=among), system=software(dtypes), worlds=worlds,
     )  # fmt: skip
 
 
 def precision(dtype: torch.dtype) -> str:
     """As the planner names it."""
     return {torch.bfloat16: "bf16", torch.float64: "fp64"}.get(dtype, "fp32")
+
+
+def software(dtypes: Dtypes) -> Software:
+    """The runtime's habits, in these types."""
+    return footprint.runtime(dtypes.compute.itemsize, dtypes.reduce.itemsize, dtypes.optimizer.itemsize)
 
 
 def reason(answer: Answer) -> str:
@@ -108,10 +113,9 @@ def predicted(
         devices = cluster()
     except InputError:
         return None
-    sizes = [dtype.itemsize for dtype in (dtypes.compute, dtypes.reduce, dtypes.optimizer)]
     job = explain.job_of(
         spec, devices, layout.world, sequence=sequence, global_batch=global_batch, precision=precision(dtypes.compute),
-        system=footprint.runtime(*sizes),
+        system=software(dtypes),
     )  # fmt: skip
     found = Predictor(job).predict(layout)
     return {

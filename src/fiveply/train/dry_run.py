@@ -30,7 +30,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fiveply import pipeline_schedule
 from fiveply.corpus.batches import Rows
 from fiveply.parallel.data_parallel import Dtypes
-from fiveply.pipeline_schedule import Action, Kind, Schedule
+from fiveply.pipeline_schedule import Action, Kind
+from fiveply.report.terminal import schedule_picture
 from fiveply.report.text import bytes_text, count_text
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
@@ -48,8 +49,6 @@ from fiveply.world.recorder import Call, Recorder, Span
 
 STEP = 1
 """The second one: optimisers make their state in the first."""
-MOST_DRAWN = 16
-"""Micro-batches up to which the schedule is drawn."""
 _ACTIONS: frozenset[str] = frozenset(Kind)
 _CATEGORIES = {"forward": "activations", "data": "buffers", "receive_forward": "buffers", "receive_backward": "buffers"}
 """Of what is made during a span; what other spans make is working memory."""
@@ -125,11 +124,9 @@ def of_run(run: RunSpec, layout: str = "", ranks: str = "") -> DryRun:
         layout=str(resolved),
         world=resolved.world,
         precision=setup.describe(dtypes),
-        schedule={
-            "name": resolved.schedule, "pp": resolved.pp, "vp": resolved.chunks, "micro_batches": micro_batches,
-        },
+        schedule=metrics.schedule_facts(resolved, micro_batches),
         ranks=[dry_run(run, spec, resolved, dtypes, rank, here=here) for rank in chosen],
-    )  # fmt: skip
+    )
 
 
 def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank: int, *, here: bool = True) -> DryRank:
@@ -229,9 +226,7 @@ class _DryAxis(Axis):
     """Sends are done at once, where a fake group's work never says that it is: so what was sent is let go."""
 
     def send(self, x: Tensor, to: int) -> Call:
-        call = self._call("send", x, False, lambda: None, peer=self.ranks[to])
-        assert call is not None
-        return call
+        return self._call("send", x, False, lambda: None, peer=self.ranks[to])
 
 
 class _DryMesh(Mesh):
@@ -272,9 +267,7 @@ def show(found: DryRun, console: Console | None = None) -> None:
     console = console or Console()
     names = ", ".join(f"{key} {value}" for key, value in found.precision.items())
     console.print(f"{found.layout}: {found.world} ranks; {names}", soft_wrap=True)
-    shape = found.schedule
-    if shape["pp"] > 1 and shape["micro_batches"] <= MOST_DRAWN:
-        console.print(pipeline_schedule.picture(_schedule(shape), width=console.width), highlight=False)
+    schedule_picture(pipeline_schedule.build(**found.schedule), console)
     for rank in found.ranks:
         place = ", ".join(f"{axis} {rank.place[axis]}" for axis in ("dp", "tp", "pp"))
         flops = ", ".join(f"{name} {count_text(value, 'kMGTPE')}FLOP" for name, value in rank.flops.items())
@@ -283,10 +276,6 @@ def show(found: DryRun, console: Console | None = None) -> None:
         console.print(_columns(("bytes at the peak", ""), [(n, bytes_text(v)) for n, v in sorted(rank.peak.items())]))
         calls = [(c.axis, c.operation, bytes_text(c.bytes), str(c.count)) for c in rank.calls]
         console.print(_columns(("axis", "operation", "bytes", "calls"), calls))
-
-
-def _schedule(shape: dict[str, Any]) -> Schedule:
-    return pipeline_schedule.build(shape["name"], shape["pp"], shape["micro_batches"], shape["vp"])
 
 
 def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -69,11 +69,7 @@ class Job:
         )  # fmt: skip
         self.optimizer = SegmentOptimizer(self.model, run.optimizer)
         self.replica_rows = run.train.global_batch // self.layout.dp
-        layout = self.layout
-        schedule = pipeline_schedule.build(
-            layout.schedule, layout.pp, self.replica_rows // layout.micro_batch, layout.chunks,
-            gather=layout.zero == 3, reduce_each=layout.zero >= 2,
-        )  # fmt: skip
+        schedule = pipeline_schedule.of_layout(self.layout, self.replica_rows // self.layout.micro_batch)
         self.executor = Executor(self.model, schedule, seed=run.seed)
 
     def step(self, batches: Batches, step: int, first: int | None = None) -> Sums:

@@ -14,14 +14,16 @@ from typing import Any, TextIO
 import msgspec
 import torch
 
+import fiveply
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.parallel.parallelize import products_on
 from fiveply.parallel.pipeline_parallel import Model
-from fiveply.plan.footprint import footprint, runtime
+from fiveply.plan.footprint import footprint
 from fiveply.plan.workload import Case, model_flops
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import declare
+from fiveply.train import auto
 from fiveply.world.device import find
 
 
@@ -39,9 +41,8 @@ def counted_bytes(
     spec: ModelSpec, layout: Layout, rank: int, *, sequence: int, global_batch: int, dtypes: Dtypes
 ) -> dict[str, int]:
     """Bytes by category of a rank of `layout` (resolved) at the worst moment of a step, as the planner counts them."""
-    at, compute = layout.coordinates(rank), dtypes.compute.itemsize
-    system = runtime(compute, dtypes.reduce.itemsize, dtypes.optimizer.itemsize)
-    case = Case(spec, sequence, system, {8: "fp64", 4: "fp32", 2: "bf16"}[compute])
+    at = layout.coordinates(rank)
+    case = Case(spec, sequence, auto.software(dtypes), auto.precision(dtypes.compute))
     return footprint(case, layout, global_batch // layout.dp // layout.micro_batch, at.pp, at.tp).categories
 
 
@@ -102,6 +103,33 @@ def machine() -> dict[str, Any]:
     """What the record says of this machine."""
     found = find()
     return {key: getattr(found, key) for key in ("kind", "name", "count", "cores", "memory_bytes", "fast_bf16")}
+
+
+def rank_facts(model: Model, held: dict[str, int]) -> dict[str, Any]:
+    """What the record says of this rank; `held`: its bytes by category."""
+    return {
+        "rank": model.mesh.rank,
+        **msgspec.structs.asdict(model.mesh.at),
+        "chunks": [{"stage": c.stage, "layers": c.layers, "units": list(c.units)} for c in model.chunks],
+        "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
+        "bytes": held,
+    }
+
+
+def schedule_facts(layout: Layout, micro_batches: int) -> dict[str, Any]:
+    return {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks, "micro_batches": micro_batches}
+
+
+def write_facts(path: Path, layout: Layout, done: int, micro_batches: int, more: dict[str, Any]) -> None:
+    """`facts.json`: what the run is and what each rank holds, for the report. `done`: steps before this start; `more`: what
+    one kind of run alone can say."""
+    starts = segments(path, done, layout)
+    facts = {
+        "version": fiveply.__version__, "started": starts[0]["started"], "segments": starts, "layout": str(layout),
+        "world": layout.world, "oversubscribed": layout.world > find().count,
+        "schedule": schedule_facts(layout, micro_batches),
+    } | more  # fmt: skip
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
 
 
 class _Row(msgspec.Struct):

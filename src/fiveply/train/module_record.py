@@ -8,17 +8,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-import fiveply
 from fiveply.parallel.parallelize_module import ParallelModule
 from fiveply.pipeline_schedule import Schedule
 from fiveply.spec.errors import InputError
 from fiveply.spec.run import Data, Model, RunSpec, Train
 from fiveply.train import metrics
 from fiveply.train.observe import Observer, step_to_record
-from fiveply.world import device
 
 
 class ModuleRecord:
@@ -33,7 +30,7 @@ class ModuleRecord:
         self._file: metrics.MetricsFile | None = None
         self._last: dict[str, Any] = {}
         metrics.forget_peak_memory()
-        self._ranks = model.mesh.gather_objects(self._own_facts())
+        self._ranks = model.mesh.gather_objects(metrics.rank_facts(model, metrics.bytes_by_category(model)))
         if self.first_rank:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -83,37 +80,22 @@ class ModuleRecord:
             self._file.write(self._last)
 
     def _begin(self, step: int, rows: int, micro_batches: int) -> None:
-        layout, found = self.model.layout, device.find()
-        path = self.directory / "facts.json"
-        segments = metrics.segments(path, step - 1, layout)
+        layout = self.model.layout
         run = RunSpec(
             name=self.directory.name, folder=str(self.directory.parent), seed=self.seed, layout=str(layout),
             model=Model(preset=self.name), data=Data(corpus="own data set"), train=Train(global_batch=rows),
         )  # fmt: skip
         (self.directory / "run.toml").write_text(run.toml())
         kind = str(self.model.dtype).removeprefix("torch.")
-        facts = {
-            "version": fiveply.__version__, "started": segments[0]["started"], "segments": segments, "layout": str(layout),
-            "world": layout.world, "oversubscribed": layout.world > found.count,
+        own = {
             "model": {"family": self.name, "parameters": sum(
                 rank["parameters"] for rank in self._ranks if (rank["dp"], rank["tp"]) == (0, 0))},
             "machine": metrics.machine(),
             "precision": dict.fromkeys(("parameters", "reduce", "optimizer"), kind),
-            "schedule": {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks, "micro_batches": micro_batches},
             "ranks": self._ranks, "own_module": True,
         }  # fmt: skip
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
+        metrics.write_facts(self.directory / "facts.json", layout, step - 1, micro_batches, own)
         self._file = metrics.MetricsFile(self.directory / "metrics.jsonl", step - 1)
-
-    def _own_facts(self) -> dict[str, Any]:
-        model = self.model
-        return {
-            "rank": model.mesh.rank,
-            **msgspec.structs.asdict(model.mesh.at),
-            "chunks": [{"stage": c.stage, "layers": None, "units": list(c.units)} for c in model.chunks],
-            "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
-            "bytes": metrics.bytes_by_category(model),
-        }
 
 
 def note(text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fiveply.checkpoint import store
-from fiveply.checkpoint.slices import Slice, read_flat, rectangles, slices_of, window
+from fiveply.checkpoint.slices import Slice, assembled, read_flat, slices_of
 from fiveply.parallel.data_parallel import Segment
 from fiveply.parallel.parallelize_module import ParallelModule
 from fiveply.spec.errors import InputError
@@ -28,26 +28,11 @@ def gathered(
     model: ParallelModule, optimizer: ModuleOptimizer, kind: Literal["values", "gradients"]
 ) -> dict[str, Tensor]:
     """Whole tensors by name on every rank, buffers among the values. Collective."""
-    own = [
-        (s.placed.name, s.placed.parameter.shape, start, size, block)
-        for s in optimizer.segments if _whole(model, s)
-        for start, size, block in _pieces(s, s.value if kind == "values" else s.grad)
-    ]  # fmt: skip
+    flats = ((s, s.value if kind == "values" else s.grad) for s in optimizer.segments if _whole(model, s))
+    own = [(s.placed, s.low, flat.detach().cpu().clone()) for s, flat in flats]
     if kind == "values":
-        own += [(p.name, p.shape, p.start, tuple(p.tensor.shape), p.tensor.cpu()) for p in _constants(model)]
-    ranks = model.mesh.gather_objects(own)
-    tensors: dict[str, Tensor] = {}
-    for name, shape, start, size, block in (piece for rank in ranks for piece in rank):
-        if name not in tensors:
-            tensors[name] = torch.empty(shape, dtype=block.dtype)
-        tensors[name][window(start, size, (0,) * len(start))] = block.view(size)
-    return tensors
-
-
-def _pieces(segment: Segment, flat: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:
-    values = flat.detach().cpu()
-    for start, size, low, high in rectangles(segment.placed.start, segment.placed.size, segment.low, segment.high):
-        yield start, size, values[low - segment.low : high - segment.low].clone()
+        own += [(model.placed[piece.name], 0, piece.tensor.cpu().flatten()) for piece in _constants(model)]
+    return assembled(piece for rank in model.mesh.gather_objects(own) for piece in rank)
 
 
 def _whole(model: ParallelModule, segment: Segment) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import msgspec
 import torch
 
 from fiveply.checkpoint import store
-from fiveply.checkpoint.huggingface import HuggingFaceSource, TensorSource
-from fiveply.corpus.batches import Batches
+from fiveply.checkpoint.huggingface import HuggingFaceSource
+from fiveply.corpus.batches import Batches, TokenFile
 from fiveply.corpus.prepare import Prepared, Source, prepare
 from fiveply.corpus.tokenizer import tokenizer_file
 from fiveply.parallel.data_parallel import Dtypes
@@ -77,22 +78,17 @@ def _ready(run: RunSpec, resume: bool, layout: str | None, progress: bool, trans
     resolved = resolve(
         Layout.parse(text, where), spec, sequence=run.data.sequence, global_batch=run.train.global_batch, where=where
     )
-    _check_run(run, spec, resolved)
+    _check_run(run, resolved)
     found = device.find()
     if found.kind == "cuda" and transport != "auto":
-        raise InputError(
-            f"{transport} is for ranks on CPUs, and this machine has GPUs", where="--backend", fix="leave it out"
-        )
+        problem = f"{transport} is for ranks on CPUs, and this machine has GPUs"
+        raise InputError(problem, where="--backend", fix="leave it out")
     if resolved.world > found.count:
         if found.kind == "cuda":
-            raise InputError(
-                f"{resolved.world} ranks, {found.count} GPUs here",
-                where=where,
-                fix=f"lower the degrees to {found.count} ranks",
-            )
-        notes.append(
-            f"{resolved.world} ranks share {found.count} cores: this shows that it works, not how fast it can be"
-        )
+            fix = f"lower the degrees to {found.count} ranks"
+            raise InputError(f"{resolved.world} ranks, {found.count} GPUs here", where=where, fix=fix)
+        shared = f"{resolved.world} ranks share {found.count} cores"
+        notes.append(f"{shared}: this shows that it works, not how fast it can be")
     corpus = corpus_folder(run, spec)
     prepared = prepare_corpus(run, spec, corpus, progress=progress)
     _check_corpus(run, spec, prepared)
@@ -135,7 +131,7 @@ def _checkpoint_to_resume(run: RunSpec, resume: bool, notes: list[str]) -> store
     return checkpoint
 
 
-def _check_run(run: RunSpec, spec: ModelSpec, layout: Layout) -> None:
+def _check_run(run: RunSpec, layout: Layout) -> None:
     if run.train.sync_every and layout.zero:
         raise InputError(f"replicas that step alone hold all their state, so zero={layout.zero} has nothing to share",
                          where="run", key="train.sync_every", fix="set zero=0")  # fmt: skip
@@ -150,9 +146,9 @@ def _check_corpus(run: RunSpec, spec: ModelSpec, prepared: Prepared) -> None:
             f"the tokenizer has {prepared.vocabulary} tokens, the model {spec.vocabulary}", where="run", key="data.tokenizer",
             fix="give the model's own tokenizer, train:N with N at most that, or model.overrides.vocab_size",
         )  # fmt: skip
-    training_batches(run, prepared)
+    batches(run, prepared.train)
     if prepared.held_out:
-        held_out_batches(run, prepared)
+        batches(run, prepared.held_out)
 
 
 def corpus_folder(run: RunSpec, spec: ModelSpec) -> Path:
@@ -188,17 +184,11 @@ def prepare_corpus(run: RunSpec, spec: ModelSpec, folder: Path, *, progress: boo
     )
 
 
-def training_batches(run: RunSpec, prepared: Prepared) -> Batches:
+def batches(run: RunSpec, files: Sequence[TokenFile], *, shuffle: bool = True) -> Batches:
+    """Of the run's rows; held-out text is read in order, without `shuffle`."""
     return Batches(
-        prepared.train, sequence=run.data.sequence, global_batch=run.train.global_batch, seed=run.seed,
-        respect_documents=run.data.respect_documents,
-    )  # fmt: skip
-
-
-def held_out_batches(run: RunSpec, prepared: Prepared) -> Batches:
-    return Batches(
-        prepared.held_out, sequence=run.data.sequence, global_batch=run.train.global_batch, seed=run.seed,
-        respect_documents=run.data.respect_documents, shuffle=False,
+        files, sequence=run.data.sequence, global_batch=run.train.global_batch, seed=run.seed,
+        respect_documents=run.data.respect_documents, shuffle=shuffle,
     )  # fmt: skip
 
 
@@ -207,7 +197,7 @@ def evaluation_count(run: RunSpec, held_out: Batches) -> int:
     return min(run.train.evaluate_batches, max(1, math.ceil(len(held_out) / run.train.global_batch)))
 
 
-def open_source(path: str) -> TensorSource:
+def open_source(path: str) -> store.Checkpoint | HuggingFaceSource:
     """Weights from a Hugging Face directory or a checkpoint."""
     is_checkpoint = (Path(path) / store.INDEX).is_file() or store.latest(Path(path)) is not None
     return store.Checkpoint.open(path) if is_checkpoint else HuggingFaceSource(path)
@@ -219,13 +209,8 @@ def dtypes(precision: Precision) -> Dtypes:
     if compute == "auto":
         compute = "bfloat16" if device.find().fast_bf16 else "float32"
     exact = "float64" if compute == "float64" else "float32"
-    names = (
-        compute,
-        exact if precision.reduce == "auto" else precision.reduce,
-        exact if precision.optimizer == "auto" else precision.optimizer,
-    )
-    compute_dtype, reduce_dtype, optimizer_dtype = (getattr(torch, name) for name in names)
-    return Dtypes(compute_dtype, reduce_dtype, optimizer_dtype)
+    others = (exact if name == "auto" else name for name in (precision.reduce, precision.optimizer))
+    return Dtypes(*(getattr(torch, name) for name in (compute, *others)))
 
 
 def describe(dtypes: Dtypes) -> dict[str, Any]:

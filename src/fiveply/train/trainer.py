@@ -19,15 +19,14 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
-import fiveply
 from fiveply.checkpoint import store
 from fiveply.checkpoint.slices import Slice, read_flat, slices_of
 from fiveply.corpus.prepare import Prepared
 from fiveply.parallel.data_parallel import Segment
 from fiveply.report.terminal import Progress, layout_table, schedule_picture
 from fiveply.spec.errors import InputError
-from fiveply.spec.legality import resolve
 from fiveply.train import auto, metrics, setup
 from fiveply.train.job import Job, Sums
 from fiveply.train.observe import Observer, step_to_record
@@ -39,8 +38,8 @@ from fiveply.world.mesh import Groups, Mesh
 from fiveply.world.process import place
 from fiveply.world.watchdog import Watchdog
 
-MOST_DRAWN = 16
-"""Micro-batches up to which the schedule is drawn in the terminal; the report draws all."""
+KEPT = ("cursor", "best", "since_best", "last_row")
+"""What a checkpoint keeps of the loop's state as it is."""
 
 
 def train(ready: Ready) -> dict[str, Any]:
@@ -76,16 +75,16 @@ class _Trainer:
     def __init__(self, ready: Ready, peak: float) -> None:
         run = ready.run
         self.ready, self.settings, self.directory = ready, run, run.directory
-        self.layout = resolve(ready.layout, ready.spec, sequence=run.data.sequence, global_batch=run.train.global_batch)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if device.find().kind == "cuda" else torch.device("cpu")
-        )
+        self.layout = ready.layout
+        cuda = device.find().kind == "cuda"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         metrics.forget_peak_memory()
         self.mesh = Mesh(self.layout, ready.spec, Groups(ready.transport))
         self.first_rank = self.mesh.rank == 0
         self.prepared = Prepared.open(ready.corpus)
-        self.batches = setup.training_batches(run, self.prepared)
-        self.held_out = setup.held_out_batches(run, self.prepared) if self.prepared.held_out else None
+        self.batches = setup.batches(run, self.prepared.train)
+        held_out = self.prepared.held_out
+        self.held_out = setup.batches(run, held_out, shuffle=False) if held_out else None
         self.dtypes = setup.dtypes(run.precision)
         checkpoint = store.Checkpoint.open(ready.resume) if ready.resume else None
         source = checkpoint or (setup.open_source(run.model.init_from) if run.model.init_from else None)
@@ -123,9 +122,7 @@ class _Trainer:
         self._write_facts()
         if self.first_rank:
             self.progress.show(layout_table(msgspec.json.decode((self.directory / "facts.json").read_bytes())))
-            schedule = self.job.executor.schedule
-            if schedule.pp > 1 and schedule.micro_batches <= MOST_DRAWN:
-                schedule_picture(schedule)
+            schedule_picture(self.job.executor.schedule, Console(stderr=True))
         for note in self.ready.notes if self.first_rank else ():
             self.progress.note(note)
         if self.first_rank and self.mesh.groups.fell_back:
@@ -199,7 +196,8 @@ class _Trainer:
             return
         with self.mesh.recorder.span("evaluation"):
             loss = self.job.evaluate(self.held_out, setup.evaluation_count(self.settings, self.held_out))
-        self.last_row |= {"held_out_loss": loss, "bits_per_character": self._bits_per_character(loss)}
+        bits = loss / math.log(2) / self.prepared.characters_per_token("held_out")
+        self.last_row |= {"held_out_loss": loss, "bits_per_character": bits}
         if self.best and loss >= self.best["held_out_loss"]:
             self.since_best += 1
             return
@@ -210,35 +208,22 @@ class _Trainer:
     def _converged(self) -> bool:
         return self.settings.train.until == "converged" and self.since_best >= self.settings.train.patience
 
-    def _bits_per_character(self, loss: float) -> float:
-        return loss / math.log(2) / self.prepared.characters_per_token("held_out")
-
     # checkpoints
 
     def _save(self) -> None:
-        with self.mesh.recorder.span("checkpoint"):
-            self._write_checkpoint()
-
-    def _write_checkpoint(self) -> None:
-        if self.job.alone:
-            # A checkpoint is one model: replicas agree before it is written.
-            self.job.average_parameters()
         folder = self.directory / "checkpoints"
-        state = {
-            "step": self.done,
-            "cursor": self.cursor,
-            "layout": str(self.layout),
-            "seed": self.settings.seed,
-            "best": self.best,
-            "since_best": self.since_best,
-            "last_row": self.last_row,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        extra = {"config.json": msgspec.json.encode(self.ready.spec.config)}
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (self.ready.corpus / name).is_file():
-                extra[name] = (self.ready.corpus / name).read_bytes()
-        store.save(folder, self.done, self._slices(), state, extra)
+        with self.mesh.recorder.span("checkpoint"):
+            if self.job.alone:  # a checkpoint is one model: replicas agree before it is written
+                self.job.average_parameters()
+            state = {key: getattr(self, key) for key in KEPT} | {
+                "step": self.done, "layout": str(self.layout), "seed": self.settings.seed,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            }  # fmt: skip
+            extra = {"config.json": msgspec.json.encode(self.ready.spec.config)}
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if (self.ready.corpus / name).is_file():
+                    extra[name] = (self.ready.corpus / name).read_bytes()
+            store.save(folder, self.done, self._slices(), state, extra)
         if self.first_rank:
             best = [folder / f"step-{self.best['step']:08d}"] if self.best else []
             store.prune(folder, self.settings.train.keep_checkpoints, protect=best)
@@ -253,14 +238,9 @@ class _Trainer:
                 )
 
     def _restore(self, checkpoint: store.Checkpoint) -> None:
-        state = checkpoint.state
-        self.done, self.cursor, self.best, self.since_best = (
-            state["step"],
-            state["cursor"],
-            state["best"],
-            state["since_best"],
-        )
-        self.last_row = state["last_row"]
+        self.done = checkpoint.state["step"]
+        for key in KEPT:
+            setattr(self, key, checkpoint.state[key])
 
         def read(name: str, segment: Segment) -> torch.Tensor:
             prefix = "" if name == "master" else f"optimizer.{name}."
@@ -275,76 +255,38 @@ class _Trainer:
     # what others read
 
     def _write_facts(self) -> None:
-        """`facts.json`: what the run is and what each rank holds, for the report."""
-        spec, layout, run, found = self.ready.spec, self.layout, self.settings, device.find()
-        ranks = self.mesh.gather_objects(self._own_facts())
+        spec, layout, run, prepared = self.ready.spec, self.layout, self.settings, self.prepared
+        sizes = {"sequence": run.data.sequence, "global_batch": run.train.global_batch}
+        held = metrics.counted_bytes(spec, layout, self.mesh.rank, dtypes=self.dtypes, **sizes)
+        ranks = self.mesh.gather_objects(metrics.rank_facts(self.job.model, held))
         if not self.first_rank:
             return
-        path = self.directory / "facts.json"
-        segments = metrics.segments(path, self.done, layout)
-        held_out = sum(len(file.tokens) for file in self.prepared.held_out)
-        facts = {
-            "version": fiveply.__version__,
-            "started": segments[0]["started"],
-            "segments": segments,
-            "layout": str(layout),
-            "world": layout.world,
+        shape = ("family", "layers", "hidden", "heads", "kv_heads", "vocabulary", "ffn")
+        held_out = sum(len(file.tokens) for file in prepared.held_out)
+        own = {
             "transport": self.mesh.groups.carriers,
-            "oversubscribed": layout.world > found.count,
-            "model": {
-                key: getattr(spec, key)
-                for key in ("family", "layers", "hidden", "heads", "kv_heads", "vocabulary", "ffn")
-            } | {"parameters": metrics.parameter_count(spec)},
+            "model": {key: getattr(spec, key) for key in shape} | {"parameters": metrics.parameter_count(spec)},
             "corpus": {
                 "sources": [source.path for source in setup.sources(run)],
-                "train_tokens": sum(len(file.tokens) for file in self.prepared.train),
+                "train_tokens": sum(len(file.tokens) for file in prepared.train),
                 "held_out_tokens": held_out,
-                "characters_per_token": self.prepared.characters_per_token("held_out" if held_out else "train"),
-                "vocabulary": self.prepared.vocabulary,
+                "characters_per_token": prepared.characters_per_token("held_out" if held_out else "train"),
+                "vocabulary": prepared.vocabulary,
             },
             "machine": metrics.machine() | {"peak_flops": self.peak},
             "precision": setup.describe(self.dtypes),
-            "schedule": {"name": layout.schedule, "pp": layout.pp, "vp": layout.chunks,
-                         "micro_batches": run.train.global_batch // layout.dp // layout.micro_batch},
             "tokens_per_step": run.train.global_batch * run.data.sequence,
             "flops_per_token": self.flops_per_token,
             "ranks": ranks,
-            "predicted": auto.predicted(
-                spec, layout, self.dtypes, sequence=run.data.sequence, global_batch=run.train.global_batch
-            ),
-        }  # fmt: skip
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=1))
-
-    def _own_facts(self) -> dict[str, Any]:
-        at, model = self.mesh.at, self.job.model
-        chunks: list[dict[str, Any]] = []
-        for chunk in model.chunks:
-            layers = [int(name) for name in chunk.decoder.model.layers]
-            chunks.append({
-                "stage": chunk.stage,
-                "layers": [layers[0], layers[-1]] if layers else None,
-                "units": list(chunk.units),
-            })  # fmt: skip
-        return {
-            "rank": self.mesh.rank,
-            **msgspec.structs.asdict(at),
-            "chunks": chunks,
-            "parameters": sum(entry.parameter.numel() for unit in model.units for entry in unit.entries),
-            "bytes": metrics.counted_bytes(
-                self.ready.spec,
-                self.layout,
-                self.mesh.rank,
-                sequence=self.batches.sequence,
-                global_batch=self.batches.global_batch,
-                dtypes=self.dtypes,
-            ),
+            "predicted": auto.predicted(spec, layout, self.dtypes, **sizes),
         }
+        micro_batches = self.job.executor.schedule.micro_batches
+        metrics.write_facts(self.directory / "facts.json", layout, self.done, micro_batches, own)
 
     def _farewell(self, ended: str) -> str:
         row = self.last_row
-        text = {"steps": "done", "converged": "converged", "stopped": "stopped as asked"}[
-            ended
-        ] + f" at step {self.done}"
+        words = {"steps": "done", "converged": "converged", "stopped": "stopped as asked"}
+        text = f"{words[ended]} at step {self.done}"
         if "loss" in row:
             text += f": loss {row['loss']:.4f}"
         if "held_out_loss" in row:

@@ -42,19 +42,17 @@ class Axis:
         self._recorder = recorder or Recorder(rank)
         self.place = self._recorder.add_axis(name, ranks)
 
-    def all_reduce(
-        self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True
-    ) -> Call | None:
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, *, wait: bool = True) -> Call:
         """In place."""
         shared = (shm.ALL_REDUCE, x, x, x, op)
         return self._call("all-reduce", x, wait, lambda: dist.all_reduce(x, op, self.group, async_op=True), shared)
 
-    def all_gather(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call | None:
+    def all_gather(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call:
         """`out` is `size` times as long as `x` on dim 0."""
         shared = (shm.ALL_GATHER, x, out, x)
         return self._call("all-gather", out, wait, lambda: _all_gather(out, x, self.group, async_op=True), shared)
 
-    def reduce_scatter(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call | None:
+    def reduce_scatter(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call:
         """`x` is `size` times as long as `out` on dim 0."""
         shared = (shm.REDUCE_SCATTER, x, out, out, dist.ReduceOp.SUM)
         return self._call(
@@ -64,15 +62,11 @@ class Axis:
     def send(self, x: Tensor, to: int) -> Call:
         """`to` is an index on this axis. The tensor must stay unchanged until the returned work is done."""
         peer = self.ranks[to]
-        call = self._call("send", x, False, lambda: dist.isend(x, peer, group=self.group), peer=peer)
-        assert call is not None
-        return call
+        return self._call("send", x, False, lambda: dist.isend(x, peer, group=self.group), peer=peer)
 
     def receive(self, out: Tensor, source: int) -> Call:
         peer = self.ranks[source]
-        call = self._call("receive", out, False, lambda: dist.irecv(out, peer, group=self.group), peer=peer)
-        assert call is not None
-        return call
+        return self._call("receive", out, False, lambda: dist.irecv(out, peer, group=self.group), peer=peer)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Each rank's small Python value, in rank order, on every rank."""
@@ -83,7 +77,7 @@ class Axis:
     def _call(
         self, operation: str, x: Tensor | None, wait: bool, issue: Callable[[], dist.Work | None],
         shared: tuple[Any, ...] | None = None, peer: int = -1,
-    ) -> Call | None:  # fmt: skip
+    ) -> Call:  # fmt: skip
         """Start what `issue` starts, seen by the recorder; `x` is the larger of its tensors.
 
         `shared`: how shared memory does it. A call that waits then skips torch's dispatch, which takes five times as long
@@ -122,51 +116,10 @@ def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        ctx.axis.all_reduce(grad)
-        return grad, None
-
-
-class _SumFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        axis.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return grads[0], None
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, rows: int) -> Tensor:
-        ctx.axis = axis
-        return _gather(x, axis, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _scatter_sum(grads[0], ctx.axis), None, None
-
-
-class _ScatterSumRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.rows = axis, x.shape[0]
-        return _scatter_sum(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _gather(grads[0], ctx.axis, ctx.rows), None
+def _sum(x: Tensor, axis: Axis) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    axis.all_reduce(total)
+    return total
 
 
 def _gather_columns(x: Tensor, axis: Axis, columns: int) -> Tensor:
@@ -184,41 +137,21 @@ def _own_columns(x: Tensor, axis: Axis) -> Tensor:
     return x.narrow(-1, *part(x.shape[-1], axis.size, axis.index)).contiguous()
 
 
-class _GatherColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, columns: int) -> Tensor:
-        ctx.axis = axis
-        return _gather_columns(x, axis, columns)
+class _Conjugate(torch.autograd.Function):
+    """`forward(x)`, whose gradient is `backward` of the output's."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _own_columns(grads[0], ctx.axis), None, None
-
-
-class _TakeColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.columns = axis, x.shape[-1]
-        return _own_columns(x, axis)
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Any) -> Tensor:
+        ctx.of_gradient = backward
+        return forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _gather_columns(grads[0], ctx.axis, ctx.columns), None
+        return ctx.of_gradient(grads[0]), None, None
 
 
-class _SumOver(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, share: float) -> Tensor:
-        ctx.axis, ctx.share = axis, share
-        total = x.clone(memory_format=torch.contiguous_format)
-        axis.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad = grads[0] * ctx.share
-        ctx.axis.all_reduce(grad)
-        return grad / ctx.share if ctx.share else torch.zeros_like(grad), None, None
+def _conjugate(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+    return _Conjugate.apply(x, forward, backward)  # type: ignore[no-any-return]
 
 
 def _eager(function: Function) -> Function:
@@ -229,41 +162,48 @@ def _eager(function: Function) -> Function:
 @_eager
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """Identity forward; backward sums the gradient over the axis (the paper's f)."""
-    return _CopyTo.apply(x, axis)  # type: ignore[no-any-return]
+    return _conjugate(x, lambda x: x.view_as(x), lambda grad: _sum(grad, axis))
 
 
 @_eager
 def sum_from(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis forward; identity backward (the paper's g)."""
-    return _SumFrom.apply(x, axis)  # type: ignore[no-any-return]
+    return _conjugate(x, lambda x: _sum(x, axis), lambda grad: grad)
 
 
 @_eager
 def gather_rows(x: Tensor, axis: Axis, rows: int) -> Tensor:
     """(T / n, ...) to (rows, ...): all-gather forward, reduce-scatter backward."""
-    return _GatherRows.apply(x, axis, rows)  # type: ignore[no-any-return]
+    return _conjugate(x, lambda x: _gather(x, axis, rows), lambda grad: _scatter_sum(grad, axis))
 
 
 @_eager
 def scatter_sum_rows(x: Tensor, axis: Axis) -> Tensor:
     """(T, ...) to (T / n, ...): reduce-scatter forward, all-gather backward."""
-    return _ScatterSumRows.apply(x, axis)  # type: ignore[no-any-return]
+    rows = x.shape[0]
+    return _conjugate(x, lambda x: _scatter_sum(x, axis), lambda grad: _gather(grad, axis, rows))
 
 
 @_eager
 def gather_columns(x: Tensor, axis: Axis, columns: int) -> Tensor:
     """(..., this rank's part of `columns`) to (..., columns): all-gather forward, own slice backward."""
-    return _GatherColumns.apply(x, axis, columns)  # type: ignore[no-any-return]
+    return _conjugate(x, lambda x: _gather_columns(x, axis, columns), lambda grad: _own_columns(grad, axis))
 
 
 @_eager
 def take_columns(x: Tensor, axis: Axis) -> Tensor:
     """(..., C) to (..., this rank's part of C): own slice forward, all-gather backward."""
-    return _TakeColumns.apply(x, axis)  # type: ignore[no-any-return]
+    columns = x.shape[-1]
+    return _conjugate(x, lambda x: _own_columns(x, axis), lambda grad: _gather_columns(grad, axis, columns))
 
 
 @_eager
 def sum_over(x: Tensor, axis: Axis, share: float) -> Tensor:
     """Sum over ranks whose losses differ: forward and backward sum. A rank's loss counts `share` in the global one, and its
     gradients are multiplied by that later."""
-    return _SumOver.apply(x, axis, share)  # type: ignore[no-any-return]
+
+    def backward(grad: Tensor) -> Tensor:
+        total = _sum(grad * share, axis)
+        return total / share if share else torch.zeros_like(total)
+
+    return _conjugate(x, lambda x: _sum(x, axis), backward)

@@ -28,9 +28,7 @@ class Devices:
     memory_bytes: int  # of one device; a core's is its share of the host's memory
     fast_bf16: bool  # bfloat16 products beat float32 ones: else never choose bfloat16 by default
     cores: int  # physical cores that this process may use
-    mkl_held_back: bool = (
-        False  # MKL takes 256-bit vectors here although the processor has 512-bit ones: oneDNN does not
-    )
+    mkl_held_back: bool = False  # MKL takes 256-bit vectors although the processor has 512-bit ones: oneDNN does not
     bf16_tiles: bool = False  # AMX: 16-bit products are quick even in small blocks
 
     def threads_for(self, ranks: int) -> int:

@@ -105,12 +105,11 @@ class Verdict:
 def judge(positions: Mapping[int, Position], seconds: float) -> Verdict:
     """Explain why no rank of the world has gone on for `seconds`. A rank that computes and answers may only be slow."""
     missing = [p for p in positions.values() if not p.answers and not p.left]
-    gone = [p for p in positions.values() if p.left]
-    waiting = [p for p in positions.values() if p.waits and p not in missing and not p.left]
+    present = [p for p in positions.values() if p.answers and not p.left]
+    waiting, computing = [p for p in present if p.waits], [p for p in present if not p.waits]
     awaited = {rank for p in waiting for rank in _awaited(p, positions)}
-    gone = [p for p in gone if p.rank in awaited]
-    computing = [p for p in positions.values() if p.answers and not p.left and not p.waits]
-    apart = _disagreements(waiting, positions)
+    gone = [p for p in positions.values() if p.left and p.rank in awaited]
+    apart = _disagreements(waiting)
     lines = [_missing_line(p) for p in missing]
     lines += [f"{p.name} has ended its part of the run" for p in gone]
     lines += [text for _, text in apart]
@@ -168,7 +167,7 @@ def _awaited(p: Position, positions: Mapping[int, Position]) -> list[int]:
     ]  # fmt: skip
 
 
-def _disagreements(waiting: list[Position], positions: Mapping[int, Position]) -> list[tuple[tuple[int, int], str]]:
+def _disagreements(waiting: list[Position]) -> list[tuple[tuple[int, int], str]]:
     """Pairs of ranks that wait in one call of one axis, but make another operation of it, or another size."""
     found: list[tuple[tuple[int, int], str]] = []
     first: dict[tuple[str, tuple[int, ...], int], Position] = {}

@@ -26,9 +26,8 @@ import torch.distributed as dist
 from fiveply.spec.errors import FiveplyError, InputError, RunError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ONE_PRESS_SECONDS = (
-    0.5  # one Ctrl-C can arrive twice: from the terminal and from a wrapper (make, uv) that forwards it
-)
+# One Ctrl-C can arrive twice: from the terminal and from a wrapper (make, uv) that forwards it.
+_ONE_PRESS_SECONDS = 0.5
 
 
 @dataclass(frozen=True)

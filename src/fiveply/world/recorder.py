@@ -141,7 +141,7 @@ class Call:
         self.start: Any = None
         self.end: Any = None
 
-    def begin(self, issue: Callable[[], dist.Work | None], *, wait: bool) -> Call | None:
+    def begin(self, issue: Callable[[], dist.Work | None], *, wait: bool) -> Call:
         """Start it, by `issue`, and wait until it is done unless told not to; a synchronous transport may return no work."""
         recording = self.recorder.recording
         if recording is not None:
@@ -151,13 +151,12 @@ class Call:
             self.work = issue()
             if wait and self.work is not None:
                 self.work.wait()
-        if not wait:
-            if recording is not None:
-                recording.poll()
-            return self
-        self.work = None
-        self._done()
-        return None
+        if wait:
+            self.work = None
+            self._done()
+        elif recording is not None:
+            recording.poll()
+        return self
 
     def wait(self) -> None:
         if self.work is not None:
@@ -280,13 +279,7 @@ class _Recording:
 
 
 def _facts(call: Call) -> dict[str, Any]:
-    return {
-        "axis": call.axis.name,
-        "operation": call.operation,
-        "bytes": call.bytes,
-        "peer": call.peer,
-        "number": call.number,
-    }
+    return {"axis": call.axis.name} | {key: getattr(call, key) for key in ("operation", "bytes", "peer", "number")}
 
 
 def _action_around(span: Span) -> Span:
