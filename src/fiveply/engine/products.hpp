@@ -4,11 +4,15 @@
 // Here a number of x is multiplied with a vector of W, sums stay in registers and are never added across a vector. A number of
 // y is formed in order of the columns whatever the number of rows, so a row's bits do not depend on its company. bfloat16
 // numbers of W are widened on their way: half the bytes to read, and sums in float32 (the processor's own product of pairs
-// is slower than that where it has no tiles).
+// is slower than that where it has no tiles). So are 8-bit ones (`int8.py`), whose sums are multiplied by their row's scale at the end.
 
 #pragma once
 #include <omp.h>
 #include <sched.h>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -18,16 +22,23 @@
 
 namespace {
 
-constexpr int PANEL = 16;  // rows of W in a panel, numbers in a vector
+constexpr int PANEL = 16;  // rows of W in a panel
 #ifdef __AVX512F__
+constexpr int LANES = 16;  // numbers in a vector: GCC keeps longer ones than the processor's in memory
 constexpr int MOST = 8, REGISTERS = 16;  // rows of x that are multiplied together, and vectors of sums in registers
 #else
+#ifdef __AVX__
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 constexpr int MOST = 6, REGISTERS = 6;  // of half or a quarter of the length each
 #endif
+constexpr int VECTORS = PANEL / LANES;  // of a panel's column
 constexpr int BUSY = 4;  // passes over panels that take longer than reading the next ones
 
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Pairs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 // Where a team's threads wait for one another. Who waits long lets others have its core: on a busy machine OpenMP's own
 // barrier spins until its turn is over, while the thread that it waits for has none.
@@ -70,10 +81,28 @@ inline void store(bfloat16* to, float x) {  // to the nearest, ties to even
 // Columns of a panel that lie together, as float32: one, or a pair of 16-bit ones.
 template <class W> constexpr int DEEP = 1;
 template <> constexpr int DEEP<bfloat16> = 2;
-inline void columns_of(const float* w, Floats* columns) { *columns = *reinterpret_cast<const Floats*>(w); }
+// Columns' worth of numbers behind those of a panel: the float32 scales of its rows, where it has any.
+template <class W> constexpr int SCALES = 0;
+template <> constexpr int SCALES<int8_t> = sizeof(float);
+inline void columns_of(const float* w, Floats* columns) {
+  for (int v = 0; v < VECTORS; v++) columns[v] = *reinterpret_cast<const Floats*>(w + v * LANES);
+}
 inline void columns_of(const bfloat16* w, Floats* columns) {
-  const Words pairs = *reinterpret_cast<const Words*>(w), even = pairs << 16, odd = pairs & 0xffff0000u;
-  columns[0] = reinterpret_cast<const Floats&>(even), columns[1] = reinterpret_cast<const Floats&>(odd);
+  for (int v = 0; v < VECTORS; v++) {
+    const Pairs pairs = *reinterpret_cast<const Pairs*>(w + v * 2 * LANES), even = pairs << 16, odd = pairs & 0xffff0000u;
+    columns[v] = reinterpret_cast<const Floats&>(even), columns[VECTORS + v] = reinterpret_cast<const Floats&>(odd);
+  }
+}
+inline void columns_of(const int8_t* w, Floats* columns) {
+#if defined(__AVX512F__)  // compilers widen them one by one
+  *columns = (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
+#elif defined(__AVX2__)
+  for (int v = 0; v < VECTORS; v++)
+    columns[v] = (Floats)_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + v * LANES))));
+#else
+  for (int r = 0; r < PANEL; r++) columns[r / LANES][r % LANES] = w[r];
+#endif
 }
 
 // `next`: read after this, a part of it by each of `passes` tiles; asked for meanwhile.
@@ -81,28 +110,32 @@ template <class W, class Y, int C, int P>
 inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stride, int64_t y_stride, int64_t left,
                  const W* next, int64_t passes) {
   constexpr int D = DEEP<W>;
-  Floats sums[C][P] = {};
-  const int64_t step = passes > BUSY ? 0 : D * PANEL / passes;
+  Floats sums[C][P][VECTORS] = {};
+  const int64_t panel = (inner + SCALES<W>) * PANEL, step = passes > BUSY ? 0 : D * PANEL / passes;
   for (int64_t i = 0; i < inner; i += D) {
-    Floats columns[P][D];
+    Floats columns[P][D * VECTORS];
     for (int p = 0; p < P; p++) {
-      columns_of(w + (p * inner + i) * PANEL, columns[p]);
-      if (step) __builtin_prefetch(next + p * inner * PANEL, 0, 2);
+      columns_of(w + p * panel + i * PANEL, columns[p]);
+      if (step) __builtin_prefetch(next + p * panel, 0, 2);
     }
     next += step;
     for (int c = 0; c < C; c++)
       for (int d = 0; d < D; d++) {
         const float same = x[c * x_stride + i + d];
-        for (int p = 0; p < P; p++) sums[c][p] += columns[p][d] * same;
+        for (int p = 0; p < P; p++)
+          for (int v = 0; v < VECTORS; v++) sums[c][p][v] += columns[p][d * VECTORS + v] * same;
       }
   }
   for (int c = 0; c < C; c++)
     for (int p = 0; p < P; p++) {
       Y* to = y + c * y_stride + p * PANEL;
+      if constexpr (SCALES<W> > 0)
+        for (int v = 0; v < VECTORS; v++)
+          sums[c][p][v] *= *reinterpret_cast<const Floats*>(w + p * panel + inner * PANEL + v * LANES * SCALES<W>);
       if (left - p * PANEL >= PANEL)
-        for (int r = 0; r < PANEL; r++) store(to + r, sums[c][p][r]);
+        for (int r = 0; r < PANEL; r++) store(to + r, sums[c][p][r / LANES][r % LANES]);
       else
-        for (int64_t r = 0; r < left - p * PANEL; r++) store(to + r, sums[c][p][r]);
+        for (int64_t r = 0; r < left - p * PANEL; r++) store(to + r, sums[c][p][r / LANES][r % LANES]);
     }
 }
 
@@ -111,9 +144,10 @@ template <class W, class Y, int C>
 void rows_of_x(const W* w, const float* x, Y* y, int64_t inner, int64_t outer, int64_t x_stride, int64_t first, int64_t end,
                int64_t pass, int64_t passes) {
   constexpr int P = 4 * C <= REGISTERS ? 4 : 2 * C <= REGISTERS ? 2 : 1;
+  const int64_t panel = (inner + SCALES<W>) * PANEL;
   const auto multiplied = [&](auto tile_of, int64_t p) {
-    const int64_t after = (end + p - first) * inner + pass * inner / passes;
-    tile_of(w + p * PANEL * inner, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, w + after * PANEL, passes);
+    const W* after = w + (end + p - first) * panel + pass * inner / passes * PANEL;
+    tile_of(w + p * panel, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, after, passes);
   };
   int64_t p = first;
   for (; p + P <= end; p += P) multiplied(tile<W, Y, C, P>, p);
