@@ -77,14 +77,14 @@ class _Line(msgspec.Struct):
 def run(
     model: str | Path, *, prompt: str | None = None, prompts: Path | None = None, max_tokens: int = 64,
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, layout: str = "dp=1", dtype: str = "auto",
-    out: Path | None = None,
+    quantize: str = "none", out: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The verb: `completions` and `tokens_per_second` (new tokens, loading not counted). `prompts`: see `_read`."""
     if prompt is not None and prompts is not None:
         raise InputError("both --prompt and --prompts", where="generate", fix="give one of them")
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)  # refused before the model is loaded
     texts = [prompt or ""] if prompts is None else _read(prompts)
-    served = service.Served.load(model, layout, dtype)
+    served = service.Served.load(model, layout, dtype, quantize=quantize)
     tokens = [_tokens(served, f"prompt {number}", one, max_tokens) for number, one in enumerate(texts, 1)]
     done = _resume(out, tokens) if out else {}
     missing = [index for index in range(len(tokens)) if index not in done]
@@ -100,12 +100,12 @@ def run(
 
 def converse(
     model: str | Path, *, max_tokens: int = 256, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-    seed: int = 0, layout: str = "dp=1", dtype: str = "auto",
+    seed: int = 0, layout: str = "dp=1", dtype: str = "auto", quantize: str = "none",
 ) -> None:  # fmt: skip
     """A conversation in the terminal, streaming, until an empty line or the end of input. A model without a chat template
     goes on with the text so far."""
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
-    served = service.Served.load(model, layout, dtype)
+    served = service.Served.load(model, layout, dtype, quantize=quantize)
     text = served.text
     if text.tokenizer is None:
         raise InputError(

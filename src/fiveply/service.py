@@ -69,11 +69,12 @@ class Served:
     dtype: str
     cache_tokens: int = 0
     transport: Transport = "auto"
+    quantize: str = "none"
 
     @classmethod
     def load(
         cls, path: str | Path, layout: str = "dp=1", dtype: str = "auto", cache_tokens: int = 0,
-        transport: Transport = "auto",
+        transport: Transport = "auto", quantize: str = "none",
     ) -> Served:  # fmt: skip
         """`layout`: "auto" plans for this machine's devices. Raises InputError for what can't be served, before anything is
         started."""
@@ -84,7 +85,7 @@ class Served:
         if layout == auto.AUTO:
             asked = planned(source.spec, dtype)
         resolved = resolve_for_inference(asked, source.spec, "--layout")
-        return cls(source.path, source.spec, text_of(source), resolved, dtype, cache_tokens, transport)
+        return cls(source.path, source.spec, text_of(source), resolved, dtype, cache_tokens, transport, quantize)
 
 
 def planned(spec: ModelSpec, dtype: str) -> Layout:
@@ -118,7 +119,7 @@ def run(
     host, port, secret = loop.start()
     job = worker.Job(
         served.path, served.layout, served.dtype, host, port, secret, served.cache_tokens, served.transport,
-        tuple(sorted(served.text.ends)),
+        tuple(sorted(served.text.ends)), served.quantize,
     )  # fmt: skip
     problem: FiveplyError | None = None
     while problem is None and loop.working:
@@ -182,7 +183,8 @@ def serve(
 
     async def work(driver: Driver) -> None:
         def ready() -> None:
-            holds = f"{served.layout}, {served.dtype}, {driver.capacity:,} tokens of cache"
+            kept = served.dtype if served.quantize == "none" else f"{served.quantize} weights in {served.dtype}"
+            holds = f"{served.layout}, {kept}, {driver.capacity:,} tokens of cache"
             print(f"fiveply: {model.name} is ready at {address} ({holds})", file=sys.stderr, flush=True)
 
         await Server(driver, model, admitted, origins=origins, local=local).run(listener, ready)

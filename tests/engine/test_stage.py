@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from lone_stage import CPU, lone_stage
 from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
 
 from fiveply import service
-from fiveply.engine import kernels, weights
-from fiveply.engine.paged_attention import PagedAttention, Span
-from fiveply.engine.stage import Stage
+from fiveply.engine import kernels
+from fiveply.engine.paged_attention import Span
 from fiveply.serve.driver import Driver, Settings
 from fiveply.serve.generation import Generation
 from fiveply.serve.messages import Sampling
-from fiveply.spec.layout import Layout
-from fiveply.spec.legality import resolve_for_inference
 
-CPU = torch.device("cpu")
 STEPS = ([(0, 37), (0, 3)], [(37, 1), (3, 20), (0, 16)], [(38, 1), (23, 1), (16, 1)])
 """(start, count) of each sequence in each step."""
 
@@ -29,13 +24,8 @@ needs_kernels = pytest.mark.skipif(isinstance(kernels.library(), str), reason=st
 
 
 def hidden_states(path: str, dtype: torch.dtype, compiled: bool) -> list[torch.Tensor]:
-    source = weights.open_source(Path(path))
-    layout = resolve_for_inference(Layout(), source.spec)
-    mesh: Any = SimpleNamespace(layout=layout, at=SimpleNamespace(tp=0, pp=0), tp=None)
-    decoder = weights.load(source, mesh, dtype, CPU)
-    spec, layers = source.spec, [int(name) for name in decoder.model.layers]
-    attention = PagedAttention(layers, spec.heads, spec.kv_heads, spec.head_dim, 12, dtype, CPU)
-    stage = Stage(decoder, attention, None)
+    stage = lone_stage(Path(path), dtype, blocks=12)
+    decoder, attention, spec = stage.decoder, stage.attention, stage.decoder.spec
     assert stage.compiled == (spec.norm == "rms")
     tables, told = [[9, 2, 4], [0, 1], [7, 3]], []
     generator = torch.Generator().manual_seed(1)

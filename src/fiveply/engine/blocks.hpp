@@ -2,7 +2,7 @@
 //
 // A block is two parts, each a norm, products and what lies between them; what a part gives is added to the residual stream by
 // the part after it, so that ranks which share a block can sum in between. All threads go through the parts together. Within
-// a part numbers are float32 whatever the type of weights, cache and residual stream.
+// a part numbers are float32 whatever the type of matrices (W), and of other weights, cache and residual stream (T).
 
 #pragma once
 #include "paged_attention.hpp"
@@ -54,14 +54,14 @@ void add_and_norm(const Model& m, T* x, const T* added, const T* weight, float* 
   all.wait();
 }
 
-template <class T>
+template <class T, class W>
 void attention_part(const Model& m, const Block& b, const Step& step, const float* cos, const float* sin, T* x,
                     const T* added, T* out, float* scratch, Barrier& all) {
   const int64_t tokens = step.tokens, d = m.head_dim, own = (m.heads + 2 * m.kv_heads) * d;
   const Shape shape{m.heads, m.kv_heads, d, m.padded, b.window, own, own, own};
   float *h = scratch, *qkv = h + tokens * m.hidden, *mixed = qkv + tokens * own;
   add_and_norm(m, x, added, static_cast<const T*>(b.attention_norm), h, tokens, all);
-  product(h, static_cast<const T*>(b.qkv), qkv, tokens, m.hidden, own, m.hidden);
+  product(h, static_cast<const W*>(b.qkv), qkv, tokens, m.hidden, own, m.hidden);
   all.wait();
 #pragma omp for schedule(static) nowait
   for (int64_t item = 0; item < tokens * (m.heads + m.kv_heads); item++) {
@@ -80,16 +80,16 @@ void attention_part(const Model& m, const Block& b, const Step& step, const floa
   all.wait();
   attend_all<float, T, float>(shape, step, qkv, mixed, static_cast<const T*>(b.keys), static_cast<const T*>(b.values));
   all.wait();
-  product(mixed, static_cast<const T*>(b.o), out, tokens, m.heads * d, m.hidden, m.heads * d);
+  product(mixed, static_cast<const W*>(b.o), out, tokens, m.heads * d, m.hidden, m.heads * d);
   all.wait();
 }
 
-template <class T>
+template <class T, class W>
 void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* added, T* out, float* scratch, Barrier& all) {
   const int64_t tokens = step.tokens;
   float *h = scratch, *both = h + tokens * m.hidden;
   add_and_norm(m, x, added, static_cast<const T*>(b.mlp_norm), h, tokens, all);
-  product(h, static_cast<const T*>(b.gate_up), both, tokens, m.hidden, 2 * m.ffn, m.hidden);
+  product(h, static_cast<const W*>(b.gate_up), both, tokens, m.hidden, 2 * m.ffn, m.hidden);
   all.wait();
   const int64_t pieces = (m.ffn + LANES - 1) / LANES;
 #pragma omp for schedule(static) nowait
@@ -101,13 +101,13 @@ void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* a
     for (int64_t c = 0; c < std::min<int64_t>(LANES, m.ffn - first); c++) gate[c] = y[c];
   }
   all.wait();
-  product(both, static_cast<const T*>(b.down), out, tokens, m.ffn, m.hidden, 2 * m.ffn);
+  product(both, static_cast<const W*>(b.down), out, tokens, m.ffn, m.hidden, 2 * m.ffn);
   all.wait();
 }
 
 // Parts [first, end) of the blocks, an even one a block's attention, an odd one its MLP. `x`: the residual stream. `out`: what
 // the part before gave, unless `first` is the very first one, and then what the last part gives. `scratch` is read up to a vector beyond its end.
-template <class T>
+template <class T, class W>
 void parts(const Model& m, const Block* blocks, int64_t first, int64_t end, const Step& step, const float* cos,
            const float* sin, T* x, T* out, float* scratch) {
   const int64_t layer = m.hidden * ((m.heads + m.kv_heads) * 2 * m.head_dim + 3 * m.ffn);
@@ -116,9 +116,9 @@ void parts(const Model& m, const Block* blocks, int64_t first, int64_t end, cons
   for (int64_t part = first; part < end; part++) {
     const T* added = part ? out : nullptr;
     if (part % 2)
-      mlp_part(m, blocks[part / 2], step, x, added, out, scratch, all);
+      mlp_part<T, W>(m, blocks[part / 2], step, x, added, out, scratch, all);
     else
-      attention_part(m, blocks[part / 2], step, cos, sin, x, added, out, scratch, all);
+      attention_part<T, W>(m, blocks[part / 2], step, cos, sin, x, added, out, scratch, all);
   }
 }
 

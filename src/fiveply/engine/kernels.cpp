@@ -10,14 +10,18 @@ ATTENTION(attend_float32, float, float)
 ATTENTION(attend_float64, double, double)
 ATTENTION(attend_bfloat16, bfloat16, float)
 
-#define PRODUCTS(TYPE, T)                                                                                                  \
-  extern "C" void pack_##TYPE(const T* from, T* to, int64_t inner, int64_t outer) { pack(from, to, inner, outer); }       \
-  extern "C" void product_##TYPE(const float* x, const T* w, T* y, int64_t rows, int64_t inner, int64_t outer, int64_t stride) { \
+extern "C" void pack_float32(const float* from, float* to, int64_t inner, int64_t outer) { pack(from, to, inner, outer); }
+extern "C" void pack_bfloat16(const bfloat16* from, bfloat16* to, int64_t inner, int64_t outer) { pack(from, to, inner, outer); }
+
+#define PRODUCTS(NAME, W, T)                                                                                               \
+  extern "C" void product_##NAME(const float* x, const W* w, T* y, int64_t rows, int64_t inner, int64_t outer, int64_t stride) { \
     _Pragma("omp parallel if (rows * inner * outer > (1 << 18))") product(x, w, y, rows, inner, outer, stride);           \
   }                                                                                                                        \
-  extern "C" void parts_##TYPE(const Model* model, const Block* blocks, int64_t first, int64_t end, const Step* step,      \
+  extern "C" void parts_##NAME(const Model* model, const Block* blocks, int64_t first, int64_t end, const Step* step,      \
                                const float* cos, const float* sin, T* x, T* out, float* scratch) {                         \
-    parts(*model, blocks, first, end, *step, cos, sin, x, out, scratch);                                                   \
+    parts<T, W>(*model, blocks, first, end, *step, cos, sin, x, out, scratch);                                             \
   }
-PRODUCTS(float32, float)
-PRODUCTS(bfloat16, bfloat16)
+PRODUCTS(float32, float, float)
+PRODUCTS(bfloat16, bfloat16, bfloat16)
+PRODUCTS(int8_float32, int8_t, float)
+PRODUCTS(int8_bfloat16, int8_t, bfloat16)

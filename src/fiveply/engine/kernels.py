@@ -68,9 +68,9 @@ def library() -> ctypes.CDLL | str:
 
 
 def function(name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """One of them, or None where there is none for this type and device."""
+    """One of them, or None where there is none for this type and device; "product_int8" and "parts_int8" have 8-bit matrices."""
     loaded = library() if device.type == "cpu" else ""
     made = None if isinstance(loaded, str) else getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}", None)
     if made is not None:
-        made.restype, made.argtypes = None, _ARGUMENTS[name]
+        made.restype, made.argtypes = None, _ARGUMENTS[name.removesuffix("_int8")]
     return made

@@ -11,10 +11,6 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include "products.hpp"
 
 namespace {

@@ -4,11 +4,15 @@
 // Here a number of x is multiplied with a vector of W, sums stay in registers and are never added across a vector. A number of
 // y is formed in order of the columns whatever the number of rows, so a row's bits do not depend on its company. bfloat16
 // numbers of W are widened on their way: half the bytes to read, and sums in float32 (the processor's own product of pairs
-// is slower than that where it has no tiles).
+// is slower than that where it has no tiles). So are 8-bit ones (`int8.py`), whose sums are multiplied by their row's scale at the end.
 
 #pragma once
 #include <omp.h>
 #include <sched.h>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -75,10 +79,22 @@ inline void store(bfloat16* to, float x) {  // to the nearest, ties to even
 // Columns of a panel that lie together, as float32: one, or a pair of 16-bit ones. `w`: where a vector of them begins.
 template <class W> constexpr int DEEP = 1;
 template <> constexpr int DEEP<bfloat16> = 2;
+// Columns' worth of numbers behind those of a panel: the float32 scales of its rows, where it has any.
+template <class W> constexpr int SCALES = 0;
+template <> constexpr int SCALES<int8_t> = sizeof(float);
 inline void columns_of(const float* w, Floats* columns) { *columns = *reinterpret_cast<const Floats*>(w); }
 inline void columns_of(const bfloat16* w, Floats* columns) {
   const Words pairs = *reinterpret_cast<const Words*>(w), even = pairs << 16, odd = pairs & 0xffff0000u;
   columns[0] = reinterpret_cast<const Floats&>(even), columns[1] = reinterpret_cast<const Floats&>(odd);
+}
+inline void columns_of(const int8_t* w, Floats* columns) {
+#if defined(__AVX512F__)  // compilers widen them one by one
+  *columns = (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
+#elif defined(__AVX2__)
+  *columns = (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w))));
+#else
+  for (int r = 0; r < LANES; r++) (*columns)[r] = w[r];
+#endif
 }
 
 // `next`: read after this, a part of it by each of `passes` tiles; asked for meanwhile.
@@ -87,12 +103,12 @@ inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stri
                  const W* next, int64_t passes) {
   constexpr int D = DEEP<W>, V = P * PARTS;
   Floats sums[C][V] = {};
-  const int64_t step = passes > BUSY ? 0 : D * PANEL / passes;
+  const int64_t panel = (inner + SCALES<W>) * PANEL, step = passes > BUSY ? 0 : D * PANEL / passes;
   for (int64_t i = 0; i < inner; i += D) {
     Floats columns[V][D];
-    for (int v = 0; v < V; v++) columns_of(w + (v / PARTS * inner + i) * PANEL + v % PARTS * LANES * D, columns[v]);
+    for (int v = 0; v < V; v++) columns_of(w + v / PARTS * panel + i * PANEL + v % PARTS * LANES * D, columns[v]);
     for (int p = 0; p < P; p++)
-      if (step) __builtin_prefetch(next + p * inner * PANEL, 0, 2);
+      if (step) __builtin_prefetch(next + p * panel, 0, 2);
     next += step;
     for (int c = 0; c < C; c++)
       for (int d = 0; d < D; d++) {
@@ -103,6 +119,8 @@ inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stri
   for (int c = 0; c < C; c++)
     for (int v = 0; v < V; v++) {
       Y* to = y + c * y_stride + v * LANES;
+      if constexpr (SCALES<W> > 0)
+        sums[c][v] *= *reinterpret_cast<const Floats*>(w + v / PARTS * panel + inner * PANEL + v % PARTS * LANES * SCALES<W>);
       if (left - v * LANES >= LANES)
         for (int r = 0; r < LANES; r++) store(to + r, sums[c][v][r]);
       else
@@ -115,9 +133,10 @@ template <class W, class Y, int C>
 void rows_of_x(const W* w, const float* x, Y* y, int64_t inner, int64_t outer, int64_t x_stride, int64_t first, int64_t end,
                int64_t pass, int64_t passes) {
   constexpr int P = 4 * C <= SUMS ? 4 : 2 * C <= SUMS ? 2 : 1;
+  const int64_t panel = (inner + SCALES<W>) * PANEL;
   const auto multiplied = [&](auto tile_of, int64_t p) {
-    const int64_t after = (end + p - first) * inner + pass * inner / passes;
-    tile_of(w + p * PANEL * inner, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, w + after * PANEL, passes);
+    const W* after = w + (end + p - first) * panel + pass * inner / passes * PANEL;
+    tile_of(w + p * panel, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, after, passes);
   };
   int64_t p = first;
   for (; p + P <= end; p += P) multiplied(tile<W, Y, C, P>, p);

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fiveply.engine import kernels
 from fiveply.model.products import Products
+from fiveply.world.collectives import Axis
 from fiveply.world.device import find
 
 PANEL = 16  # rows of a packed matrix that lie together
@@ -27,6 +28,9 @@ PACKED_FOR = 16  # rows that oneDNN's packing is chosen for; it serves any numbe
 
 class FusedProducts(Products):
     """Products with matrices that it has adopted."""
+
+    variant = ""
+    """What the names of its compiled code end in."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
@@ -37,22 +41,24 @@ class FusedProducts(Products):
         self._onednn = self._reorders or (onednn and dtype == torch.float32)
         self._whole_of: dict[int, tuple[Tensor, bool]] = {}  # by the identity of the first part that stands for it
 
-    def adopt(self, parts_OI: Sequence[Tensor]) -> list[nn.Parameter]:
-        """Parameters of the same shapes that stand for the matrices from now on: they hold no numbers of their own."""
+    def adopt(self, parts_OI: Sequence[Tensor], axis: Axis | None = None) -> list[nn.Parameter]:
+        """Parameters of the same shapes that stand for the matrices from now on: they hold no numbers of their own.
+
+        `axis`: the ranks that hold the matrices' other columns, if there are any.
+        """
         whole_OI = torch.cat(list(parts_OI)) if len(parts_OI) > 1 else parts_OI[0].detach().contiguous()
         stands = [nn.Parameter(part.new_empty(1, 1).expand(part.shape), requires_grad=False) for part in parts_OI]
+        self._whole_of[id(stands[0])] = self._kept(whole_OI, axis)
+        return stands
+
+    def _kept(self, whole_OI: Tensor, axis: Axis | None) -> tuple[Tensor, bool]:
+        """As it will be multiplied with, and whether that is for the compiled code."""
         outer, inner = whole_OI.shape
-        packs = self._pack is not None and (
-            whole_OI.dtype == torch.float32 or inner % 2 == 0
-        )  # 16-bit numbers go in pairs
-        if self._pack is not None and packs:
+        if self._pack is not None and (whole_OI.dtype == torch.float32 or inner % 2 == 0):  # 16-bit numbers go in pairs
             panels = whole_OI.new_empty(-(-outer // PANEL) * PANEL * inner)
             self._pack(whole_OI.data_ptr(), panels.data_ptr(), inner, outer)
-            whole_OI = panels
-        elif self._reorders:
-            whole_OI = torch.ops.mkldnn._reorder_linear_weight(whole_OI, PACKED_FOR)
-        self._whole_of[id(stands[0])] = whole_OI, packs
-        return stands
+            return panels, True
+        return torch.ops.mkldnn._reorder_linear_weight(whole_OI, PACKED_FOR) if self._reorders else whole_OI, False
 
     def packed(self, weight_OI: Tensor) -> int:
         """Where the panels lie that it stands for with those adopted after it, or 0: they are not packed."""
@@ -76,6 +82,9 @@ class FusedProducts(Products):
             x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
             self._product(x_TI.data_ptr(), whole_OI.data_ptr(), y_TO.data_ptr(), rows, inner, outer, x_TI.stride(0))
             return y_TO
+        return self._by_torch(x_TI, whole_OI)
+
+    def _by_torch(self, x_TI: Tensor, whole_OI: Tensor) -> Tensor:
         if self._onednn:
             return torch.ops.mkldnn._linear_pointwise(x_TI, whole_OI, None, "none", [], "")
         return F.linear(x_TI, whole_OI)

@@ -32,7 +32,7 @@ class Stage:
         self.decoder, self.attention, self.tensor = decoder, attention, tensor
         products, weight = decoder.products, next(decoder.parameters())
         assert isinstance(products, FusedProducts)
-        self._parts: Any = kernels.function("parts", weight.dtype, weight.device)
+        self._parts: Any = kernels.function(f"parts{products.variant}", weight.dtype, weight.device)
         blocks = [block for block in decoder.model.layers.values() if isinstance(block, Block)]
         if self._parts is None or not blocks or not _is_llama_like(decoder, products):
             self._parts = None

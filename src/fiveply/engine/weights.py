@@ -10,6 +10,7 @@ It knows layouts and files; what is computed with the weights is the decoder's a
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from fiveply.checkpoint import store
 from fiveply.checkpoint.huggingface import HuggingFaceSource
+from fiveply.engine.int8 import Int8Products
 from fiveply.engine.products import FusedProducts
 from fiveply.model.decoder import Decoder, Linear
 from fiveply.parallel.pipeline_stages import stage_of_decoder
@@ -28,6 +30,8 @@ from fiveply.world.mesh import Mesh
 Source = store.Checkpoint | HuggingFaceSource
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+_ROWS = ("o_proj", "down_proj")
+"""Whose columns tensor ranks share."""
 
 
 def open_source(path: Path, *, verify: bool = True) -> Source:
@@ -56,22 +60,26 @@ def open_source(path: Path, *, verify: bool = True) -> Source:
     return checkpoint
 
 
-def load(source: Source, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """This rank's stage and slices of the decoder, ready to compute; collectives stand at its boundaries where tp > 1."""
+def load(source: Source, mesh: Mesh, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Decoder:
+    """This rank's stage and slices of the decoder, ready to compute; collectives stand at its boundaries where tp > 1.
+
+    `quantize`: "int8" keeps the matrices of products in 8 bits (`int8.py`); one layer at a time is float meanwhile.
+    """
     spec, layout, stage = source.spec, mesh.layout, mesh.at.pp
     decoder = stage_of_decoder(spec, stage_units(spec, layout.stages, stage), first=stage == 0)
-    for placed in place(spec, layout, mesh.at.tp, stage):
-        owner, _, attribute = placed.name.rpartition(".")
-        value = source.read(placed.name, placed.start, placed.size, dtype).to(device)
-        setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
-    products = FusedProducts(dtype, device)
-    for module in decoder.modules():
-        for names in _FUSED:
-            linears = [part for name in names if (part := getattr(module, name, None)) is not None]
-            for linear, weight in zip(
-                linears, products.adopt([one.weight for one in linears]) if linears else [], strict=True
-            ):
-                linear.weight = weight
+    products = (Int8Products if quantize == "int8" else FusedProducts)(dtype, device)
+    for unit, group in groupby(place(spec, layout, mesh.at.tp, stage), lambda placed: placed.parameter.unit):
+        for placed in group:
+            owner, _, attribute = placed.name.rpartition(".")
+            value = source.read(placed.name, placed.start, placed.size, dtype).to(device)
+            setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+        for module in decoder.get_submodule(f"model.{unit}").modules() if unit.startswith("layers.") else ():
+            for names in _FUSED:
+                if linears := [part for name in names if (part := getattr(module, name, None)) is not None]:
+                    axis = mesh.tp if names[0] in _ROWS else None
+                    stands = products.adopt([one.weight for one in linears], axis)
+                    for linear, weight in zip(linears, stands, strict=True):
+                        linear.weight = weight
     if decoder.model.norm is not None:
         head = decoder.lm_head or Linear(spec.hidden, spec.vocabulary, False)
         (head.weight,) = products.adopt([decoder.head_weight])

@@ -49,6 +49,7 @@ class Job:
     transport: Transport = "auto"
     ends: tuple[int, ...] = ()
     """Tokens that end an answer."""
+    quantize: str = "none"
 
 
 def work(job: Job) -> None:
@@ -61,7 +62,7 @@ def work(job: Job) -> None:
         found, dtype = device.find(), getattr(torch, job.dtype)
         place = torch.device(found.kind)
         mesh = Mesh(job.layout, source.spec, Groups(job.transport))
-        decoder = weights.load(source, mesh, dtype, place)
+        decoder = weights.load(source, mesh, dtype, place, job.quantize)
         layers = [int(name) for name in decoder.model.layers]
         heads = source.spec.heads // job.layout.tp
         kv_heads = max(1, source.spec.kv_heads // job.layout.tp)

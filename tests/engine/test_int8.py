@@ -1,0 +1,138 @@
+"""Weights in 8 bits: products, logits and greedy tokens are those of a model whose weights were rounded to what int8 has."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lone_stage import CPU, logits, lone_stage
+from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fiveply import service
+from fiveply.engine import int8, kernels
+from fiveply.engine.int8 import Int8Products
+from fiveply.serve.driver import Driver, Settings
+from fiveply.serve.generation import Generation
+from fiveply.serve.messages import Sampling
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SHAPES = [((5,), 7), ((40, 16, 16), 72), ((1,), 33), ((33,), 128), ((100, 60), 30)]
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """What int8 has of it, exactly; a row of zeros stays."""
+    scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight.float() / scale).round().double() * scale
+
+
+def error(dtype: torch.dtype, rows: int, outs: tuple[int, ...], inner: int) -> float:
+    """Of products beside those with rounded weights, in tolerances."""
+    generator = torch.Generator().manual_seed(rows)
+    matrices = [torch.randn(out, inner, generator=generator).to(dtype) for out in outs]
+    matrices[0][-1] = 0
+    x = torch.randn(rows, 2 * inner, generator=generator).to(dtype)[:, inner:]  # a part of something wider
+    products = Int8Products(dtype, CPU)
+    stands = products.adopt(matrices)
+    assert [stand.shape for stand in stands] == [matrix.shape for matrix in matrices]
+    assert sum(whole.nbytes for whole, _ in products._whole_of.values()) <= (sum(outs) + 15) * (inner + 4)
+    worst = 0.0
+    for y, matrix in zip(products.linears(x, stands), matrices, strict=True):
+        assert y.dtype == dtype
+        wanted = x.double() @ rounded(matrix).T
+        allowed = TOLERANCES[dtype] * (inner**0.5 + wanted.abs())
+        worst = max(worst, float(((y.double() - wanted).abs() / allowed).max()))
+    return worst
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 17, 90])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_rounded_weights(
+    dtype: torch.dtype, rows: int, shape: tuple[tuple[int, ...], int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda: "no compiler")
+        monkeypatch.setattr(int8, "WIDENED", 64)
+    assert error(dtype, rows, *shape) < 1
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_wrong_scale_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(weight_OI: Tensor, axis: Any = None, right: Any = int8.quantize) -> tuple[Tensor, Tensor]:
+        numbers_OI, scales_O = right(weight_OI, axis)
+        scales_O[2] *= 1.3
+        return numbers_OI, scales_O
+
+    monkeypatch.setattr(int8, "quantize", wrong)
+    assert error(dtype, 3, (33,), 128) > 1
+
+
+@pytest.mark.skipif(isinstance(kernels.library(), str), reason=str(kernels.library()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(40, 78).to(dtype), torch.randn(150, 78).to(dtype)
+    products = Int8Products(dtype, CPU)
+    (stand,) = products.adopt([weight])
+    together = products.forward(x, stand)
+    for rows in range(1, 40):
+        assert torch.equal(products.forward(x[:rows], stand), together[:rows])
+
+
+def test_ranks_that_share_a_row_round_it_as_one_rank_does() -> None:
+    weight = torch.randn(20, 30)
+    left, right = weight.split((17, 13), 1)
+    axis: Any = SimpleNamespace(all_reduce=lambda x, op: x.copy_(torch.maximum(x, right.abs().amax(1))))
+    numbers, scales = int8.quantize(weight)
+    own, own_scales = int8.quantize(left, axis)
+    assert torch.equal(own, numbers[:, :17])
+    assert torch.equal(own_scales, scales)
+    assert not torch.equal(int8.quantize(left)[0], own)
+
+
+@torch.no_grad()
+def with_rounded_weights(model: Any) -> Any:
+    """Of `transformers`; a tied embedding's rows stay as they are where they are looked up."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            weight.copy_(rounded(weight))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm", "gpt2"])
+def test_logits_are_those_of_rounded_weights(family: str, tmp_path: Path) -> None:
+    model = save_random(family, tmp_path / "hf")
+    (tokens,) = ragged(model.config.vocab_size, [50])
+    ours = logits(lone_stage(tmp_path / "hf", torch.float32, "int8"), tokens, [40, *[1] * 10])
+    plain = model(torch.tensor([tokens])).logits[0]
+    wanted = with_rounded_weights(model)(torch.tensor([tokens])).logits[0]
+    assert (ours - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (ours - plain).abs().max() > 1e-3 * wanted.abs().max()  # else they were not rounded
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "dp=1"), ("llama", "tp=3,pp=2"), ("qwen2", "tp=2"), ("gpt2", "dp=2,pp=2")]
+)
+def test_greedy_tokens_are_the_same_at_every_layout(family: str, layout: str, tmp_path: Path) -> None:
+    model = save_random(family, tmp_path / "hf")
+    prompts = ragged(model.config.vocab_size)
+
+    async def work(driver: Driver) -> list[list[int]]:
+        async def tokens(generation: Generation) -> list[int]:
+            return [token async for piece in generation.pieces() for token in piece.tokens]
+
+        return await asyncio.gather(*(tokens(driver.submit(list(prompt), 10, Sampling())) for prompt in prompts))
+
+    served = service.Served.load(model.name_or_path, layout, "float32", quantize="int8")
+    told = service.run(served, Settings(step_tokens=33), work)
+    model = with_rounded_weights(model)
+    for prompt, tokens in zip(prompts, told, strict=True):
+        assert same_where_clear(tokens, greedy_by_transformers(model, prompt, 10), prompt, model)
