@@ -223,7 +223,7 @@ def test_the_command_writes_a_plan_that_serve_reads(
     monkeypatch.setattr(service.Served, "load", lambda *given: seen.append(given))
     monkeypatch.setattr(service, "serve", lambda served, settings, **_: seen.append(settings.most_running))
     cli.main(["serve", "model", "--plan", "run.plan"])
-    assert seen == [("model", plan.layout, "auto", 0, "auto"), plan.requests]
+    assert seen == [("model", plan.layout, "auto", 0, "auto", "none"), plan.requests]
     cli.main(["serve", "model", "--plan", "run.plan", "--most-running", "3"])
     assert seen[-1] == 3
 
