@@ -14,6 +14,9 @@ out, and said so.
 - Same tokens: how many of the first 16 of each answer at batch 1 are fiveply's: that all compute the same model. Random weights
   tie often, and one token that differs makes all later ones differ.
 
+Weights in 8 bits, with float32 beside them: fiveply's `--quantize int8` and who has the like. CTranslate2 rounds activations to 8
+bits too; llama.cpp's Q8_0 has a scale for 32 weights, and rounds activations.
+
 Layouts, one core a rank, beside one core alone and beside ceilings without communication, in the same rounds:
 
 - `tp=2`: two ranks at once, each with half of the heads, MLP columns and vocabulary and with all requests: what a tensor rank
@@ -38,14 +41,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from serving_peers import PEERS, TOGETHER
+from serving_peers import INT8, PEERS, TOGETHER
 
 from fiveply.spec.architecture import ModelSpec
 from fiveply.world import device
 
 PROMPT, OUTPUT, STREAM = 128, 128, 32
 MODELS = ("random", "SmolLM2-135M")
-PARTS = ("peers", "layouts")
+PARTS = ("peers", "layouts", "int8")
 SAME = 16  # tokens of an answer that are compared
 RANDOM = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 8,
@@ -58,12 +61,13 @@ HALF = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size":
 
 
 class Entry(NamedTuple):
-    """A contender: what it is called, what `serving_peers.attend` knows it by, and how often it gets each prompt."""
+    """A contender: what it is called, what `serving_peers.attend` knows it by, how often it gets each prompt, and its own type."""
 
     label: str
     who: str
     model: Path
     copies: int = 1
+    dtype: str = ""
 
 
 class Case(NamedTuple):
@@ -124,7 +128,7 @@ def contenders(entries: Sequence[Entry], dtype: str) -> Iterator[list[Contender]
     with tempfile.TemporaryDirectory(prefix="serving-") as scratch:
         try:
             for number, entry in enumerate(entries):
-                made.append(Contender(entry, dtype, Path(scratch) / str(number)))
+                made.append(Contender(entry, entry.dtype or dtype, Path(scratch) / str(number)))
                 made[-1].begin()
             yield made
         finally:
@@ -235,6 +239,13 @@ def beside_peers(model: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
     return [_compared(row, rows[0], "fiveply_is_faster_by") for row in rows]
 
 
+def in_8_bits(model: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    entries = [Entry("fiveply int8", "dp=1", model, dtype="int8"), Entry(f"fiveply {dtype}", "dp=1", model)]
+    entries += [Entry(f"{name} {kind}", name, model, dtype="int8") for name, kind in INT8.items()]
+    rows = race(entries, dtype, rounds, _vocabulary(model), stream=True)
+    return [_compared(row, rows[0], "fiveply_is_faster_by") for row in rows]
+
+
 def beside_ceilings(model: Path, half: Path | None, dtype: str, rounds: int) -> list[dict[str, Any]]:
     """`half`: a tensor rank's part of the model, or None where heads do not divide."""
     entries = [
@@ -290,8 +301,11 @@ def main() -> None:
             half = write_random(Path(folder) / "half", HALF) if name == "random" else None
             for dtype in [options.dtype] if options.dtype else ["float32", *["bfloat16"] * found.fast_bf16]:
                 for part in [options.only] if options.only else PARTS:
+                    if part == "int8" and dtype != "float32":
+                        continue
                     rows = (
-                        beside_peers(model, dtype, options.rounds) if part == "peers"
+                        in_8_bits(model, dtype, options.rounds) if part == "int8"
+                        else beside_peers(model, dtype, options.rounds) if part == "peers"
                         else beside_ceilings(model, half, dtype, options.rounds)
                     )  # fmt: skip
                     result["rows"] += [{"model": name, "dtype": dtype, "part": part} | row for row in rows]
@@ -310,7 +324,7 @@ def _version(name: str) -> str:
 def table(rows: Sequence[dict[str, Any]], part: str) -> str:
     """Markdown: tokens/s and ratios with their spread."""
     batches = ("batch 1", f"batch {TOGETHER}")
-    if part == "peers":
+    if part != "layouts":
         columns = [(case, "fiveply_is_faster_by") for case in (*batches, "stream")]
         titles = ["batch 1, tokens/s", "faster by", batches[1], "faster by", "stream", "faster by", "first token ms"]
         titles += ["same tokens"]
@@ -330,7 +344,7 @@ def table(rows: Sequence[dict[str, Any]], part: str) -> str:
                 shown.add(case)
             least, middle, most = row.get(key, {}).get(case, [0.0] * 3)
             cells.append(f"{middle:.2f} ({least:.2f} to {most:.2f})" if middle else "")
-        if part == "peers":
+        if part != "layouts":
             first = row["first_token_seconds"]
             cells += [" / ".join(f"{value * 1e3:,.0f}" for value in first.values()), f"{row['same_tokens']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -124,7 +124,8 @@ def ctranslate2(model: Path, dtype: str, scratch: Path) -> Answer:
 def _gguf_kind(dtype: str) -> Any:
     import gguf
 
-    return {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}[dtype]
+    kinds = gguf.GGMLQuantizationType
+    return {"float32": kinds.F32, "bfloat16": kinds.BF16, "int8": kinds.Q8_0}[dtype]
 
 
 def write_gguf(model: Path, dtype: str, file: Path) -> None:
@@ -184,7 +185,7 @@ def llama_cpp(model: Path, dtype: str, scratch: Path) -> Answer:
     settings.n_ctx, settings.n_seq_max = TOGETHER * LONGEST, TOGETHER
     settings.n_batch = TOGETHER * LONGEST
     settings.n_threads = settings.n_threads_batch = _cores()
-    settings.type_k = settings.type_v = _gguf_kind(dtype).value
+    settings.type_k = settings.type_v = _gguf_kind("float32" if dtype == "int8" else dtype).value
     context = library.llama_init_from_model(loaded, settings)
     memory = library.llama_get_memory(context)
     vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(loaded))
@@ -245,7 +246,8 @@ def fiveply(model: Path, dtype: str, layout: str, cases: TextIO, say: Callable[[
             answers = await asyncio.gather(*map(one, case["prompts"], case["counts"]))
             say({"seconds": time.perf_counter() - begun, "tokens": answers})
 
-    served = service.Served.load(model, layout, dtype, cache_tokens=TOGETHER * LONGEST)
+    types = ("float32", "int8") if dtype == "int8" else (dtype, "none")
+    served = service.Served.load(model, layout, types[0], cache_tokens=TOGETHER * LONGEST, quantize=types[1])
     service.run(served, Settings(most_running=TOGETHER, step_tokens=2048, reuse=False), work, apart=True)
 
 
@@ -259,6 +261,8 @@ PEERS: dict[str, Callable[[Path, str, Path], Answer]] = {
     "llama.cpp": llama_cpp,
     "CTranslate2": ctranslate2,
 }
+INT8 = {"llama.cpp": "Q8_0", "CTranslate2": "int8"}
+"""Who has weights in 8 bits, and what it calls them."""
 
 
 def attend(name: str, model: Path, dtype: str, scratch: Path) -> None:

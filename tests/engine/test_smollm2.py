@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from lone_stage import logits, lone_stage
 from random_models import NEAR, Flip, flips
+from torch import Tensor
 
 from fiveply import service
 from fiveply.checkpoint import gguf
+from fiveply.corpus.documents import read_documents
 from fiveply.serve.driver import Driver, Settings
 from fiveply.serve.generation import Generation
 from fiveply.serve.messages import Sampling
@@ -30,6 +33,7 @@ QUESTIONS = [
     "Repeat this line three times: the quick brown fox jumps over the lazy dog; the quick brown fox jumps over the lazy dog.",
 ]
 TOKENS = 24
+WINDOWS, WINDOW = 8, 256
 PLAIN = Settings(reuse=False, step_tokens=4096)
 HARD = Settings(step_tokens=32, guesses=3)
 """Prompts in chunks, blocks of earlier ones found again, guesses, and (in a small cache) requests put back."""
@@ -68,7 +72,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     shutil.rmtree(folder)  # half a gigabyte
 
 
-def run(case: Case, layout: str, settings: Settings, cache_tokens: int = 0) -> Told:
+def run(case: Case, layout: str, settings: Settings, cache_tokens: int = 0, quantize: str = "none") -> Told:
     """All prompts at once, and (in a plain run) each scored."""
 
     async def tokens_of(generation: Generation) -> list[int]:
@@ -87,7 +91,8 @@ def run(case: Case, layout: str, settings: Settings, cache_tokens: int = 0) -> T
         reused = sum(generation.request.reused for generation in generations)
         return Told(tokens, scores, reused, sum(one for one, _ in counts), sum(one for _, one in counts))
 
-    return service.run(service.Served.load(case.folder, layout, "float32", cache_tokens), settings, work)
+    served = service.Served.load(case.folder, layout, "float32", cache_tokens, quantize=quantize)
+    return service.run(served, settings, work)
 
 
 @pytest.mark.slow
@@ -126,3 +131,32 @@ def test_a_real_model_is_the_same_at_every_split(smollm2: Case, layout: str) -> 
         f"{layout}: {len(found)} flips of {2 * TOKENS * len(smollm2.prompts)}; log-probabilities within {worst:.1e} of the largest logit"
     )
     assert worst < 1e-5
+
+
+@pytest.mark.slow
+def test_int8_stays_near(smollm2: Case) -> None:
+    """How far 8 bits move it: distributions over a play's next tokens (what docs/serving.md quotes), and greedy answers."""
+    text = service.Served.load(smollm2.folder).text
+    tokens = text.encode(next(read_documents("shakespeare"))[: 8 * WINDOWS * WINDOW])
+    plain, rounded = (lone_stage(smollm2.folder, torch.float32, how) for how in ("none", "int8"))
+    divergence, same, losses = list[Tensor](), list[Tensor](), list[Tensor]()
+    for start in range(0, WINDOWS * WINDOW, WINDOW):
+        some = tokens[start : start + WINDOW]
+        a_TV, b_TV = (logits(stage, some, [WINDOW])[:-1].double().log_softmax(-1) for stage in (plain, rounded))
+        divergence.append((a_TV.exp() * (a_TV - b_TV)).sum(-1))
+        same.append((a_TV.argmax(-1) == b_TV.argmax(-1)).double())
+        losses.append(-torch.stack((a_TV, b_TV)).gather(2, torch.tensor(some[1:]).expand(2, -1)[..., None])[..., 0])
+    (before, after), agreement = torch.cat(losses, 1).mean(1).tolist(), float(torch.cat(same).mean())
+    mean, most = float(torch.cat(divergence).mean()), float(torch.cat(divergence).max())
+    said, told = (run(smollm2, "dp=1", PLAIN, quantize=how).tokens for how in ("none", "int8"))
+    until = [
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), TOKENS)
+        for pair in zip(said, told, strict=True)
+    ]
+    print(
+        f"KL {mean:.1e} nats (most {most:.1e}), the likeliest token the same at {agreement:.1%}, loss {before:.4f} to {after:.4f} "
+        f"of {WINDOWS * (WINDOW - 1)} tokens; greedy answers the same for {until} of {TOKENS} tokens"
+    )
+    assert 0 < mean < 1e-2
+    assert agreement > 0.93
+    assert abs(after - before) < 0.02
