@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from greedy_service import greedy
 from lone_stage import CPU, logits, lone_stage
 from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from fiveply import service
 from fiveply.engine import int8, kernels
 from fiveply.engine.int8 import Int8Products
-from fiveply.serve.driver import Driver, Settings
-from fiveply.serve.generation import Generation
-from fiveply.serve.messages import Sampling
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [((5,), 7), ((40, 16, 16), 72), ((1,), 33), ((33,), 128), ((100, 60), 30)]
@@ -74,17 +71,6 @@ def test_a_wrong_scale_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     assert error(dtype, 3, (33,), 128) > 1
 
 
-@pytest.mark.skipif(isinstance(kernels.library(), str), reason=str(kernels.library()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
-    x, weight = torch.randn(40, 78).to(dtype), torch.randn(150, 78).to(dtype)
-    products = Int8Products(dtype, CPU)
-    (stand,) = products.adopt([weight])
-    together = products.forward(x, stand)
-    for rows in range(1, 40):
-        assert torch.equal(products.forward(x[:rows], stand), together[:rows])
-
-
 def test_ranks_that_share_a_row_round_it_as_one_rank_does() -> None:
     weight = torch.randn(20, 30)
     left, right = weight.split((17, 13), 1)
@@ -125,14 +111,8 @@ def test_greedy_tokens_are_the_same_at_every_layout(family: str, layout: str, tm
     model = save_random(family, tmp_path / "hf")
     prompts = ragged(model.config.vocab_size)
 
-    async def work(driver: Driver) -> list[list[int]]:
-        async def tokens(generation: Generation) -> list[int]:
-            return [token async for piece in generation.pieces() for token in piece.tokens]
-
-        return await asyncio.gather(*(tokens(driver.submit(list(prompt), 10, Sampling())) for prompt in prompts))
-
     served = service.Served.load(model.name_or_path, layout, "float32", quantize="int8")
-    told = service.run(served, Settings(step_tokens=33), work)
+    told = greedy(served, prompts, 10)
     model = with_rounded_weights(model)
     for prompt, tokens in zip(prompts, told, strict=True):
         assert same_where_clear(tokens, greedy_by_transformers(model, prompt, 10), prompt, model)

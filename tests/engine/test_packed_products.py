@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fiveply.engine import kernels
+from fiveply.engine.int8 import Int8Products
 from fiveply.engine.products import FusedProducts
 
 CPU = torch.device("cpu")
@@ -32,12 +33,13 @@ def test_products(dtype: torch.dtype, tolerance: float, rows: int, shape: tuple[
 
 
 @pytest.mark.skipif(isinstance(kernels.library(), str), reason=str(kernels.library()))
+@pytest.mark.parametrize("made", [FusedProducts, Int8Products])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
-    if kernels.function("product", dtype, CPU) is None:
+def test_a_rows_bits_do_not_depend_on_its_company(dtype: torch.dtype, made: type[FusedProducts]) -> None:
+    if kernels.function(f"product{made.variant}", dtype, CPU) is None:
         pytest.skip(f"no product of its own in {dtype} on this processor")
     x, weight = torch.randn(40, 78).to(dtype), torch.randn(150, 78).to(dtype)
-    products = FusedProducts(dtype, CPU)
+    products = made(dtype, CPU)
     (stand,) = products.adopt([weight])
     together = products.forward(x, stand)
     for rows in range(1, 40):

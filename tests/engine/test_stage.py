@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 import torch
+from greedy_service import greedy
 from lone_stage import CPU, lone_stage
 from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
 
 from fiveply import service
 from fiveply.engine import kernels
 from fiveply.engine.paged_attention import Span
-from fiveply.serve.driver import Driver, Settings
-from fiveply.serve.generation import Generation
-from fiveply.serve.messages import Sampling
 
 STEPS = ([(0, 37), (0, 3)], [(37, 1), (3, 20), (0, 16)], [(38, 1), (23, 1), (16, 1)])
 """(start, count) of each sequence in each step."""
@@ -58,12 +55,6 @@ def test_a_split_model_answers_as_transformers(family: str, layout: str, tmp_pat
     model = save_random(family, tmp_path / "hf")
     prompts = ragged(model.config.vocab_size)
 
-    async def work(driver: Driver) -> list[list[int]]:
-        async def tokens(generation: Generation) -> list[int]:
-            return [token async for piece in generation.pieces() for token in piece.tokens]
-
-        return await asyncio.gather(*(tokens(driver.submit(list(prompt), 10, Sampling())) for prompt in prompts))
-
     served = service.Served.load(model.name_or_path, layout, "float32")
-    for prompt, told in zip(prompts, service.run(served, Settings(step_tokens=33), work), strict=True):
+    for prompt, told in zip(prompts, greedy(served, prompts, 10), strict=True):
         assert same_where_clear(told, greedy_by_transformers(model, prompt, 10), prompt, model)
