@@ -114,7 +114,7 @@ def run(
         raise InputError("torchrun or Slurm has started this process as one of several", where="launch",
                          fix="start it once, by itself: it starts its ranks")  # fmt: skip
     if device.find().kind == "cpu":
-        kernels.library()  # compiled once, before there are ranks that need it
+        kernels.prepare(getattr(torch, served.dtype), served.quantize)  # once, before there are ranks that need it
     loop = _Loop(served, settings, work)
     host, port, secret = loop.start()
     job = worker.Job(

@@ -55,7 +55,7 @@ def test_products_are_those_of_rounded_weights(
     dtype: torch.dtype, rows: int, shape: tuple[tuple[int, ...], int], compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(kernels, "library", lambda: "no compiler")
+        monkeypatch.setattr(kernels, "library", lambda *_: "no compiler")
         monkeypatch.setattr(int8, "WIDENED", 64)
     assert error(dtype, rows, *shape) < 1
 

@@ -2,10 +2,12 @@
 //
 // A block is two parts, each a norm, products and what lies between them; what a part gives is added to the residual stream by
 // the part after it, so that ranks which share a block can sum in between. All threads go through the parts together. Within
-// a part numbers are float32 whatever the type of matrices (W), and of other weights, cache and residual stream (T).
+// a part numbers are float32 whatever the type of matrices (W), and of other weights, cache and residual stream (T); what is
+// multiplied by matrices is of the type that products take.
 
 #pragma once
 #include "paged_attention.hpp"
+#include "products.hpp"
 
 namespace {
 
@@ -17,8 +19,15 @@ struct Block {  // packed matrices; null where the model has no such thing
   int64_t window;
 };
 
-template <class X, class T>
-void normed(const X* x, const T* weight, float* out, int64_t size, double eps) {  // `out` may be `x`
+template <class T>
+void add(T* to, const T* added, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(to + i, load(to + i) + load(added + i));
+  for (; i < size; i++) store(to + i, number(to[i]) + number(added[i]));
+}
+
+template <class X, class T, class Y>
+void normed(const X* x, const T* weight, Y* out, int64_t size, double eps) {  // `out` may be `x`
   Floats squares[4][PARTS] = {};
   int64_t i = 0;
   for (; i + 4 * PANEL <= size; i += 4 * PANEL)
@@ -30,7 +39,8 @@ void normed(const X* x, const T* weight, float* out, int64_t size, double eps) {
   }
   for (; i < size; i++) sum += number(x[i]) * number(x[i]);
   const float scale = 1 / std::sqrt(sum / float(size) + float(eps));
-  for (i = 0; i < size; i++) out[i] = number(x[i]) * scale * number(weight[i]);
+  for (i = 0; i + LANES <= size; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
+  for (; i < size; i++) store(out + i, number(x[i]) * scale * number(weight[i]));
 }
 
 // The pairs (column i, column i + head_dim / 2) of one head; `cos` and `sin` of its token.
@@ -42,13 +52,13 @@ inline void rotated(float* x, const float* cos, const float* sin, int64_t half) 
   }
 }
 
-template <class T>
-void add_and_norm(const Model& m, T* x, const T* added, const T* weight, float* out, int64_t tokens, Barrier& all) {
+template <class T, class X>
+void add_and_norm(const Model& m, T* x, const T* added, const T* weight, X* out, int64_t tokens, Barrier& all) {
 #pragma omp for schedule(static) nowait
   for (int64_t t = 0; t < tokens; t++) {
     T* row = x + t * m.hidden;
     if (added)
-      for (int64_t i = 0; i < m.hidden; i++) store(row + i, number(row[i]) + number(added[t * m.hidden + i]));
+      add(row, added + t * m.hidden, m.hidden);
     normed(row, weight, out + t * m.hidden, m.hidden, m.eps);
   }
   all.wait();
@@ -57,11 +67,13 @@ void add_and_norm(const Model& m, T* x, const T* added, const T* weight, float* 
 template <class T, class W>
 void attention_part(const Model& m, const Block& b, const Step& step, const float* cos, const float* sin, T* x,
                     const T* added, T* out, float* scratch, Barrier& all) {
+  typedef typename Given<T>::type X;
   const int64_t tokens = step.tokens, d = m.head_dim, own = (m.heads + 2 * m.kv_heads) * d;
   const Shape shape{m.heads, m.kv_heads, d, m.padded, b.window, own, own, own};
-  float *h = scratch, *qkv = h + tokens * m.hidden, *mixed = qkv + tokens * own;
+  float* qkv = scratch;
+  X *h = reinterpret_cast<X*>(qkv + tokens * own), *mixed = h + tokens * m.hidden;
   add_and_norm(m, x, added, static_cast<const T*>(b.attention_norm), h, tokens, all);
-  product(h, static_cast<const W*>(b.qkv), qkv, tokens, m.hidden, own, m.hidden);
+  multiply(h, static_cast<const W*>(b.qkv), qkv, tokens, m.hidden, own, m.hidden);
   all.wait();
 #pragma omp for schedule(static) nowait
   for (int64_t item = 0; item < tokens * (m.heads + m.kv_heads); item++) {
@@ -78,37 +90,40 @@ void attention_part(const Model& m, const Block& b, const Step& step, const floa
     if (key) keep(shape, step.slots[t], head - m.heads, y, v, static_cast<T*>(b.keys), static_cast<T*>(b.values));
   }
   all.wait();
-  attend_all<float, T, float>(shape, step, qkv, mixed, static_cast<const T*>(b.keys), static_cast<const T*>(b.values));
+  attend_all(shape, step, qkv, mixed, static_cast<const T*>(b.keys), static_cast<const T*>(b.values));
   all.wait();
-  product(mixed, static_cast<const W*>(b.o), out, tokens, m.heads * d, m.hidden, m.heads * d);
+  multiply(mixed, static_cast<const W*>(b.o), out, tokens, m.heads * d, m.hidden, m.heads * d);
   all.wait();
 }
 
 template <class T, class W>
 void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* added, T* out, float* scratch, Barrier& all) {
+  typedef typename Given<T>::type X;
   const int64_t tokens = step.tokens;
-  float *h = scratch, *both = h + tokens * m.hidden;
+  float* both = scratch;
+  X *h = reinterpret_cast<X*>(both + tokens * 2 * m.ffn), *gated = h + tokens * m.hidden;
   add_and_norm(m, x, added, static_cast<const T*>(b.mlp_norm), h, tokens, all);
-  product(h, static_cast<const W*>(b.gate_up), both, tokens, m.hidden, 2 * m.ffn, m.hidden);
+  multiply(h, static_cast<const W*>(b.gate_up), both, tokens, m.hidden, 2 * m.ffn, m.hidden);
   all.wait();
   const int64_t pieces = (m.ffn + LANES - 1) / LANES;
 #pragma omp for schedule(static) nowait
   for (int64_t item = 0; item < tokens * pieces; item++) {
     const int64_t first = item % pieces * LANES;
-    float* gate = both + item / pieces * 2 * m.ffn + first;
+    const float* gate = both + item / pieces * 2 * m.ffn + first;
+    X* to = gated + item / pieces * m.ffn + first;
     const Floats g = load(gate), zero = {}, e = exponential(g > 0 ? -g : g);
     const Floats y = g * (g > 0 ? zero + 1 : e) / (1 + e) * load(gate + m.ffn);
-    for (int64_t c = 0; c < std::min<int64_t>(LANES, m.ffn - first); c++) gate[c] = y[c];
+    store(to, y, m.ffn - first);
   }
   all.wait();
-  product(both, static_cast<const W*>(b.down), out, tokens, m.ffn, m.hidden, 2 * m.ffn);
+  multiply(gated, static_cast<const W*>(b.down), out, tokens, m.ffn, m.hidden, m.ffn);
   all.wait();
 }
 
 // Parts [first, end) of the blocks, an even one a block's attention, an odd one its MLP. `x`: the residual stream. `out`: what
 // the part before gave, unless `first` is the very first one, and then what the last part gives. `scratch` is read up to a vector beyond its end.
 template <class T, class W>
-void parts(const Model& m, const Block* blocks, int64_t first, int64_t end, const Step& step, const float* cos,
+void parts_of_blocks(const Model& m, const Block* blocks, int64_t first, int64_t end, const Step& step, const float* cos,
            const float* sin, T* x, T* out, float* scratch) {
   const int64_t layer = m.hidden * ((m.heads + m.kv_heads) * 2 * m.head_dim + 3 * m.ffn);
   Barrier all;

@@ -38,10 +38,9 @@ def quantize(weight_OI: Tensor, axis: Axis | None = None) -> tuple[Tensor, Tenso
 class Int8Products(FusedProducts):
     """Products with matrices that it has adopted and quantised."""
 
-    variant = "_int8"
-
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._product = kernels.function("product_int8", dtype, device)
+        self.weights = torch.int8
+        self._product = kernels.function("product", dtype, device, torch.int8)
         self._whole_of = {}
 
     def _kept(self, whole_OI: Tensor, axis: Axis | None) -> tuple[Tensor, bool]:

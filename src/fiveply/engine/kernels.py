@@ -1,4 +1,4 @@
-"""The compiled parts of inference on CPUs (`kernels.cpp`): how they are called, and whether there are any here."""
+"""The compiled parts of inference on CPUs (`attention.cpp`, `blocks.cpp`): how they are called, and whether there are any here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 
 from fiveply.world import compiled
 
-_HEADERS = ("products.hpp", "paged_attention.hpp", "blocks.hpp")
+_ATTENTION = ("vectors.hpp", "paged_attention.hpp")
+_BLOCKS = ("products.hpp", "tiles.hpp", "blocks.hpp")
+_NAMES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.int8: "int8_t"}
 _pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -60,17 +62,31 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | str:
-    """All of them, or why there are none."""
-    folder = Path(__file__).parent
-    return compiled.library(folder / "kernels.cpp", ("-fopenmp",), [folder / name for name in _HEADERS])
+@lru_cache
+def library(numbers: torch.dtype, weights: torch.dtype | None = None) -> ctypes.CDLL | str:
+    """Of attention in one type, or of blocks with matrices in type `weights`: compiled for these alone, or why there is none."""
+    if numbers not in _NAMES:
+        return f"there is none for {numbers}"
+    folder, flags = Path(__file__).parent, ("-fopenmp", f"-DNUMBER={_NAMES[numbers]}")
+    if weights is None:
+        return compiled.library(folder / "attention.cpp", flags, [folder / name for name in _ATTENTION])
+    if numbers == torch.float64:
+        return "blocks have sums in float32"
+    flags = (*flags, f"-DWEIGHT={_NAMES[weights]}")
+    return compiled.library(folder / "blocks.cpp", flags, [folder / name for name in (*_ATTENTION, *_BLOCKS)])
 
 
-def function(name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """One of them, or None where there is none for this type and device; "product_int8" and "parts_int8" have 8-bit matrices."""
-    loaded = library() if device.type == "cpu" else ""
-    made = None if isinstance(loaded, str) else getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}", None)
-    if made is not None:
-        made.restype, made.argtypes = None, _ARGUMENTS[name.removesuffix("_int8")]
+def prepare(numbers: torch.dtype, quantize: str) -> None:
+    """Compile what ranks will ask for, so that not each of them does."""
+    for weights in (None, torch.int8 if quantize == "int8" else numbers):
+        library(numbers, weights)
+
+
+def function(name: str, numbers: torch.dtype, device: torch.device, weights: torch.dtype | None = None) -> Any:
+    """One of them, or None where there is none for these types and this device; all but "attend" have `weights`."""
+    loaded = library(numbers, weights) if device.type == "cpu" else ""
+    if isinstance(loaded, str):
+        return None
+    made = getattr(loaded, name)
+    made.restype, made.argtypes = None, _ARGUMENTS[name]
     return made

@@ -9,9 +9,8 @@
 #pragma once
 #include <cmath>
 #include <limits>
-#include <vector>
 
-#include "products.hpp"
+#include "vectors.hpp"
 
 namespace {
 
@@ -28,18 +27,7 @@ template <class A> struct Vector;
 template <> struct Vector<float> { typedef Floats type; };
 template <> struct Vector<double> { typedef double type __attribute__((vector_size(4 * LANES), aligned(8), may_alias)); };
 
-inline Vector<float>::type load(const float* x) { return *reinterpret_cast<const Vector<float>::type*>(x); }
 inline Vector<double>::type load(const double* x) { return *reinterpret_cast<const Vector<double>::type*>(x); }
-inline Vector<float>::type load(const bfloat16* x) {
-#ifdef __AVX512F__  // which compilers make two halves of by themselves
-  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
-  return (Vector<float>::type)wide;
-#else
-  typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-  Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16;
-  return reinterpret_cast<Vector<float>::type&>(wide);
-#endif
-}
 // exp(x) for x <= 0: 2^n times a polynomial in the rest (Cephes' coefficients); 0 below -87.
 inline Vector<float>::type exponential(Vector<float>::type x) {
   typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
@@ -99,8 +87,8 @@ inline void mix(A* sums, A shrink, const A* p, const T* const* blocks, int64_t l
   for (int n = 0; n < N; n++) *reinterpret_cast<V*>(sums + n * L) = acc[n];
 }
 
-template <class Q, class T, class A>
-void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* out, const T* keys, const T* values,
+template <class A, class Q, class T, class O>
+void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, O* out, const T* keys, const T* values,
             const int32_t* table, double scale, std::vector<A>& scratch) {
   typedef typename Vector<A>::type V;
   constexpr int E = EACH<A>, L = LONG<A>;
@@ -182,7 +170,7 @@ void attend(const Shape& s, const Tile& tile, int64_t kv_head, const Q* q, Q* ou
     }
   }
   for (int64_t m = 0; m < rows; m++) {
-    Q* to = out + ((tile.first + m / group) * s.heads + kv_head * group + m % group) * d;
+    O* to = out + ((tile.first + m / group) * s.heads + kv_head * group + m % group) * d;
     for (int64_t i = 0; i < d; i++) store(to + i, sums[m * padded + i] / total[m]);
   }
 }
@@ -215,18 +203,19 @@ void keep(const Shape& s, int64_t slot, int64_t kv_head, const Q* k, const Q* v,
 }
 
 // On each thread of a team: its part of the tiles; without a barrier.
-template <class Q, class T, class A>
-void attend_all(const Shape& s, const Step& step, const Q* q, Q* out, const T* keys, const T* values) {
+template <class Q, class T, class O>
+void attend_all(const Shape& s, const Step& step, const Q* q, O* out, const T* keys, const T* values) {
+  typedef decltype(number(*q)) A;  // of sums
   std::vector<A> scratch;
   const double scale = 1 / std::sqrt(double(s.head_dim));
 #pragma omp for schedule(dynamic) nowait
   for (int64_t item = 0; item < step.tile_count * s.kv_heads; item++) {
     const Tile& tile = step.tiles[item / s.kv_heads];
-    attend<Q, T, A>(s, tile, item % s.kv_heads, q, out, keys, values, step.tables + tile.row * step.table_stride, scale, scratch);
+    attend<A>(s, tile, item % s.kv_heads, q, out, keys, values, step.tables + tile.row * step.table_stride, scale, scratch);
   }
 }
 
-template <class T, class A>
+template <class T>
 void run(const Shape& s, const Step& step, const T* q, const T* k, const T* v, T* out, T* keys, T* values) {
 #pragma omp parallel if (work_of(s, step) > ALONE)  // waking the other threads costs more than a little work
   {
@@ -234,7 +223,7 @@ void run(const Shape& s, const Step& step, const T* q, const T* k, const T* v, T
     for (int64_t t = 0; t < step.tokens; t++)
       for (int64_t h = 0; h < s.kv_heads; h++)
         keep(s, step.slots[t], h, k + t * s.k_stride + h * s.head_dim, v + t * s.v_stride + h * s.head_dim, keys, values);
-    attend_all<T, T, A>(s, step, q, out, keys, values);
+    attend_all(s, step, q, out, keys, values);
   }
 }
 

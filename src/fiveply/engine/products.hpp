@@ -4,77 +4,20 @@
 // Here a number of x is multiplied with a vector of W, sums stay in registers and are never added across a vector. A number of
 // y is formed in order of the columns whatever the number of rows, so a row's bits do not depend on its company. bfloat16
 // numbers of W are widened on their way: half the bytes to read, and sums in float32 (the processor's own product of pairs
-// is slower than that where it has no tiles). So are 8-bit ones (`int8.py`), whose sums are multiplied by their row's scale at the end.
+// is slower than that where it has no tiles; where it has, `tiles.hpp`). So are 8-bit ones (`int8.py`), whose sums are
+// multiplied by their row's scale at the end.
 
 #pragma once
-#include <omp.h>
-#include <sched.h>
-
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <utility>
+#include "tiles.hpp"
 
 namespace {
 
-constexpr int PANEL = 16;  // rows of W in a panel
-// LANES: numbers of a vector, as long as the processor's own (of longer ones some compilers keep no sums in registers).
 // MOST: rows of x that are multiplied together. SUMS: panels times rows whose sums are in registers.
 #ifdef __AVX512F__
-constexpr int LANES = 16, MOST = 8, SUMS = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8, MOST = 6, SUMS = 4;
+constexpr int MOST = 12, SUMS = 24;
 #else
-constexpr int LANES = 4, MOST = 6, SUMS = 4;
+constexpr int MOST = 6, SUMS = 4;
 #endif
-constexpr int PARTS = PANEL / LANES;  // vectors of a panel's column
-constexpr int BUSY = 4;  // passes over panels that take longer than reading the next ones
-
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-
-// Where a team's threads wait for one another. Who waits long lets others have its core: on a busy machine OpenMP's own
-// barrier spins until its turn is over, while the thread that it waits for has none.
-class Barrier {
-  static constexpr int SPINS = 4000;  // some ten microseconds
-  std::atomic<int> waiting{0}, round{0};
-
- public:
-  void wait() {
-    const int size = omp_get_num_threads(), own = round.load();
-    if (size == 1) return;
-    if (waiting.fetch_add(1) + 1 == size) {
-      waiting.store(0);
-      round.store(own + 1);
-      return;
-    }
-    for (int spins = 0; round.load() == own; spins++)
-      if (spins > SPINS) sched_yield();
-  }
-};
-
-struct bfloat16 { uint16_t bits; };
-
-inline float number(float x) { return x; }
-inline double number(double x) { return x; }
-inline float number(bfloat16 x) {
-  uint32_t word = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &word, 4);
-  return y;
-}
-inline void store(float* to, float x) { *to = x; }
-inline void store(double* to, double x) { *to = x; }
-inline void store(bfloat16* to, float x) {  // to the nearest, ties to even
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  to->bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
 
 // Columns of a panel that lie together, as float32: one, or a pair of 16-bit ones. `w`: where a vector of them begins.
 template <class W> constexpr int DEEP = 1;
@@ -97,22 +40,23 @@ inline void columns_of(const int8_t* w, Floats* columns) {
 #endif
 }
 
-// `next`: read after this, a part of it by each of `passes` tiles; asked for meanwhile.
-template <class W, class Y, int C, int P>
-inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stride, int64_t y_stride, int64_t left,
-                 const W* next, int64_t passes) {
+// `next`: what is read after this, or null; asked for meanwhile, a panel's column at every `every`th of the own ones (a power of 2).
+template <class X, class W, class Y, int C, int P>
+inline void tile(const W* w, const X* x, Y* y, int64_t inner, int64_t x_stride, int64_t y_stride, int64_t left,
+                 const W* next, int64_t every) {
   constexpr int D = DEEP<W>, V = P * PARTS;
   Floats sums[C][V] = {};
-  const int64_t panel = (inner + SCALES<W>) * PANEL, step = passes > BUSY ? 0 : D * PANEL / passes;
+  const int64_t panel = (inner + SCALES<W>) * PANEL;
   for (int64_t i = 0; i < inner; i += D) {
     Floats columns[V][D];
     for (int v = 0; v < V; v++) columns_of(w + v / PARTS * panel + i * PANEL + v % PARTS * LANES * D, columns[v]);
-    for (int p = 0; p < P; p++)
-      if (step) __builtin_prefetch(next + p * panel, 0, 2);
-    next += step;
+    if (next && (i & (D * every - D)) == 0) {
+      for (int p = 0; p < P; p++) __builtin_prefetch(next + p * panel, 0, 2);
+      next += D * PANEL;
+    }
     for (int c = 0; c < C; c++)
       for (int d = 0; d < D; d++) {
-        const float same = x[c * x_stride + i + d];
+        const float same = number(x[c * x_stride + i + d]);
         for (int v = 0; v < V; v++) sums[c][v] += columns[v][d] * same;
       }
   }
@@ -121,50 +65,53 @@ inline void tile(const W* w, const float* x, Y* y, int64_t inner, int64_t x_stri
       Y* to = y + c * y_stride + v * LANES;
       if constexpr (SCALES<W> > 0)
         sums[c][v] *= *reinterpret_cast<const Floats*>(w + v / PARTS * panel + inner * PANEL + v % PARTS * LANES * SCALES<W>);
-      if (left - v * LANES >= LANES)
-        for (int r = 0; r < LANES; r++) store(to + r, sums[c][v][r]);
-      else
-        for (int64_t r = 0; r < left - v * LANES; r++) store(to + r, sums[c][v][r]);
+      store(to, sums[c][v], left - v * LANES);
     }
 }
 
-// C rows of x with the panels [first, end), on one of several passes over them.
-template <class W, class Y, int C>
-void rows_of_x(const W* w, const float* x, Y* y, int64_t inner, int64_t outer, int64_t x_stride, int64_t first, int64_t end,
+// C rows of x with the panels [first, end), on one of several passes over them; each asks for a part of as many panels after them.
+template <class X, class W, class Y, int C>
+void rows_of_x(const W* w, const X* x, Y* y, int64_t inner, int64_t outer, int64_t x_stride, int64_t first, int64_t end,
                int64_t pass, int64_t passes) {
   constexpr int P = 4 * C <= SUMS ? 4 : 2 * C <= SUMS ? 2 : 1;
   const int64_t panel = (inner + SCALES<W>) * PANEL;
+  int64_t every = 1;
+  while (2 * every <= passes) every *= 2;
   const auto multiplied = [&](auto tile_of, int64_t p) {
-    const W* after = w + (end + p - first) * panel + pass * inner / passes * PANEL;
-    tile_of(w + p * panel, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, after, passes);
+    const W* next = w + (end + p - first) * panel + pass * inner / every / DEEP<W> * DEEP<W> * PANEL;
+    tile_of(w + p * panel, x, y + p * PANEL, inner, x_stride, outer, outer - p * PANEL, pass < every ? next : nullptr, every);
   };
   int64_t p = first;
-  for (; p + P <= end; p += P) multiplied(tile<W, Y, C, P>, p);
-  for (; p < end; p++) multiplied(tile<W, Y, C, 1>, p);
+  for (; p + P <= end; p += P) multiplied(tile<X, W, Y, C, P>, p);
+  for (; p < end; p++) multiplied(tile<X, W, Y, C, 1>, p);
 }
 
-template <class W, class Y, int... C, class... A>
+template <class X, class W, class Y, int... C, class... A>
 void by_rows(std::integer_sequence<int, C...>, int64_t rows, A... a) {
-  ((rows == C + 1 ? rows_of_x<W, Y, C + 1>(a...) : void()), ...);
+  ((rows == C + 1 ? rows_of_x<X, W, Y, C + 1>(a...) : void()), ...);
 }
 
 // On each thread of a team: its part of the panels, for all rows of x; without a barrier. `inner`: a multiple of DEEP.
-template <class W, class Y>
-void product(const float* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t outer, int64_t x_stride) {
+template <class X, class W, class Y>
+void multiply(const X* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t outer, int64_t x_stride) {
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<X, bfloat16>)
+    if (inner % DEPTH == 0 && tiles_allowed()) return by_tiles<W, Y, SCALES<W>>(x, w, y, rows, inner, outer, x_stride);
+#endif
   const int64_t panels = (outer + PANEL - 1) / PANEL, together = rows > MOST / 2 ? 2 : 4;  // that stay in cache meanwhile
   const int64_t passes = (rows + MOST - 1) / MOST;
 #pragma omp for schedule(static) nowait
   for (int64_t first = 0; first < panels; first += together)
     for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t m = pass * MOST;
-      by_rows<W, Y>(std::make_integer_sequence<int, MOST>(), std::min<int64_t>(MOST, rows - m), w, x + m * x_stride,
-                    y + m * outer, inner, outer, x_stride, first, std::min(panels, first + together), pass, passes);
+      const int64_t m = rows * pass / passes, next = rows * (pass + 1) / passes;
+      by_rows<X, W, Y>(std::make_integer_sequence<int, MOST>(), next - m, w, x + m * x_stride, y + m * outer, inner, outer,
+                       x_stride, first, std::min(panels, first + together), pass, passes);
     }
 }
 
 // (outer, inner) by rows to panels; `inner` even where columns go in pairs.
 template <class T>
-void pack(const T* from, T* to, int64_t inner, int64_t outer) {
+void pack_panels(const T* from, T* to, int64_t inner, int64_t outer) {
   constexpr int D = DEEP<T>;
   const int64_t panels = (outer + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static)

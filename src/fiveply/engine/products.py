@@ -1,8 +1,8 @@
 """The matrix products of inference on a rank: no gradients, matrices of one input multiplied as one, few rows done well.
 
 Notable: decoding multiplies a handful of rows, where what counts is how each weight is read. On CPUs matrices are packed once,
-for compiled code that is quick at any number of rows (`products.hpp`). bfloat16 on a processor with tiles (AMX) is left to
-oneDNN, which has them, and its own order of a packed matrix.
+for compiled code that is quick at any number of rows (`products.hpp`, and `tiles.hpp` for bfloat16 on a processor with AMX).
+bfloat16 matrices with an odd number of columns are left to oneDNN, and its own order of a packed matrix.
 
 It knows matrices, not layers.
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fiveply.engine import kernels
 from fiveply.model.products import Products
 from fiveply.world.collectives import Axis
-from fiveply.world.device import find
 
 PANEL = 16  # rows of a packed matrix that lie together
 PACKED_FOR = 16  # rows that oneDNN's packing is chosen for; it serves any number
@@ -29,14 +28,12 @@ PACKED_FOR = 16  # rows that oneDNN's packing is chosen for; it serves any numbe
 class FusedProducts(Products):
     """Products with matrices that it has adopted."""
 
-    variant = ""
-    """What the names of its compiled code end in."""
-
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.weights = dtype
+        """The type of its matrices."""
         onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        tiles = dtype == torch.bfloat16 and onednn and find().bf16_tiles
-        self._product = None if tiles else kernels.function("product", dtype, device)
-        self._pack = None if tiles else kernels.function("pack", dtype, device)
+        self._product = kernels.function("product", dtype, device, dtype)
+        self._pack = kernels.function("pack", dtype, device, dtype)
         self._reorders = onednn and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._onednn = self._reorders or (onednn and dtype == torch.float32)
         self._whole_of: dict[int, tuple[Tensor, bool]] = {}  # by the identity of the first part that stands for it
@@ -78,7 +75,6 @@ class FusedProducts(Products):
         whole_OI, packs = self._whole_of[id(weight_OI)]
         if packs and self._product is not None:
             (rows, inner), y_TO = x_TI.shape, x_TI.new_empty(x_TI.shape[0], outer)
-            x_TI = x_TI.float()
             x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
             self._product(x_TI.data_ptr(), whole_OI.data_ptr(), y_TO.data_ptr(), rows, inner, outer, x_TI.stride(0))
             return y_TO

@@ -32,7 +32,7 @@ class Stage:
         self.decoder, self.attention, self.tensor = decoder, attention, tensor
         products, weight = decoder.products, next(decoder.parameters())
         assert isinstance(products, FusedProducts)
-        self._parts: Any = kernels.function(f"parts{products.variant}", weight.dtype, weight.device)
+        self._parts: Any = kernels.function("parts", weight.dtype, weight.device, products.weights)
         blocks = [block for block in decoder.model.layers.values() if isinstance(block, Block)]
         if self._parts is None or not blocks or not _is_llama_like(decoder, products):
             self._parts = None
@@ -42,7 +42,7 @@ class Stage:
         self._model = kernels.Model(spec.hidden, *own, padded(spec.head_dim), ffn, spec.norm_eps)
         self._kept: list[Tensor] = []
         self._blocks = (kernels.Block * len(blocks))(*(self._block(block, products) for block in blocks))
-        self._numbers = spec.hidden + (attention.heads * 2 + attention.kv_heads * 2) * spec.head_dim + 2 * ffn
+        self._numbers = spec.hidden + max(2 * (attention.heads + attention.kv_heads) * spec.head_dim, 3 * ffn)
         self._scratch = torch.empty(0)
         assert spec.rope is not None
         self._frequencies = rotary.inverse_frequencies(spec.rope, spec.head_dim)
