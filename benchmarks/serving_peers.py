@@ -248,7 +248,7 @@ def fiveply(model: Path, dtype: str, layout: str, cases: TextIO, say: Callable[[
 
     types = ("float32", "int8") if dtype == "int8" else (dtype, "none")
     served = service.Served.load(model, layout, types[0], cache_tokens=TOGETHER * LONGEST, quantize=types[1])
-    service.run(served, Settings(most_running=TOGETHER, step_tokens=2048, reuse=False), work, apart=True)
+    service.run(served, Settings(most_running=TOGETHER, reuse=False), work, apart=True)
 
 
 def _cores() -> int:

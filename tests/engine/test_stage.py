@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from greedy_service import greedy
-from lone_stage import CPU, lone_stage
+from lone_stage import lone_stage
 from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
 
 from fiveply import service
@@ -17,7 +17,8 @@ from fiveply.engine.paged_attention import Span
 STEPS = ([(0, 37), (0, 3)], [(37, 1), (3, 20), (0, 16)], [(38, 1), (23, 1), (16, 1)])
 """(start, count) of each sequence in each step."""
 
-needs_kernels = pytest.mark.skipif(isinstance(kernels.library(torch.float32, torch.float32), str), reason=str(kernels.library(torch.float32, torch.float32)))
+MISSING = kernels.library(torch.float32, torch.float32)
+needs_kernels = pytest.mark.skipif(isinstance(MISSING, str), reason=str(MISSING))
 
 
 def hidden_states(path: str, dtype: torch.dtype, compiled: bool) -> list[torch.Tensor]:
