@@ -20,7 +20,7 @@ from fiveply.serve.messages import BLOCK
 from fiveply.world import compiled
 
 CPU = torch.device("cpu")
-COMPILED = [False] if isinstance(kernels.library(), str) else [True, False]
+COMPILED = [False] if isinstance(kernels.library(torch.float64), str) else [True, False]
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

@@ -3,7 +3,7 @@ and values that a sequence looks at are copied to lie side by side.
 
 Notable: where they lie is worked out once a step, for all layers, and nothing waits for the device. `begin_decoding` does it from
 tensors on the device alone, so that a forward can be recorded and replayed (`graphs.py`). torch's `attention.varlen` reads paged
-caches since 2.13, but on GPUs alone, not with every size of block, and not in the 2.11 that this has to run with.
+caches since 2.13, but on GPUs alone, and 2.11 has to do: it is not used.
 
 It knows blocks by number, and no requests.
 

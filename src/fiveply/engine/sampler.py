@@ -51,12 +51,13 @@ def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[tuple[int, Score | No
     """
     shaped_RV = _shaped(logits_RV, rows)
     greatest_R, tokens_R = shaped_RV.max(-1)
-    tokens: list[int] = where_finite(tokens_R, greatest_R).tolist()
     drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
-    if drawn:
-        logits_DV = shaped_RV if len(drawn) == len(rows) else shaped_RV[sent(drawn, shaped_RV.device)]
-        for index, token in zip(drawn, _draw(logits_DV, [rows[index] for index in drawn]), strict=True):
-            tokens[index] = token if tokens[index] >= 0 else -1
+    if drawn and len(drawn) == len(rows):
+        tokens_R = _draw(shaped_RV, rows)
+    elif drawn:
+        index_D = sent(drawn, shaped_RV.device)
+        tokens_R[index_D] = _draw(shaped_RV[index_D], [rows[index] for index in drawn])
+    tokens: list[int] = where_finite(tokens_R, greatest_R).tolist()
     scored = [index for index, row in enumerate(rows) if row.sampling.top_logprobs >= 0 and tokens[index] >= 0]
     scores: dict[int, Score] = {}
     if scored:
@@ -76,12 +77,13 @@ def score(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
     """Log-probabilities of `tokens` under the logits, and the `top` likeliest of each row."""
     index_R = sent(tokens, logits_RV.device)
     sums_R = logits_RV.logsumexp(-1)
-    own = (logits_RV.gather(1, index_R[:, None])[:, 0] - sums_R).tolist()
+    own_R1 = logits_RV.gather(1, index_R[:, None]) - sums_R[:, None]
     if top == 0:
-        return [Score(logprob) for logprob in own]
+        return [Score(logprob) for logprob in own_R1[:, 0].tolist()]
     values_RK, ids_RK = logits_RV.topk(min(top, logits_RV.shape[1]))
-    likeliest = zip(ids_RK.tolist(), (values_RK - sums_R[:, None]).tolist(), strict=True)
-    return [Score(logprob, list(zip(*pair, strict=True))) for logprob, pair in zip(own, likeliest, strict=True)]
+    told = torch.cat([x.double() for x in (own_R1, values_RK - sums_R[:, None], ids_RK)], 1).tolist()
+    most = ids_RK.shape[1]
+    return [Score(own, list(zip(map(int, rest[most:]), rest[:most], strict=True))) for own, *rest in told]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -118,7 +120,7 @@ def _shaped(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     return logits_RV
 
 
-def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
+def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     """Of each row the first token, in order of ids, at which the cumulative distribution passes the row's random number."""
     settings = [(row.sampling.temperature, uniform(row.sampling.seed, row.position)) for row in rows]
     temperatures_R1, points_R1 = sent(settings, logits_RV.device, torch.float64).split(1, 1)
