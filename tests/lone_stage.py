@@ -19,13 +19,15 @@ from fiveply.spec.legality import resolve_for_inference
 CPU = torch.device("cpu")
 
 
-def lone_stage(path: Path, dtype: torch.dtype, quantize: str = "none", blocks: int = 32) -> Stage:
+def lone_stage(
+    path: Path, dtype: torch.dtype, quantize: str = "none", blocks: int = 32, device: torch.device = CPU
+) -> Stage:
     source = weights.open_source(path)
     spec = source.spec
     mesh: Any = SimpleNamespace(layout=resolve_for_inference(Layout(), spec), at=SimpleNamespace(tp=0, pp=0), tp=None)
-    decoder = weights.load(source, mesh, dtype, CPU, quantize)
+    decoder = weights.load(source, mesh, dtype, device, quantize)
     layers = list(range(spec.layers))
-    attention = PagedAttention(layers, spec.heads, spec.kv_heads, spec.head_dim, blocks, dtype, CPU)
+    attention = PagedAttention(layers, spec.heads, spec.kv_heads, spec.head_dim, blocks, dtype, device)
     return Stage(decoder, attention, None)
 
 

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fiveply.engine import kernels
+from fiveply.engine import gathered_attention, kernels
 from fiveply.engine.paged_attention import PagedAttention, Span
 from fiveply.model.attention import RowsAttention
 from fiveply.serve.messages import BLOCK
 from fiveply.world import compiled
 
 CPU = torch.device("cpu")
+COMPILED = [False] if isinstance(kernels.library(torch.float64), str) else [True, False]
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -75,7 +76,7 @@ def cut(length: int, at: list[int]) -> list[int]:
     return [b - a for a, b in itertools.pairwise(edges)]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("compiled", COMPILED)
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
@@ -91,11 +92,27 @@ def test_any_chunks_give_what_the_whole_gives(
     sequences = make(lengths, *heads, size, torch.float64, seed)
     blocks, total = tables(lengths, seed)
     attention = PagedAttention([0], *heads, size, total, torch.float64, CPU, compiled_kernels=compiled)
-    attention.keys_NKdB[0].fill_(torch.nan)  # what was never written must not be read
-    attention.values_NKBP[0].fill_(torch.nan)
+    inner = attention.gathered
+    assert (inner is None) == compiled
+    keys, values = (inner.keys_XKd, inner.values_XKd) if inner else (attention.keys_NKdB, attention.values_NKBP)
+    for cache in (keys, values):
+        cache[0].fill_(torch.nan)  # what was never written must not be read
     outs = run_in_steps(sequences, [cut(n, at) for n in lengths], attention, blocks, window)
     for out, sequence in zip(outs, sequences, strict=True):
         torch.testing.assert_close(out, whole(*sequence, window), atol=1e-12, rtol=1e-12)
+
+
+def test_sequences_whose_copies_are_too_large_attend_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathered_attention, "GATHERED", 5 * BLOCK * 2 * 8)  # five blocks
+    lengths = [40, 33, 70, 20, 5]
+    sequences = make(lengths, 4, 2, 8, torch.float64, 1)
+    blocks, total = tables(lengths, 1)
+    attention = PagedAttention([0], 4, 2, 8, total, torch.float64, CPU, compiled_kernels=False)
+    cuts = [[length - 4, *[1] * 4] for length in lengths]
+    for out, sequence in zip(run_in_steps(sequences, cuts, attention, blocks, 0), sequences, strict=True):
+        torch.testing.assert_close(out, whole(*sequence, 0), atol=1e-12, rtol=1e-12)
+    assert attention.gathered is not None
+    assert [group.rows for group in attention.gathered._groups] == [1] * 5
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1.6e-2)])

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fiveply.engine.inputs import sent
+
 
 class Grammars:
     """Those of one model. `ends`: tokens that end an answer, allowed where the grammar is complete."""
@@ -57,4 +59,4 @@ class Constraint:
         """(V,): true where a token may follow."""
         self._fill(self._matcher, self._bits, 0)
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=self._grammars.vocabulary)
-        return torch.from_numpy(bits.astype(bool)).to(self._grammars.device)
+        return sent(bits.astype(bool), self._grammars.device)

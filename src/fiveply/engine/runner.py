@@ -2,7 +2,8 @@
 
 Notable: all ranks of a replica get the same steps in the same order, so the shape of what arrives from the stage before is
 known and nothing is agreed on. Hidden states go on to the same tensor rank of the next stage while this one turns to the next
-step. Logits are formed only for the tokens that are asked about.
+step. Logits are formed only for the tokens that are asked about. On a GPU, steps in which all decode are replayed where that has
+been recorded (`graphs.py`), and the host waits for the device once a step: for the tokens.
 
 It knows no sockets and no other requests than those that steps name.
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fiveply.engine import sampler
 from fiveply.engine.constrain import Constraint, Grammars
+from fiveply.engine.graphs import CudaGraphs, DecodeSteps, Record
+from fiveply.engine.inputs import sent
 from fiveply.engine.paged_attention import PagedAttention, Span
 from fiveply.engine.stage import Stage
 from fiveply.model.decoder import Decoder
@@ -46,13 +49,19 @@ class _Request:
 class Runner:
     """Steps through this rank's part of the model."""
 
-    def __init__(self, decoder: Decoder, attention: PagedAttention, mesh: Mesh, grammars: Grammars) -> None:
+    def __init__(
+        self, decoder: Decoder, attention: PagedAttention, mesh: Mesh, grammars: Grammars, record: Record | None = None
+    ) -> None:
+        """`record`: how steps in which all decode are recorded; None: on GPUs as CUDA graphs, elsewhere not."""
         self._decoder, self._attention, self._mesh, self._grammars = decoder, attention, mesh, grammars
         self._stage = Stage(decoder, attention, mesh.tp)
         self._requests: dict[int, _Request] = {}
         self._sent: Call | None = None
         parameter = next(decoder.parameters())
         self._dtype, self._device = parameter.dtype, parameter.device
+        if record is None and self._device.type == "cuda":
+            record = CudaGraphs()
+        self._decode_steps = None if record is None else DecodeSteps(decoder, attention, record)
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult | None:
@@ -64,8 +73,12 @@ class Runner:
             Span(segment.start, len(segment.tokens), request.table)
             for segment, request in zip(batch.segments, requests, strict=True)
         ]
-        positions_T = self._attention.begin(spans)
-        hidden_TD = self._stage(self._input(batch.segments, requests, len(positions_T)), positions_T)
+        decode = self._decode_steps.begin(spans) if self._decode_steps is not None else None
+        if decode is not None:
+            hidden_TD = decode(self._input(batch.segments, requests, len(spans)))
+        else:
+            positions_T = self._attention.begin(spans)
+            hidden_TD = self._stage(self._input(batch.segments, requests, len(positions_T)), positions_T)
         if self._decoder.model.norm is None:
             self._hand_on(hidden_TD)
             return None
@@ -93,7 +106,7 @@ class Runner:
                 for segment, request in zip(segments, requests, strict=True)
                 for token in segment.tokens
             ]
-            return torch.tensor(given, device=self._device)
+            return sent(given, self._device)
         axis = self._mesh.down
         assert axis is not None
         hidden_TD = torch.empty(tokens, self._decoder.spec.hidden, dtype=self._dtype, device=self._device)
@@ -130,7 +143,8 @@ class Runner:
                 outcomes[segment.request] = outcome
             first = end
         if asked:
-            chosen = iter(self._choose(hidden_TD[torch.tensor(asked, device=self._device)], rows))
+            hidden_RD = hidden_TD if len(asked) == len(hidden_TD) else hidden_TD[sent(asked, self._device)]
+            chosen = iter(self._choose(hidden_RD, rows))
             for segment, request in zip(segments, requests, strict=True):
                 if segment.last and segment.samples:
                     outcome = outcomes[segment.request]
@@ -154,9 +168,8 @@ class Runner:
         axis.all_gather(all_2R2, own_R2)
         greatest_2R, tokens_2R = all_2R2.view(axis.size, -1, 2).unbind(-1)
         best_1R = greatest_2R.argmax(0, keepdim=True)
-        finite_R = greatest_2R.gather(0, best_1R)[0].isfinite().tolist()
-        tokens = tokens_2R.gather(0, best_1R)[0].long().tolist()
-        return [(token if finite else -1, None) for token, finite in zip(tokens, finite_R, strict=True)]
+        greatest_R, tokens_R = (x_2R.gather(0, best_1R)[0] for x_2R in (greatest_2R, tokens_2R))
+        return [(token, None) for token in sampler.where_finite(tokens_R.long(), greatest_R).tolist()]
 
     def _scores(self, segment: Segment, begins: Beginning, hidden_TD: Tensor) -> list[Score]:
         """Of the prompt tokens that follow this segment's tokens."""

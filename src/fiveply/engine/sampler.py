@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fiveply.engine.inputs import sent
 from fiveply.serve.messages import Sampling, Score
 
 
@@ -50,34 +51,39 @@ def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[tuple[int, Score | No
     """
     shaped_RV = _shaped(logits_RV, rows)
     greatest_R, tokens_R = shaped_RV.max(-1)
-    tokens = tokens_R.tolist()
     drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
-    if drawn:
-        logits_DV = shaped_RV if len(drawn) == len(rows) else shaped_RV[drawn]
-        for index, token in zip(drawn, _draw(logits_DV, [rows[index] for index in drawn]), strict=True):
-            tokens[index] = token
-    finite = greatest_R.isfinite().tolist()
-    tokens = [token if sound else -1 for token, sound in zip(tokens, finite, strict=True)]
-    scored = [index for index, row in enumerate(rows) if row.sampling.top_logprobs >= 0 and finite[index]]
+    if drawn and len(drawn) == len(rows):
+        tokens_R = _draw(shaped_RV, rows)
+    elif drawn:
+        index_D = sent(drawn, shaped_RV.device)
+        tokens_R[index_D] = _draw(shaped_RV[index_D], [rows[index] for index in drawn])
+    tokens: list[int] = where_finite(tokens_R, greatest_R).tolist()
+    scored = [index for index, row in enumerate(rows) if row.sampling.top_logprobs >= 0 and tokens[index] >= 0]
     scores: dict[int, Score] = {}
     if scored:
         most = max(rows[index].sampling.top_logprobs for index in scored)
-        found = score(logits_RV[scored], [tokens[index] for index in scored], most)
+        found = score(logits_RV[sent(scored, logits_RV.device)], [tokens[index] for index in scored], most)
         for index, one in zip(scored, found, strict=True):
             scores[index] = Score(one.logprob, one.top[: rows[index].sampling.top_logprobs])
     return [(token, scores.get(index)) for index, token in enumerate(tokens)]
 
 
+def where_finite(tokens_R: Tensor, logits_R: Tensor) -> Tensor:
+    """Each token, or -1 where its logit is not finite."""
+    return torch.where(logits_R.isfinite(), tokens_R, -1)
+
+
 def score(logits_RV: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
     """Log-probabilities of `tokens` under the logits, and the `top` likeliest of each row."""
-    index_R = torch.tensor(tokens, device=logits_RV.device)
+    index_R = sent(tokens, logits_RV.device)
     sums_R = logits_RV.logsumexp(-1)
-    own = (logits_RV.gather(1, index_R[:, None])[:, 0] - sums_R).tolist()
+    own_R1 = logits_RV.gather(1, index_R[:, None]) - sums_R[:, None]
     if top == 0:
-        return [Score(logprob) for logprob in own]
+        return [Score(logprob) for logprob in own_R1[:, 0].tolist()]
     values_RK, ids_RK = logits_RV.topk(min(top, logits_RV.shape[1]))
-    likeliest = zip(ids_RK.tolist(), (values_RK - sums_R[:, None]).tolist(), strict=True)
-    return [Score(logprob, list(zip(*pair, strict=True))) for logprob, pair in zip(own, likeliest, strict=True)]
+    told = torch.cat([x.double() for x in (own_R1, values_RK - sums_R[:, None], ids_RK)], 1).tolist()
+    most = ids_RK.shape[1]
+    return [Score(own, list(zip(map(int, rest[most:]), rest[:most], strict=True))) for own, *rest in told]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -96,37 +102,38 @@ def _shaped(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     for index in changed:
         sampling, logits_V, tokens = rows[index].sampling, logits_RV[index], rows[index].tokens
         if sampling.repetition_penalty != 1 and tokens:
-            ids = torch.tensor(sorted(set(tokens)), device=logits_V.device)
+            ids = sent(sorted(set(tokens)), logits_V.device)
             seen = logits_V[ids]
             logits_V[ids] = torch.where(
                 seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty
             )
         answer = Counter(tokens[rows[index].prompt :])
         if answer and (sampling.frequency_penalty or sampling.presence_penalty):
-            ids = torch.tensor(list(answer), device=logits_V.device)
-            counts = torch.tensor(list(answer.values()), device=logits_V.device, dtype=logits_V.dtype)
+            ids = sent(list(answer), logits_V.device)
+            counts = sent(list(answer.values()), logits_V.device, logits_V.dtype)
             logits_V[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
-            logits_V[ids] += torch.tensor(
-                list(sampling.logit_bias.values()), device=logits_V.device, dtype=logits_V.dtype
-            )
+            ids = sent(list(sampling.logit_bias), logits_V.device)
+            logits_V[ids] += sent(list(sampling.logit_bias.values()), logits_V.device, logits_V.dtype)
         if (allowed_V := rows[index].allowed_V) is not None:
             logits_V.masked_fill_(~allowed_V, -torch.inf)
     return logits_RV
 
 
-def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
+def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     """Of each row the first token, in order of ids, at which the cumulative distribution passes the row's random number."""
-    temperatures_R1 = torch.tensor([row.sampling.temperature for row in rows], dtype=torch.float64)[:, None]
-    weights_RV = ((logits_RV.double() - logits_RV.amax(-1, keepdim=True)) / temperatures_R1.to(logits_RV.device)).exp_()
+    settings = [(row.sampling.temperature, uniform(row.sampling.seed, row.position)) for row in rows]
+    temperatures_R1, points_R1 = sent(settings, logits_RV.device, torch.float64).split(1, 1)
+    weights_RV = ((logits_RV.double() - logits_RV.amax(-1, keepdim=True)) / temperatures_R1).exp_()
     for index, row in enumerate(rows):
         if row.sampling.top_k or row.sampling.top_p < 1 or row.sampling.min_p:
             weights_RV[index] = _filtered(weights_RV[index], row.sampling)
     cumulative_RV = weights_RV.cumsum(-1)
-    points_R = torch.tensor([uniform(row.sampling.seed, row.position) for row in rows], dtype=torch.float64)
-    points_R1 = (points_R.to(cumulative_RV.device) * cumulative_RV[:, -1])[:, None]
-    return torch.searchsorted(cumulative_RV, points_R1, right=True)[:, 0].clamp_(max=logits_RV.shape[1] - 1).tolist()
+    return (
+        torch.searchsorted(cumulative_RV, points_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
+        .clamp_(max=logits_RV.shape[1] - 1)
+        .tolist()
+    )
 
 
 def _filtered(weights_V: Tensor, sampling: Sampling) -> Tensor:

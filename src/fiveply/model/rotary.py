@@ -58,9 +58,14 @@ def _yarn(rope: Rope, head_dim: int, powers: Tensor) -> tuple[Tensor, float]:
 
 def tables(rope: Rope, head_dim: int, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each (T, 1, head_dim / 2) float32, for `rotate`."""
-    inverse, factor = inverse_frequencies(rope, head_dim)
-    angles = positions_T[:, None, None].float() * inverse.to(positions_T.device)
-    return angles.cos() * factor, angles.sin() * factor
+    inverse_h, factor = inverse_frequencies(rope, head_dim)
+    return turned(inverse_h.to(positions_T.device, non_blocking=True), factor, positions_T)
+
+
+def turned(inverse_h: Tensor, factor: float, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """`tables` of frequencies that are on the device already."""
+    angles_T1h = positions_T[:, None, None].float() * inverse_h
+    return angles_T1h.cos() * factor, angles_T1h.sin() * factor
 
 
 def rotate(x_THd: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
