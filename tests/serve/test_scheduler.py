@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,7 +149,7 @@ def test_every_request_ends_with_its_own_tokens(
     actions: list[tuple], blocks: int, stages: int, most_running: int, step_tokens: int, reuse: bool,
     guesses: int, ahead: bool,
 ) -> None:  # fmt: skip
-    stages, guesses = (1, 0) if ahead else (stages, guesses)
+    guesses = 0 if ahead else guesses
     scheduler = Scheduler(
         blocks, stages=stages, most_running=most_running, step_tokens=step_tokens, reuse=reuse, guesses=guesses,
         ahead=ahead,
@@ -178,16 +179,17 @@ def test_every_request_ends_with_its_own_tokens(
         assert request.tokens == wanted
 
 
-def test_a_burst_fills_a_pipeline() -> None:
-    """Two stages, 16 requests at once: two steps of 8 in flight from the start, and so on while they last."""
-    scheduler = Scheduler(1000, stages=2, step_tokens=4096)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_burst_fills_a_pipeline(ahead: bool) -> None:
+    """Two stages, 16 requests at once: two steps of 8 in flight from the start, and so on while they last; ahead, one more."""
+    scheduler = Scheduler(1000, stages=2, step_tokens=4096, ahead=ahead)
     clients = Clients(scheduler)
     for index in range(16):
         clients.add([index] * 20, 10)
     for _ in range(18):
         while clients.start():
             pass
-        assert [len(batch.segments) for batch in clients.underway] == [8, 8]
+        assert [len(batch.segments) for batch in clients.underway] == [8, 8] + [8] * ahead
         clients.finish()
 
 

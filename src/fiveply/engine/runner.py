@@ -2,7 +2,7 @@
 
 Notable: all ranks of a replica get the same steps in the same order, so the shape of what arrives from the stage before is
 known and nothing is agreed on. Hidden states go on to the same tensor rank of the next stage while this one turns to the next
-step. Logits are formed only for the tokens that are asked about. On a GPU, steps in which all decode are replayed where that has
+step; chosen tokens go from the last stage to the first, where a step may begin with them before the driver has heard of them. Logits are formed only for the tokens that are asked about. On a GPU, steps in which all decode are replayed where that has
 been recorded (`graphs.py`), and the host waits for the device once a step: for the tokens.
 
 It knows no sockets and no other requests than those that steps name.
@@ -12,6 +12,7 @@ Shape suffixes: T packed tokens, D hidden, R rows that are answered, V vocabular
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,7 @@ from fiveply.engine.stage import Stage
 from fiveply.model.decoder import Decoder
 from fiveply.serve.messages import NEXT, Beginning, Outcome, Score, Segment, StepBatch, StepResult
 from fiveply.spec.placement import part
-from fiveply.world.collectives import gather_columns
+from fiveply.world.collectives import Axis, gather_columns
 from fiveply.world.mesh import Mesh
 from fiveply.world.recorder import Call
 
@@ -41,6 +42,8 @@ class _Request:
     """All so far, where sampling looks back."""
     chosen: int = 0
     """The latest token that was."""
+    coming: int = 0
+    """Choices of the last stage that the first has yet to hear."""
     constraint: Constraint | None = None
     hidden_sum_D: Tensor | None = None
     """Over its tokens so far, where it is to be embedded."""
@@ -57,6 +60,7 @@ class Runner:
         self._stage = Stage(decoder, attention, mesh.tp)
         self._requests: dict[int, _Request] = {}
         self._sent: Call | None = None
+        self._coming: deque[tuple[list[_Request], Tensor, Call]] = deque()
         parameter = next(decoder.parameters())
         self._dtype, self._device = parameter.dtype, parameter.device
         if record is None and self._device.type == "cuda":
@@ -81,8 +85,12 @@ class Runner:
             hidden_TD = self._stage(self._input(batch.segments, requests, len(positions_T)), positions_T)
         if self._decoder.model.norm is None:
             self._hand_on(hidden_TD)
+            if self._decoder.first and (asked := _asked(batch.segments, requests)):
+                self._expect(asked)
             return None
         outcomes = self._answer(batch.segments, requests, hidden_TD)
+        if not self._decoder.first and (asked := _asked(batch.segments, requests)):
+            self._tell(asked)
         return StepResult(batch.step, outcomes) if self._mesh.at.tp == 0 else None
 
     def _request(self, segment: Segment) -> _Request:
@@ -101,6 +109,10 @@ class Runner:
 
     def _input(self, segments: list[Segment], requests: list[_Request], tokens: int) -> Tensor:
         if self._decoder.first:
+            while any(
+                request.coming and NEXT in segment.tokens for segment, request in zip(segments, requests, strict=True)
+            ):
+                self._hear()
             given = [
                 request.chosen if token == NEXT else token
                 for segment, request in zip(segments, requests, strict=True)
@@ -116,9 +128,35 @@ class Runner:
     def _hand_on(self, hidden_TD: Tensor) -> None:
         axis = self._mesh.down
         assert axis is not None
+        self._send(hidden_TD.contiguous(), axis, axis.index + 1)
+
+    def _tell(self, asked: list[_Request]) -> None:
+        """The first stage, what was chosen."""
+        assert self._mesh.up is not None
+        self._send(sent([request.chosen for request in asked], self._device), self._mesh.up, 0)
+
+    def _send(self, x: Tensor, axis: Axis, to: int) -> None:
         if self._sent is not None:
             self._sent.wait()
-        self._sent = axis.send(hidden_TD.contiguous(), axis.index + 1)
+        self._sent = axis.send(x, to)
+
+    def _expect(self, asked: list[_Request]) -> None:
+        """What `_tell` will send. Of more steps than are in flight the oldest has returned: it is heard without waiting."""
+        axis = self._mesh.up
+        assert axis is not None
+        if len(self._coming) > axis.size + 1:
+            self._hear()
+        tokens_R = torch.empty(len(asked), dtype=torch.long, device=self._device)
+        self._coming.append((asked, tokens_R, axis.receive(tokens_R, axis.size - 1)))
+        for request in asked:
+            request.coming += 1
+
+    def _hear(self) -> None:
+        asked, tokens_R, call = self._coming.popleft()
+        call.wait()
+        for request, token in zip(asked, tokens_R.tolist(), strict=True):
+            request.chosen = token
+            request.coming -= 1
 
     def _answer(self, segments: list[Segment], requests: list[_Request], hidden_TD: Tensor) -> list[Outcome]:
         """On every tensor rank of the last stage: they share the vocabulary."""
@@ -194,6 +232,13 @@ class Runner:
         if self._mesh.tp is not None:
             logits_RV = gather_columns(logits_RV, self._mesh.tp, self._decoder.spec.vocabulary)
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+
+
+def _asked(segments: list[Segment], requests: list[_Request]) -> list[_Request]:
+    """Who is given a token, in a step whose tokens may be taken up unseen: in one with guesses none is."""
+    if any(segment.guesses for segment in segments):
+        return []
+    return [request for segment, request in zip(segments, requests, strict=True) if segment.last and segment.samples]
 
 
 def _accept(segment: Segment, chosen: list[tuple[int, Score | None]], outcome: Outcome) -> None:

@@ -129,11 +129,8 @@ def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
         if row.sampling.top_k or row.sampling.top_p < 1 or row.sampling.min_p:
             weights_RV[index] = _filtered(weights_RV[index], row.sampling)
     cumulative_RV = weights_RV.cumsum(-1)
-    return (
-        torch.searchsorted(cumulative_RV, points_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
-        .clamp_(max=logits_RV.shape[1] - 1)
-        .tolist()
-    )
+    found_R1 = torch.searchsorted(cumulative_RV, points_R1 * cumulative_RV[:, -1:], right=True)
+    return found_R1[:, 0].clamp_(max=logits_RV.shape[1] - 1)
 
 
 def _filtered(weights_V: Tensor, sampling: Sampling) -> Tensor:

@@ -264,7 +264,7 @@ class Driver:
             replica.scheduler = Scheduler(
                 blocks, stages=self.layout.pp, most_running=settings.most_running,
                 step_tokens=settings.step_tokens, reuse=settings.reuse, guesses=settings.guesses,
-                ahead=self.layout.pp == 1 and not settings.guesses,
+                ahead=not settings.guesses,
             )  # fmt: skip
             for rank in replica.ranks:
                 self._ranks[rank].writer.write(messages.pack(messages.Begin(blocks)))

@@ -2,10 +2,10 @@
 
 Notable:
 - One number a request and step, how many tokens it brings, is prefill, prefill in chunks and decoding at once.
-- Cohorts keep a pipeline full: up to `stages` steps are in flight, none with more than its share of the running requests,
+- Cohorts keep a pipeline full: as many steps are in flight as there are stages, none with more than its share of the running requests,
   ceil(running / stages). One batch of all requests, as is usual, leaves all stages but one idle.
-- On one stage (`ahead`), the next step is on its way while one runs: a request that is decoded takes the token that the running
-  step will choose, NEXT, unseen. What it did beyond an end is dropped.
+- One step more is on its way than stages could run (`ahead`), so that none waits for the driver: a request that is decoded takes
+  the token that its step in flight will choose, NEXT, unseen. What it did beyond an end is dropped.
 - Whoever has waited longest for a step goes first, so nobody starves.
 - A request that needs a block when none is left takes those of the youngest. That one starts again later, from what the cache
   still knows of it, and says the same: random numbers depend on seed and position alone. The oldest always goes on, so all end.
@@ -90,7 +90,7 @@ class Scheduler:
         self, blocks: int, *, stages: int = 1, most_running: int = 64, step_tokens: int = 512, reuse: bool = True,
         guesses: int = 0, ahead: bool = False,
     ) -> None:  # fmt: skip
-        assert not (ahead and (guesses or stages > 1))
+        assert not (ahead and guesses)
         self.pool = BlockPool(blocks, reuse=reuse)
         self.stages, self.most_running, self.guesses, self.ahead = stages, most_running, guesses, ahead
         self.step_tokens = max(step_tokens, most_running + 1)  # all may decode, and a prompt still goes on
