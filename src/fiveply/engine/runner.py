@@ -2,8 +2,9 @@
 
 Notable: all ranks of a replica get the same steps in the same order, so the shape of what arrives from the stage before is
 known and nothing is agreed on. Hidden states go on to the same tensor rank of the next stage while this one turns to the next
-step; chosen tokens go from the last stage to the first, where a step may begin with them before the driver has heard of them. Logits are formed only for the tokens that are asked about. On a GPU, steps in which all decode are replayed where that has
-been recorded (`graphs.py`), and the host waits for the device once a step: for the tokens.
+step; chosen tokens go from the last stage to the first, where a step may begin with them before the driver has heard of them.
+Logits are formed only for the tokens that are asked about. On a GPU, steps in which all decode are replayed where that has been
+recorded (`graphs.py`), and the host waits for the device once a step: for the tokens.
 
 It knows no sockets and no other requests than those that steps name.
 
