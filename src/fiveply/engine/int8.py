@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fiveply.engine import kernels
+from fiveply.engine.memory import Memory
 from fiveply.engine.products import PANEL, FusedProducts
 from fiveply.world.collectives import Axis
 
@@ -41,6 +42,7 @@ class Int8Products(FusedProducts):
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.weights = torch.int8
         self._product = kernels.function("product", dtype, device, torch.int8)
+        self._memory = Memory(device)
         self._whole_of = {}
 
     def _kept(self, whole_OI: Tensor, axis: Axis | None) -> tuple[Tensor, bool]:
@@ -51,7 +53,8 @@ class Int8Products(FusedProducts):
         missing = -len(scales_O) % PANEL
         numbers_PI = F.pad(numbers_OI, (0, 0, 0, missing)).unflatten(0, (-1, PANEL)).transpose(1, 2).flatten(1)
         scales_P = F.pad(scales_O, (0, missing)).view(-1, PANEL).view(torch.int8)
-        return torch.cat((numbers_PI, scales_P), 1), True
+        kept = self._memory.empty((len(scales_P), numbers_PI.shape[1] + scales_P.shape[1]), torch.int8)
+        return torch.cat((numbers_PI, scales_P), 1, out=kept), True
 
     def _by_torch(self, x_TI: Tensor, whole_OI: Tensor) -> Tensor:
         def product(rows_OI: Tensor) -> Tensor:

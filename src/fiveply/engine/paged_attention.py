@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fiveply.engine import kernels
 from fiveply.engine.gathered_attention import GatheredAttention
+from fiveply.engine.memory import Memory
 from fiveply.serve.messages import BLOCK
 
 _ROWS = 32  # queries of one key-value head that a tile holds: they read its keys together
@@ -50,9 +51,9 @@ class PagedAttention:
         if self._kernel is None:
             self.gathered = GatheredAttention(layers, heads, kv_heads, head_dim, blocks, dtype, device)
             return
-        place: Any = {"dtype": dtype, "device": device}
-        self.keys_NKdB = {layer: torch.empty(blocks, kv_heads, head_dim, BLOCK, **place) for layer in layers}
-        self.values_NKBP = {layer: torch.empty(blocks, kv_heads, BLOCK, self.padded, **place) for layer in layers}
+        empty = Memory(device).empty
+        self.keys_NKdB = {layer: empty((blocks, kv_heads, head_dim, BLOCK), dtype) for layer in layers}
+        self.values_NKBP = {layer: empty((blocks, kv_heads, BLOCK, self.padded), dtype) for layer in layers}
 
     @staticmethod
     def bytes_per_block(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fiveply.engine import kernels
+from fiveply.engine.memory import Memory
 from fiveply.model.products import Products
 from fiveply.world.collectives import Axis
 
@@ -36,6 +37,7 @@ class FusedProducts(Products):
         self._pack = kernels.function("pack", dtype, device, dtype)
         self._reorders = onednn and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._onednn = self._reorders or (onednn and dtype == torch.float32)
+        self._memory = Memory(device)
         self._whole_of: dict[int, tuple[Tensor, bool]] = {}  # by the identity of the first part that stands for it
 
     def adopt(self, parts_OI: Sequence[Tensor], axis: Axis | None = None) -> list[nn.Parameter]:
@@ -52,7 +54,7 @@ class FusedProducts(Products):
         """As it will be multiplied with, and whether that is for the compiled code."""
         outer, inner = whole_OI.shape
         if self._pack is not None and (whole_OI.dtype == torch.float32 or inner % 2 == 0):  # 16-bit numbers go in pairs
-            panels = whole_OI.new_empty(-(-outer // PANEL) * PANEL * inner)
+            panels = self._memory.empty((-(-outer // PANEL) * PANEL, inner), whole_OI.dtype)
             self._pack(whole_OI.data_ptr(), panels.data_ptr(), inner, outer)
             return panels, True
         return torch.ops.mkldnn._reorder_linear_weight(whole_OI, PACKED_FOR) if self._reorders else whole_OI, False

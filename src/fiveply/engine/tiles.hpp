@@ -72,6 +72,8 @@ inline void one_by_two(const bfloat16* a, int64_t x_stride, const bfloat16* w, i
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t i = 0; i < inner; i += DEPTH, w += TILE) {
+    for (int64_t line = 0; line < TILE; line += 32)  // of the next tiles: few rows leave no time to wait for them
+      __builtin_prefetch(w + TILE + line), __builtin_prefetch(w + panel + TILE + line);
     _tile_loadd(4, a + i, 2 * x_stride);
     _tile_loadd(6, w, 64);
     _tile_loadd(7, w + panel, 64);
