@@ -13,6 +13,7 @@ from random_models import greedy_by_transformers, ragged, same_where_clear, save
 from fiveply import service
 from fiveply.engine import kernels
 from fiveply.engine.paged_attention import Span
+from fiveply.world import shm
 
 STEPS = ([(0, 37), (0, 3)], [(37, 1), (3, 20), (0, 16)], [(38, 1), (23, 1), (16, 1)])
 """(start, count) of each sequence in each step."""
@@ -49,8 +50,15 @@ def test_compiled_blocks_compute_what_the_decoder_does(family: str, dtype: torch
 
 
 @needs_kernels
-@pytest.mark.parametrize(("family", "layout"), [("llama", "tp=3,pp=2"), ("qwen2", "tp=2"), ("qwen3", "pp=2")])
-def test_a_split_model_answers_as_transformers(family: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout", "patience"),
+    [("llama", "tp=3,pp=2", 200_000_000), ("qwen2", "tp=2", 200_000_000), ("qwen3", "pp=2", 200_000_000), ("qwen2", "tp=2", 1)],
+)  # fmt: skip
+def test_a_split_model_answers_as_transformers(
+    family: str, layout: str, patience: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`patience`: nanoseconds until a sum within compiled blocks is left to Python."""
+    monkeypatch.setattr(shm, "_SLICE_NS", patience)
     model = save_random(family, tmp_path / "hf")
     prompts = ragged(model.config.vocab_size)
 

@@ -19,7 +19,7 @@ extern "C" void product(const NUMBER* x, const WEIGHT* w, NUMBER* y, int64_t row
   multiply(given, w, y, rows, inner, outer, stride);
 }
 
-extern "C" void parts(const Model* model, const Block* blocks, int64_t first, int64_t end, const Step* step, const float* cos,
-                      const float* sin, NUMBER* x, NUMBER* out, float* scratch) {
-  parts_of_blocks<NUMBER, WEIGHT>(*model, blocks, first, end, *step, cos, sin, x, out, scratch);
+extern "C" int64_t parts(const Model* model, const Block* blocks, int64_t first, int64_t end, const Step* step, const float* cos,
+                         const float* sin, NUMBER* x, NUMBER* out, float* scratch, Sum* sum) {
+  return parts_of_blocks<NUMBER, WEIGHT>(*model, blocks, first, end, *step, cos, sin, x, out, scratch, sum);
 }

@@ -120,21 +120,40 @@ void mlp_part(const Model& m, const Block& b, const Step& step, T* x, const T* a
   all.wait();
 }
 
+// How ranks that share the blocks sum, in place (`Channel.compiled_sum` of `world/shm.py`).
+struct Sum {
+  void* (*start)(void* group, int kind, int dtype, int reduction, int root, int64_t bytes, const void* in, void* out,
+                 const void* parts, int64_t limit_ns);  // null once it is done
+  void* group;
+  int64_t kind, dtype, reduction, limit_ns;
+  void* pending;  // one that has not ended in time
+};
+
 // Parts [first, end) of the blocks, an even one a block's attention, an odd one its MLP. `x`: the residual stream. `out`: what
-// the part before gave, unless `first` is the very first one, and then what the last part gives. `scratch` is read up to a vector beyond its end.
+// the part before gave, unless `first` is the very first one, and then what the last part gives, summed if there is a `sum`.
+// Returns the part to go on with: `end`, or the one after a sum that is pending. `scratch` is read up to a vector beyond its end.
 template <class T, class W>
-void parts_of_blocks(const Model& m, const Block* blocks, int64_t first, int64_t end, const Step& step, const float* cos,
-           const float* sin, T* x, T* out, float* scratch) {
+int64_t parts_of_blocks(const Model& m, const Block* blocks, int64_t first, int64_t end, const Step& step, const float* cos,
+                        const float* sin, T* x, T* out, float* scratch, Sum* sum) {
   const int64_t layer = m.hidden * ((m.heads + m.kv_heads) * 2 * m.head_dim + 3 * m.ffn);
+  const int64_t bytes = step.tokens * m.hidden * sizeof(T);
   Barrier all;
+  bool stopped = false;
+  int64_t next = end;
 #pragma omp parallel if (step.tokens * layer > (1 << 18))
-  for (int64_t part = first; part < end; part++) {
+  for (int64_t part = first; part < end && !stopped; part++) {
     const T* added = part ? out : nullptr;
     if (part % 2)
       mlp_part<T, W>(m, blocks[part / 2], step, x, added, out, scratch, all);
     else
       attention_part<T, W>(m, blocks[part / 2], step, cos, sin, x, added, out, scratch, all);
+    if (!sum) continue;
+#pragma omp master
+    if ((sum->pending = sum->start(sum->group, sum->kind, sum->dtype, sum->reduction, 0, bytes, out, out, nullptr, sum->limit_ns)))
+      stopped = true, next = part + 1;
+    all.wait();
   }
+  return next;
 }
 
 }  // namespace

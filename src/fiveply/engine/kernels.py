@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fiveply.world import compiled
+from fiveply.world.shm import CompiledSum
 
 _ATTENTION = ("vectors.hpp", "paged_attention.hpp")
 _BLOCKS = ("products.hpp", "tiles.hpp", "blocks.hpp")
@@ -58,7 +59,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "attend": [ctypes.POINTER(Shape), ctypes.POINTER(Step), *[_pointer] * 6],
     "pack": [_pointer, _pointer, _i64, _i64],
     "product": [_pointer, _pointer, _pointer, _i64, _i64, _i64, _i64],
-    "parts": [ctypes.POINTER(Model), ctypes.POINTER(Block), _i64, _i64, ctypes.POINTER(Step), *[_pointer] * 5],
+    "parts": [
+        ctypes.POINTER(Model), ctypes.POINTER(Block), _i64, _i64, ctypes.POINTER(Step), *[_pointer] * 5,
+        ctypes.POINTER(CompiledSum),
+    ],
 }
 
 
@@ -88,5 +92,5 @@ def function(name: str, numbers: torch.dtype, device: torch.device, weights: tor
     if isinstance(loaded, str):
         return None
     made = getattr(loaded, name)
-    made.restype, made.argtypes = None, _ARGUMENTS[name]
+    made.restype, made.argtypes = _i64 if name == "parts" else None, _ARGUMENTS[name]
     return made

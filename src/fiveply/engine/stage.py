@@ -1,8 +1,8 @@
 """A rank's stage of the decoder over a step's packed tokens: compiled where there is code for it, or as the decoder computes.
 
-Notable: Llama-like blocks on a CPU are one call for a whole stage, or for half a block where tensor ranks sum what each has
-(`blocks.hpp`): torch's operations between the products take longer than they compute at a few rows. Any other decoder, type or
-device goes through the decoder itself, with the same numbers but for rounding.
+Notable: Llama-like blocks on a CPU are one call for a whole stage (`blocks.hpp`), sums of tensor ranks included where they share
+memory: torch's operations between the products take longer than they compute at a few rows. Any other decoder, type or device
+goes through the decoder itself, with the same numbers but for rounding.
 
 It knows no requests, and of other ranks the sum alone.
 
@@ -44,6 +44,7 @@ class Stage:
         self._blocks = (kernels.Block * len(blocks))(*(self._block(block, products) for block in blocks))
         self._numbers = spec.hidden + max(2 * (attention.heads + attention.kv_heads) * spec.head_dim, 3 * ffn)
         self._scratch = torch.empty(0)
+        self._sum = None if tensor is None else tensor.compiled_sum(weight.dtype)
         assert spec.rope is not None
         self._frequencies = rotary.inverse_frequencies(spec.rope, spec.head_dim)
 
@@ -63,15 +64,19 @@ class Stage:
         inverse_h, factor = self._frequencies
         angles_Th = positions_T[:, None].float() * inverse_h
         cos_Th, sin_Th = angles_Th.cos().mul_(factor), angles_Th.sin().mul_(factor)
-        parts = 2 * len(self._blocks)
-        size = parts if self.tensor is None else 1
-        for first in range(0, parts, size):
-            self._parts(
-                self._model, self._blocks, first, first + size, self.attention.step, cos_Th.data_ptr(), sin_Th.data_ptr(),
-                x_TD.data_ptr(), out_TD.data_ptr(), self._scratch.data_ptr(),
+        parts, part = 2 * len(self._blocks), 0
+        while part < parts:
+            end = parts if self.tensor is None or self._sum is not None else part + 1
+            part = self._parts(
+                self._model, self._blocks, part, end, self.attention.step, cos_Th.data_ptr(), sin_Th.data_ptr(),
+                x_TD.data_ptr(), out_TD.data_ptr(), self._scratch.data_ptr(), self._sum,
             )  # fmt: skip
-            if self.tensor is not None:
+            if self.tensor is None:
+                continue
+            if self._sum is None:
                 self.tensor.all_reduce(out_TD)
+            else:
+                self.tensor.complete(self._sum, out_TD)
         x_TD += out_TD
         return x_TD if decoder.model.norm is None else decoder.model.norm(x_TD)
 

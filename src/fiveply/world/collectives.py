@@ -47,6 +47,15 @@ class Axis:
         shared = (shm.ALL_REDUCE, x, x, x, op)
         return self._call("all-reduce", x, wait, lambda: dist.all_reduce(x, op, self.group, async_op=True), shared)
 
+    def compiled_sum(self, dtype: torch.dtype) -> shm.CompiledSum | None:
+        """What lets compiled code do `all_reduce` of contiguous tensors by itself, unseen by the recorder, where it can."""
+        return None if self._shared is None else self._shared.compiled_sum(dtype)
+
+    def complete(self, sum_: shm.CompiledSum, x: Tensor) -> None:
+        """What compiled code has left pending of a sum of `x`."""
+        assert self._shared is not None
+        self._shared.channel.complete(sum_, x.nbytes)
+
     def all_gather(self, out: Tensor, x: Tensor, *, wait: bool = True) -> Call:
         """`out` is `size` times as long as `x` on dim 0."""
         shared = (shm.ALL_GATHER, x, out, x)

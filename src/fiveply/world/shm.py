@@ -56,6 +56,15 @@ class Parts(ctypes.Structure):
     _fields_ = tuple((name, ctypes.POINTER(ctypes.c_int64)) for name in ("ins", "outs", "in_sizes", "out_sizes"))
 
 
+class CompiledSum(ctypes.Structure):
+    """All that other compiled code needs to sum in place; `pending`: an operation that it leaves to `Channel.complete`."""
+
+    _fields_ = (
+        ("start", ctypes.c_void_p), ("group", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("kind", "dtype", "reduction", "limit_ns")), ("pending", ctypes.c_void_p),
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def build() -> ctypes.CDLL | str:
     """The library, compiled at its first use on this machine and kept in the user's cache; else why there is none.
@@ -168,6 +177,16 @@ class Channel:
             raise self._lost
         handle = self.library.shm_start(self.group, kind, dtype, reduction, root, size, source, target, parts, 0)
         return self._kept(Operation(self, handle, kind, size, holds))
+
+    def compiled_sum(self, dtype: int, reduction: int) -> CompiledSum:
+        start = ctypes.cast(self.library.shm_start, ctypes.c_void_p).value
+        return CompiledSum(start, self.group, ALL_REDUCE, dtype, reduction, _SLICE_NS, None)
+
+    def complete(self, sum_: CompiledSum, size: int) -> None:
+        """Wait for the end of the operation that it has left pending, of `size` bytes. Raises as `run`."""
+        if sum_.pending is not None:
+            self.finish(self._kept(Operation(self, sum_.pending, sum_.kind, size, None)))
+            sum_.pending = None
 
     def _kept(self, operation: Operation) -> Operation:
         self._underway = [other for other in (*self._underway, operation) if other.pending()]

@@ -182,6 +182,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
         dtype, code = _dtype_and_code(part.dtype, reduction)
         self.channel.run(kind, part.nbytes, x.data_ptr(), out.data_ptr(), dtype, code, root)
 
+    def compiled_sum(self, dtype: torch.dtype) -> shm.CompiledSum:
+        return self.channel.compiled_sum(*_dtype_and_code(dtype, _OPS.SUM))
+
     def _do(self, kind: int, ins: list[Tensor], outs: list[Tensor], opts: Any = None, *, part: Tensor | None = None,
             reduction: Any = None, root: int = 0, tag: int | None = None, sizes: tuple[list[int], list[int]] | None = None,
             results: list[Tensor] | None = None) -> Work:  # fmt: skip
