@@ -5,16 +5,8 @@
 extern "C" void pack(const WEIGHT* from, WEIGHT* to, int64_t inner, int64_t outer) { pack_panels(from, to, inner, outer); }
 
 extern "C" void product(const NUMBER* x, const WEIGHT* w, NUMBER* y, int64_t rows, int64_t inner, int64_t outer, int64_t stride) {
-  typedef Given<NUMBER>::type X;
-  std::vector<X> copy;
-  const X* given;
-  if constexpr (std::is_same_v<X, NUMBER>) given = x;
-  else {
-    copy.resize(rows * inner);
-    for (int64_t m = 0; m < rows; m++)
-      for (int64_t i = 0; i < inner; i++) store(&copy[m * inner + i], number(x[m * stride + i]));
-    given = copy.data(), stride = inner;
-  }
+  std::vector<Given<NUMBER>::type> copy;
+  const auto* given = as_given(x, rows, inner, stride, copy);
 #pragma omp parallel if (rows * inner * outer > (1 << 18))
   multiply(given, w, y, rows, inner, outer, stride);
 }

@@ -60,7 +60,12 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "pack": [_pointer, _pointer, _i64, _i64],
     "product": [_pointer, _pointer, _pointer, _i64, _i64, _i64, _i64],
     "parts": [
-        ctypes.POINTER(Model), ctypes.POINTER(Block), _i64, _i64, ctypes.POINTER(Step), *[_pointer] * 5,
+        ctypes.POINTER(Model),
+        ctypes.POINTER(Block),
+        _i64,
+        _i64,
+        ctypes.POINTER(Step),
+        *[_pointer] * 5,
         ctypes.POINTER(CompiledSum),
     ],
 }

@@ -47,6 +47,7 @@ inline void tile(const W* w, const X* x, Y* y, int64_t inner, int64_t x_stride, 
   constexpr int D = DEEP<W>, V = P * PARTS;
   Floats sums[C][V] = {};
   const int64_t panel = (inner + SCALES<W>) * PANEL;
+#pragma GCC unroll 4
   for (int64_t i = 0; i < inner; i += D) {
     Floats columns[V][D];
     for (int v = 0; v < V; v++) columns_of(w + v / PARTS * panel + i * PANEL + v % PARTS * LANES * D, columns[v]);
@@ -107,6 +108,18 @@ void multiply(const X* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t
       by_rows<X, W, Y>(std::make_integer_sequence<int, MOST>(), next - m, w, x + m * x_stride, y + m * outer, inner, outer,
                        x_stride, first, std::min(panels, first + together), pass, passes);
     }
+}
+
+// x as products take it: itself, or a copy without gaps, and its stride from then on.
+template <class T>
+const T* as_given(const T* x, int64_t, int64_t, int64_t&, std::vector<T>&) { return x; }
+template <class T, class X>
+const X* as_given(const T* x, int64_t rows, int64_t inner, int64_t& stride, std::vector<X>& copy) {
+  copy.resize(rows * inner);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t i = 0; i < inner; i++) copy[m * inner + i] = number(x[m * stride + i]);
+  stride = inner;
+  return copy.data();
 }
 
 // (outer, inner) by rows to panels; `inner` even where columns go in pairs.
