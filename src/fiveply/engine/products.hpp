@@ -99,13 +99,14 @@ void multiply(const X* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t
   if constexpr (std::is_same_v<X, bfloat16>)
     if (inner % DEPTH == 0 && tiles_allowed()) return by_tiles<W, Y, SCALES<W>>(x, w, y, rows, inner, outer, x_stride);
 #endif
+  constexpr int most = std::is_same_v<X, float> ? MOST : MOST / 3;  // what tiles can't do is rare, and takes long to compile
   const int64_t panels = (outer + PANEL - 1) / PANEL, together = rows > MOST / 2 ? 2 : 4;  // that stay in cache meanwhile
-  const int64_t passes = (rows + MOST - 1) / MOST;
+  const int64_t passes = (rows + most - 1) / most;
 #pragma omp for schedule(static) nowait
   for (int64_t first = 0; first < panels; first += together)
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t m = rows * pass / passes, next = rows * (pass + 1) / passes;
-      by_rows<X, W, Y>(std::make_integer_sequence<int, MOST>(), next - m, w, x + m * x_stride, y + m * outer, inner, outer,
+      by_rows<X, W, Y>(std::make_integer_sequence<int, most>(), next - m, w, x + m * x_stride, y + m * outer, inner, outer,
                        x_stride, first, std::min(panels, first + together), pass, passes);
     }
 }
