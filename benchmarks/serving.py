@@ -94,13 +94,16 @@ class Contender:
         """Until it has loaded, or has said why it does not take part."""
         self.missing = self._heard().get("missing", "")
 
-    def answer(self, case: Case) -> tuple[float, list[list[int]]]:
-        """Seconds and tokens."""
+    def answer(self, case: Case) -> tuple[float, list[list[int]]] | None:
+        """Seconds and tokens; None from a peer that has ended itself, which is `missing` from then on."""
         assert self._process.stdin is not None
         prompts, counts = ([value for value in values for _ in range(self.entry.copies)] for values in case)
         self._process.stdin.write(json.dumps({"prompts": prompts, "counts": counts}) + "\n")
         self._process.stdin.flush()
         told = self._heard()
+        if "missing" in told:
+            self.missing = told["missing"]
+            return None
         if [len(tokens) for tokens in told["tokens"]] != counts:
             raise SystemExit(f"{self.entry.label} gave answers of other lengths than asked for")
         return told["seconds"], told["tokens"]
@@ -115,10 +118,12 @@ class Contender:
 
     def _heard(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.entry.label} failed:\n{self._log.read_text()[-3000:]}")
-        return json.loads(line)
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        code, log = self._process.wait(20), self._log.read_text()[-3000:]
+        if self.entry.who in PEERS and code < 0:
+            return {"missing": f"ended by signal {-code}"}
+        raise SystemExit(f"{self.entry.label} failed ({code}):\n{log}")
 
 
 @contextmanager
@@ -182,7 +187,10 @@ def race(entries: Sequence[Entry], dtype: str, rounds: int, vocabulary: int, *, 
             for name, asked in cases(vocabulary, round_).items():
                 for one in made:
                     if not one.missing and (stream or name != "stream"):
-                        took, told = one.answer(asked)
+                        answered = one.answer(asked)
+                        if answered is None:
+                            continue
+                        took, told = answered
                         print(f"round {round_} of {rounds}, {name}: {one.entry.label} {took:.2f} s", file=sys.stderr)
                         seconds.setdefault(one.entry.label, {}).setdefault(name, []).append(took)
                         if name == f"1 x {OUTPUT}":

@@ -246,7 +246,7 @@ def fiveply(model: Path, dtype: str, layout: str, cases: TextIO, say: Callable[[
             answers = await asyncio.gather(*map(one, case["prompts"], case["counts"]))
             say({"seconds": time.perf_counter() - begun, "tokens": answers})
 
-    types = ("float32", "int8") if dtype == "int8" else (dtype, "none")
+    types = ("auto", "int8") if dtype == "int8" else (dtype, "none")
     served = service.Served.load(model, layout, types[0], cache_tokens=TOGETHER * LONGEST, quantize=types[1])
     service.run(served, Settings(most_running=TOGETHER, reuse=False), work, apart=True)
 

@@ -67,23 +67,6 @@ inline void two_by_two(const bfloat16* a, const bfloat16* b, int64_t x_stride, c
   _tile_stored(3, sums + 3 * TALL * PANEL, 64);
 }
 
-inline void one_by_two(const bfloat16* a, int64_t x_stride, const bfloat16* w, int64_t panel, int64_t inner, float* sums) {
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  _tile_zero(0);
-  _tile_zero(1);
-  for (int64_t i = 0; i < inner; i += DEPTH, w += TILE) {
-    for (int64_t line = 0; line < TILE; line += 32)  // of the next tiles: few rows leave no time to wait for them
-      __builtin_prefetch(w + TILE + line), __builtin_prefetch(w + panel + TILE + line);
-    _tile_loadd(4, a + i, 2 * x_stride);
-    _tile_loadd(6, w, 64);
-    _tile_loadd(7, w + panel, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + TALL * PANEL, 64);
-}
-
 // A panel of 8-bit numbers, column by column, as pairs of bfloat16.
 inline void widen(const int8_t* from, bfloat16* to, int64_t inner) {
   for (int64_t i = 0; i < inner; i += 2, from += 2 * PANEL, to += 2 * PANEL) {
@@ -95,6 +78,33 @@ inline void widen(const int8_t* from, bfloat16* to, int64_t inner) {
   }
 }
 
+// A tile of W where it lies, or widened to `room`.
+inline const bfloat16* tile_of(const bfloat16* w, bfloat16*) { return w; }
+inline const bfloat16* tile_of(const int8_t* w, bfloat16* room) {
+  widen(w, room, DEPTH);
+  return room;
+}
+
+template <class W>
+inline void one_by_two(const bfloat16* a, int64_t x_stride, const W* w, int64_t panel, int64_t inner, float* sums) {
+  alignas(64) bfloat16 room[2][2][TILE];
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t i = 0; i < inner; i += DEPTH, w += TILE) {
+    for (int64_t line = 0; line < TILE; line += 64 / sizeof(W))  // of the next tiles: few rows leave no time to wait for them
+      __builtin_prefetch(w + TILE + line), __builtin_prefetch(w + panel + TILE + line);
+    const bfloat16 *first = tile_of(w, room[i / DEPTH % 2][0]), *second = tile_of(w + panel, room[i / DEPTH % 2][1]);
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    _tile_loadd(4, a + i, 2 * x_stride);
+    _tile_loadd(6, first, 64);
+    _tile_loadd(7, second, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + TALL * PANEL, 64);
+}
+
 // On each thread of a team, as `product`. `scales`: columns' worth of numbers behind a panel. `inner`: a multiple of DEPTH.
 template <class W, class Y, int scales>
 void by_tiles(const bfloat16* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t outer, int64_t x_stride) {
@@ -102,30 +112,34 @@ void by_tiles(const bfloat16* x, const W* w, Y* y, int64_t rows, int64_t inner, 
   const int64_t passes = (rows + 2 * TALL - 1) / (2 * TALL), lines = (2 * TILE * sizeof(W) / 64 + passes - 1) / passes;
   const Tiles tiles(tall);
   alignas(64) float sums[4][TALL * PANEL];
-  std::vector<bfloat16> widened(scales ? 2 * inner * PANEL : 0);
+  std::vector<bfloat16> widened(scales && rows > TALL ? 2 * inner * PANEL : 0);
 #pragma omp for schedule(static) nowait
   for (int64_t p = 0; p < panels; p += 2) {
     const bool alone = p + 1 == panels;
     const W* own = w + p * panel;
     const float* factors[2] = {};
-    const bfloat16* tile;
-    int64_t apart = alone ? 0 : panel;
-    if constexpr (scales > 0) {
-      for (int n = 0; n < 2 - alone; n++) {
-        widen(own + n * panel, widened.data() + n * inner * PANEL, inner);
-        factors[n] = reinterpret_cast<const float*>(own + n * panel + inner * PANEL);
-      }
-      tile = widened.data(), apart = alone ? 0 : inner * PANEL;
-    } else
-      tile = own;
+    if constexpr (scales > 0)
+      for (int n = 0; n < 2 - alone; n++) factors[n] = reinterpret_cast<const float*>(own + n * panel + inner * PANEL);
     const auto told = [&](int64_t m, int which) {
       for (int n = 0; n < 2; n++)
         put(sums[which + n], factors[n], y + m * outer + (p + n) * PANEL, tall, outer, outer - (p + n) * PANEL);
     };
+    if (rows <= TALL) {
+      one_by_two(x, x_stride, own, alone ? 0 : panel, inner, sums[0]);
+      told(0, 0);
+      continue;
+    }
+    const bfloat16* tile;
+    int64_t apart = alone ? 0 : panel;
+    if constexpr (scales > 0) {
+      for (int n = 0; n < 2 - alone; n++) widen(own + n * panel, widened.data() + n * inner * PANEL, inner);
+      tile = widened.data(), apart = alone ? 0 : inner * PANEL;
+    } else
+      tile = own;
     const char* next = reinterpret_cast<const char*>(own + 2 * panel);
     for (int64_t m = 0; m < rows; m += 2 * TALL) {
-      const int64_t last = std::max<int64_t>(0, rows - TALL);  // rows near the end are formed twice, alike
-      if (rows - m <= TALL) {
+      const int64_t last = rows - TALL;  // rows near the end are formed twice, alike
+      if (m >= last) {
         one_by_two(x + last * x_stride, x_stride, tile, apart, inner, sums[0]);
         told(last, 0);
       } else {
