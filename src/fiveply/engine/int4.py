@@ -2,8 +2,8 @@
 
 Notable: a weight is (number - 8) * scale + zero, where a group's 16 levels go from its least weight to its greatest; scale and zero
 are rounded to the model's type before numbers are chosen. A group lies on one rank at every layout that
-`legality.check_groups` admits, so all of them multiply by the same numbers. Products are torch's own operators: bfloat16 on GPUs, and their
-twins on CPUs. Other types widen some rows at a time.
+`legality.check_groups` admits, so all of them multiply by the same numbers. bfloat16 is multiplied by torch's own operators for GPUs, or
+their twins on CPUs. Other types widen some rows at a time.
 
 It knows matrices, not layers.
 
@@ -47,8 +47,7 @@ class Int4Products(FusedProducts):
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.weights = dtype  # there are no blocks of this kind
-        types = (torch.bfloat16, torch.float32) if device.type == "cpu" else (torch.bfloat16,)
-        self._operators, self._on_cpu = dtype in types, device.type == "cpu"
+        self._operators, self._on_cpu = dtype == torch.bfloat16, device.type == "cpu"
         self._whole_of = {}
         self._pairs_of: dict[int, Tensor] = {}  # by the identity of the packed numbers
 
