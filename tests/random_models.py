@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer as InnerTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fiveply.corpus.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -47,6 +50,17 @@ def add_tokenizer(folder: Path, *, beginning: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(inner, 0)
     tokenizer.save(folder)
     return tokenizer
+
+
+@torch.no_grad()
+def with_rounded_weights(model: Any, rounded: Callable[[Tensor], Tensor]) -> Any:
+    """Of its products; a tied embedding's rows stay as they are where they are looked up."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            weight.copy_(rounded(weight))
+    return model
 
 
 def ragged(vocabulary: int, lengths: list[int] = LENGTHS) -> list[list[int]]:

@@ -177,7 +177,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     layout: str = "dp=1",
-    quantize: Literal["none", "int8"] = "none",
+    quantize: Literal["none", "int8", "int4"] = "none",
     out: str = "",
     json: Flag = False,
 ) -> None:
@@ -198,7 +198,7 @@ def generate(
         seed: Of the sampling.
         layout: How to split, as dp=2,tp=2,pp=2: replicas, tensor ranks, stages; auto plans for the devices found.
         quantize: int8 keeps the matrices of products in 8 bits, a scale a row: a quarter of float32's bytes to hold and to read at
-            each token. It is another model: logits move a little (docs/serving.md).
+            each token; int4, for GPUs, in 4 and a little more. It is another model: logits move, in 4 bits more (docs/serving.md).
         out: A .jsonl file that completions are added to as they end; what it has already is not made again.
         json: Print the result as one JSON object on standard output.
     """
@@ -236,7 +236,7 @@ def serve(
     host: str = "127.0.0.1",
     name: str = "",
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto",
-    quantize: Literal["none", "int8"] = "none",
+    quantize: Literal["none", "int8", "int4"] = "none",
     cache_tokens: int = 0,
     most_running: int = 0,
     most_waiting: int = 256,
@@ -263,7 +263,7 @@ def serve(
         name: What the API calls the model; its directory's name by default.
         dtype: Of weights and cache; auto is bfloat16 where this machine is fast at it, else float32.
         quantize: int8 keeps the matrices of products in 8 bits, a scale a row: a quarter of float32's bytes to hold and to read at
-            each token. It is another model: logits move a little (docs/serving.md).
+            each token; int4, for GPUs, in 4 and a little more. It is another model: logits move, in 4 bits more (docs/serving.md).
         cache_tokens: Tokens that each replica's key-value cache holds; by default what memory allows.
         most_running: Requests that a replica decodes together; the plan's, or 64.
         most_waiting: Requests beyond those; more are refused with 429.

@@ -43,7 +43,7 @@ from fiveply.serve.text import Text
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import FiveplyError, InputError, RunError
 from fiveply.spec.layout import Layout
-from fiveply.spec.legality import resolve_for_inference
+from fiveply.spec.legality import check_groups, resolve_for_inference
 from fiveply.train import auto
 from fiveply.world import device
 from fiveply.world.launch import joined, launch, stop_requested
@@ -85,6 +85,8 @@ class Served:
         if layout == auto.AUTO:
             asked = planned(source.spec, dtype)
         resolved = resolve_for_inference(asked, source.spec, "--layout")
+        if quantize == "int4":
+            check_groups(resolved, source.spec, "--quantize int4")
         return cls(source.path, source.spec, text_of(source), resolved, dtype, cache_tokens, transport, quantize)
 
 

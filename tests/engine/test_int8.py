@@ -10,9 +10,8 @@ import pytest
 import torch
 from greedy_service import greedy
 from lone_stage import CPU, logits, lone_stage
-from random_models import greedy_by_transformers, ragged, same_where_clear, save_random
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from random_models import greedy_by_transformers, ragged, same_where_clear, save_random, with_rounded_weights
+from torch import Tensor
 
 from fiveply import service
 from fiveply.engine import int8, kernels
@@ -82,24 +81,13 @@ def test_ranks_that_share_a_row_round_it_as_one_rank_does() -> None:
     assert not torch.equal(int8.quantize(left)[0], own)
 
 
-@torch.no_grad()
-def with_rounded_weights(model: Any) -> Any:
-    """Of `transformers`; a tied embedding's rows stay as they are where they are looked up."""
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
-            weight.copy_(rounded(weight))
-    return model
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "smollm", "gpt2"])
 def test_logits_are_those_of_rounded_weights(family: str, tmp_path: Path) -> None:
     model = save_random(family, tmp_path / "hf")
     (tokens,) = ragged(model.config.vocab_size, [50])
     ours = logits(lone_stage(tmp_path / "hf", torch.float32, "int8"), tokens, [40, *[1] * 10])
     plain = model(torch.tensor([tokens])).logits[0]
-    wanted = with_rounded_weights(model)(torch.tensor([tokens])).logits[0]
+    wanted = with_rounded_weights(model, rounded)(torch.tensor([tokens])).logits[0]
     assert (ours - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert (ours - plain).abs().max() > 1e-3 * wanted.abs().max()  # else they were not rounded
 
@@ -113,6 +101,6 @@ def test_greedy_tokens_are_the_same_at_every_layout(family: str, layout: str, tm
 
     served = service.Served.load(model.name_or_path, layout, "float32", quantize="int8")
     told = greedy(served, prompts, 10)
-    model = with_rounded_weights(model)
+    model = with_rounded_weights(model, rounded)
     for prompt, tokens in zip(prompts, told, strict=True):
         assert same_where_clear(tokens, greedy_by_transformers(model, prompt, 10), prompt, model)

@@ -18,6 +18,7 @@ from torch import nn
 
 from fiveply.checkpoint import store
 from fiveply.checkpoint.huggingface import HuggingFaceSource
+from fiveply.engine.int4 import Int4Products
 from fiveply.engine.int8 import Int8Products
 from fiveply.engine.products import FusedProducts
 from fiveply.model.decoder import Decoder, Linear
@@ -30,6 +31,7 @@ from fiveply.world.mesh import Mesh
 Source = store.Checkpoint | HuggingFaceSource
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+_PRODUCTS = {"none": FusedProducts, "int8": Int8Products, "int4": Int4Products}
 _ROWS = ("o_proj", "down_proj")
 """Whose columns tensor ranks share."""
 
@@ -63,11 +65,12 @@ def open_source(path: Path, *, verify: bool = True) -> Source:
 def load(source: Source, mesh: Mesh, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Decoder:
     """This rank's stage and slices of the decoder, ready to compute; collectives stand at its boundaries where tp > 1.
 
-    `quantize`: "int8" keeps the matrices of products in 8 bits (`int8.py`); one layer at a time is float meanwhile.
+    `quantize`: "int8" and "int4" keep the matrices of products in 8 or 4 bits (`int8.py`, `int4.py`); one layer at a time is float
+    meanwhile.
     """
     spec, layout, stage = source.spec, mesh.layout, mesh.at.pp
     decoder = stage_of_decoder(spec, stage_units(spec, layout.stages, stage), first=stage == 0)
-    products = (Int8Products if quantize == "int8" else FusedProducts)(dtype, device)
+    products = _PRODUCTS[quantize](dtype, device)
     for unit, group in groupby(place(spec, layout, mesh.at.tp, stage), lambda placed: placed.parameter.unit):
         for placed in group:
             owner, _, attribute = placed.name.rpartition(".")

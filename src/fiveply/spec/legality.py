@@ -20,6 +20,9 @@ from fiveply.spec.errors import InputError
 from fiveply.spec.layout import LAYOUT_RULES, Layout, Layouts, Rule, divisors, enforce, kept
 from fiveply.spec.placement import declare_layer
 
+GROUP = 32
+"""Columns of a matrix in 4 bits that share a scale."""
+
 
 class _Job(NamedTuple):
     spec: ModelSpec
@@ -69,6 +72,22 @@ def resolve_for_inference(layout: Layout, spec: ModelSpec, where: str = "layout"
     job = _Job(msgspec.structs.replace(spec, attention_dropout=0.0), 1, layout.dp)
     enforce((*_MODEL_RULES, *_RUNTIME_RULES), plain, job, where)
     return msgspec.structs.replace(plain, stages=plain.stages or tuple(balanced_stages(spec, plain.stage_count)))
+
+
+def check_groups(layout: Layout, spec: ModelSpec, where: str) -> None:
+    """Raise InputError where the columns of a matrix that a tensor rank holds are no whole groups of weights in 4 bits."""
+    shared = {"columns of query heads": spec.q_size, "MLP columns": spec.ffn}
+    degrees = [
+        tp for tp in divisors(spec.heads) if _kv_splits(spec, tp) and not any(x % (tp * GROUP) for x in shared.values())
+    ]
+    for name, columns, parts in (("hidden columns", spec.hidden, 1), *((*one, layout.tp) for one in shared.items())):
+        if columns % (parts * GROUP):
+            legal = bool(degrees) and spec.hidden % GROUP == 0
+            raise InputError(
+                f"{columns} {name}{f' / tp={parts}' if parts > 1 else ''} do not go into groups of {GROUP}, each of which has a scale"
+                " in 4 bits", where=where, key="tp" if parts > 1 else "",
+                fix=f"tp in {{{', '.join(map(str, degrees))}}} does" if legal else "take int8",
+            )  # fmt: skip
 
 
 def legal(layouts: Layouts, spec: ModelSpec, *, sequence: int, global_batch: int) -> NDArray[np.bool_]:
