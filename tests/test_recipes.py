@@ -81,6 +81,23 @@ def test_question_answering(folder: Path) -> None:
     assert given > memory
 
 
+@pytest.mark.slow
+def test_load_generator(folder: Path) -> None:
+    """Clients that wait for their answers all get them; beyond what the server answers, each request is counted once."""
+    out = run("load_generator", folder, "guidellm", "--tokens", "8", "--rounds", "1", "--most", "2")
+    line = r"^ *([\d.]+ .+?)  (bench serve|guidellm) +(\d+) +(\d+) +\d"
+    rows = [(load, tool, int(answered), int(failed)) for load, tool, answered, failed in re.findall(line, out, re.M)]
+    assert [row[1] for row in rows] == ["bench serve", "guidellm"] * 4
+    served = {"1 clients": 8, "4 clients": 16, "2 clients": 8}
+    assert [(load, answered, failed) for load, _, answered, failed in rows[:6]] == [
+        (load, count, 0) for load, count in served.items() for _ in range(2)
+    ]
+    for load, _, answered, failed in rows[6:]:
+        assert load.endswith(" a second")
+        assert answered > 0
+        assert answered + failed == 12
+
+
 def data(name: str, folder: Path) -> None:
     """Data that a recipe's own lines fetch to runs/NAME of the checkout, seen from where the recipe runs."""
     here = RECIPES.parent / "runs" / name
