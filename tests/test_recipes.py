@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import add_tokenizer
 
 from fiveply.serve import protocol
+from fiveply.serve.text import Text
 from fiveply.spec.run import RunSpec
 
 KINDS = {"completions": protocol.CompletionRequest, "chat/completions": protocol.ChatRequest,
@@ -144,7 +146,9 @@ def test_verses_are_read_from_their_modules(recipe: Any, tmp_path: Path) -> None
     assert list(recipe("translation").verses(tmp_path)) == ["In the beginning", "", "And God", "Amén."] * 2
 
 
-def test_what_the_recipes_ask_is_what_the_server_takes(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_recipes_ask_is_what_the_server_takes(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Their bodies as the server reads them, and the schema as it compiles it."""
     asked: list[Any] = []
 
@@ -162,7 +166,8 @@ def test_what_the_recipes_ask_is_what_the_server_takes(recipe: Any, monkeypatch:
     assert knowledge.triple("", "", entry) == json.loads(TRIPLE)
     assert recipe("translation").translated("", "And God said.") == TRIPLE
     assert len(asked) == 4
-    assert asked[2].sampling(0, 49152).grammar
+    text = Text(add_tokenizer(tmp_path), frozenset([0]))
+    assert asked[2].sampling(0, 49152, text).grammar
     assert (asked[3].stops, asked[3].prompt) == (["\n"], "And God said.\n")
     settings = [f"{key}={value}" for key, value in recipe("translation").SETTINGS.items()]
     assert RunSpec.load(None, [*settings, "name=translation"]).model.overrides == {"vocab_size": 4096}
