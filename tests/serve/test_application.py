@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 
 from fiveply import service
 from fiveply.corpus.tokenizer import Tokenizer
@@ -242,3 +244,32 @@ def test_answers_go_on_while_a_long_text_is_encoded(speaking: Path, monkeypatch:
         assert "exceed the model's 512 positions" in answer.json()["error"]["message"]
 
     against(speaking, Settings(), Limits(), [], test)
+
+
+def test_idle_connections_are_kept_but_not_beyond_the_end(speaking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as proxies keep theirs; the end waits for none."""
+    servers: list[uvicorn.Server] = []
+
+    class Watched(uvicorn.Server):
+        def __init__(self, config: uvicorn.Config) -> None:
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(uvicorn, "Server", Watched)
+
+    async def work(driver: Driver) -> None:
+        await driver.ready.wait()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            running = asyncio.create_task(Server(driver, Model("m", 258, 512)).run(listener, lambda: None))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await reader.readuntil(b"ready")
+            (connection,) = servers[0].server_state.connections
+            timer = connection.timeout_keep_alive_task  # type: ignore[union-attr]
+            assert timer.when() - asyncio.get_running_loop().time() > 60
+            driver.stop_asked.set()
+            assert await asyncio.wait_for(reader.read(), 30) == b'"}'
+            await asyncio.wait_for(running, 30)
+            writer.close()
+
+    service.run(service.Served.load(speaking, "pp=2", "float32"), Settings(), work)

@@ -50,6 +50,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Prompts x n."""
     write_seconds: float = 60.0
     """Until a client that does not read is given up."""
+    idle_seconds: int = 75
+    """Until a connection without a request is closed: longer than clients and proxies keep one for its next request (httpx 5 s,
+    nginx and load balancers 60 s), or they send it just as the connection closes."""
     drain_seconds: float = 30.0
     """For answers to finish once an end is asked for."""
 
@@ -92,6 +95,7 @@ class Server:
         """Until an end is asked for; `ready` is called when the first engine is."""
         config = uvicorn.Config(
             self.app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5,
+            timeout_keep_alive=self.limits.idle_seconds,
         )  # fmt: skip
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
