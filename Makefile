@@ -11,10 +11,9 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	$(BIN)/pytest -m "not slow"
 
-# The larger matrices, and over gloo what `test` ran over shared memory; `test-gloo` runs the larger ones there as well.
+# The larger matrices, and what gloo may do otherwise than shared memory; `test-gloo` runs every layout over it.
 test-slow: .venv/test.stamp
 	$(BIN)/pytest -m slow
-	$(BIN)/pytest tests/layouts -m "not slow" --backend gloo
 
 test-gloo: .venv/test.stamp
 	$(BIN)/pytest tests/layouts --backend gloo

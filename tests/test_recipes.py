@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import add_tokenizer
 
 from fiveply.serve import protocol
+from fiveply.serve.text import Text
 from fiveply.spec.run import RunSpec
 
 KINDS = {"completions": protocol.CompletionRequest, "chat/completions": protocol.ChatRequest,
@@ -81,6 +83,23 @@ def test_question_answering(folder: Path) -> None:
     assert given > memory
 
 
+@pytest.mark.slow
+def test_load_generator(folder: Path) -> None:
+    """Clients that wait for their answers all get them; beyond what the server answers, each request is counted once."""
+    out = run("load_generator", folder, "guidellm", "--tokens", "8", "--rounds", "1", "--most", "2")
+    line = r"^ *([\d.]+ .+?)  (bench serve|guidellm) +(\d+) +(\d+) +\d"
+    rows = [(load, tool, int(answered), int(failed)) for load, tool, answered, failed in re.findall(line, out, re.M)]
+    assert [row[1] for row in rows] == ["bench serve", "guidellm"] * 4
+    served = {"1 clients": 8, "4 clients": 16, "2 clients": 8}
+    assert [(load, answered, failed) for load, _, answered, failed in rows[:6]] == [
+        (load, count, 0) for load, count in served.items() for _ in range(2)
+    ]
+    for load, _, answered, failed in rows[6:]:
+        assert load.endswith(" a second")
+        assert answered > 0
+        assert answered + failed == 12
+
+
 def data(name: str, folder: Path) -> None:
     """Data that a recipe's own lines fetch to runs/NAME of the checkout, seen from where the recipe runs."""
     here = RECIPES.parent / "runs" / name
@@ -127,7 +146,9 @@ def test_verses_are_read_from_their_modules(recipe: Any, tmp_path: Path) -> None
     assert list(recipe("translation").verses(tmp_path)) == ["In the beginning", "", "And God", "Amén."] * 2
 
 
-def test_what_the_recipes_ask_is_what_the_server_takes(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_recipes_ask_is_what_the_server_takes(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Their bodies as the server reads them, and the schema as it compiles it."""
     asked: list[Any] = []
 
@@ -145,7 +166,8 @@ def test_what_the_recipes_ask_is_what_the_server_takes(recipe: Any, monkeypatch:
     assert knowledge.triple("", "", entry) == json.loads(TRIPLE)
     assert recipe("translation").translated("", "And God said.") == TRIPLE
     assert len(asked) == 4
-    assert asked[2].sampling(0, 49152).grammar
+    text = Text(add_tokenizer(tmp_path), frozenset([0]))
+    assert asked[2].sampling(0, 49152, text).grammar
     assert (asked[3].stops, asked[3].prompt) == (["\n"], "And God said.\n")
     settings = [f"{key}={value}" for key, value in recipe("translation").SETTINGS.items()]
     assert RunSpec.load(None, [*settings, "name=translation"]).model.overrides == {"vocab_size": 4096}

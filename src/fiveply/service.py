@@ -191,6 +191,8 @@ def serve(
 
         await Server(driver, model, admitted, origins=origins, local=local).run(listener, ready)
 
+    # Long texts are encoded in threads; the package's own ones would be forked with the next ranks.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with listener:
         run(served, settings, work, apart=True, restarts=True)
 

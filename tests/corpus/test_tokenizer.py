@@ -1,6 +1,8 @@
 """Encoding and decoding, saving and loading, and finding the end-of-text token."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -37,6 +39,25 @@ def test_trained_has_end_zero_and_the_size_asked_for():
     assert len(TRAINED.encode("question")) < len("question")
     assert TRAINED.decode([0, *TRAINED.encode("be"), 0]) == "be"
     assert TRAINED.decode([0], keep_special=True) == "<|endoftext|>"
+
+
+def test_other_threads_go_on_beside_a_long_text():
+    begun, ended, found = threading.Event(), threading.Event(), []
+
+    def encode():
+        begun.set()
+        found.append(TRAINED.encode_aside(TEXT * 500))
+        ended.set()
+
+    thread, turns = threading.Thread(target=encode), 0
+    thread.start()
+    begun.wait()
+    while not ended.is_set():
+        time.sleep(0)  # lets the other one have the interpreter
+        turns += 1
+    thread.join()
+    assert turns > 50
+    np.testing.assert_array_equal(found[0], TRAINED.encode(TEXT * 500))
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.json", "other.json"])

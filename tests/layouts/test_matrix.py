@@ -24,11 +24,13 @@ def runs_apart(layout: Layout) -> bool:
 
 
 def _cases() -> tuple[dict[int, list[Case]], dict[int, list[Case]]]:
-    """Each layout at one model, those that run the same actions left out; and all of them, at other models."""
+    """Each layout at one model, those that run the same actions left out; and again, at other models. There one process runs
+    every schedule, so that none does more than its actions say."""
     everything = {w: list(dict.fromkeys(x for m in MODELS.values() for x in every_layout(w, m))) for w in WORLDS}
+    apart = {world: [x for x in layouts if runs_apart(x)] for world, layouts in everything.items()}
     seen: set[tuple[Any, ...]] = set()
-    first = {world: rotate([x for x in layouts if runs_apart(x)], seen) for world, layouts in everything.items()}
-    return first, {world: rotate(layouts, seen) for world, layouts in everything.items()}
+    first = {world: rotate(layouts, seen) for world, layouts in apart.items()}
+    return first, {world: rotate(layouts, seen) for world, layouts in (apart | {1: everything[1]}).items()}
 
 
 CASES, MORE_CASES = _cases()
@@ -66,4 +68,4 @@ def test_the_matrix_is_complete() -> None:
         legal = {value for world in WORLDS for layout in every_layout(world, spec) for value in values(layout)}
         assert legal <= {value for model, value in seen if model == name}, name
     assert {world: len(cases) for world, cases in CASES.items()} == {1: 8, 2: 50, 3: 50, 4: 151}
-    assert {world: len(cases) for world, cases in MORE_CASES.items()} == {1: 20, 2: 95, 3: 95, 4: 247}
+    assert {world: len(cases) for world, cases in MORE_CASES.items()} == {1: 20, 2: 50, 3: 50, 4: 151}

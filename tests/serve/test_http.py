@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,7 @@ import httpx2
 import numpy as np
 import openai
 import pytest
-from random_models import add_tokenizer, save_random
 from serve_process import Process, serving
-
-from fiveply import service
-from fiveply.serve import messages
-from fiveply.serve.driver import Driver, Settings
-from fiveply.serve.generation import Generation, Piece
-from fiveply.serve.http import Limits, Model, Server
-from fiveply.serve.messages import Sampling
-
-TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
-    "{% if messages[-1].role == 'assistant' %}{{ raise_exception('nothing to answer') }}{% endif %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama that reads and writes bytes, and holds conversations."""
-    folder = tmp_path_factory.mktemp("speaking") / "tiny-talker"
-    save_random("llama", folder, vocab_size=258, num_hidden_layers=3)
-    add_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +171,18 @@ def test_answers_by_schema_and_grammar(client: openai.OpenAI) -> None:
     assert plain.choices[0].text in ("yesyes", "yesno", "noyes", "nono")
 
 
+def test_a_grammar_that_fails_on_the_way_is_the_client_s(server: Process) -> None:
+    """One letter, then what has no end."""
+    ask = {"prompt": "a", "max_tokens": 50, "grammar": 'start: /[ab]/ "x"{1000000000}'}
+    error = server.post("completions", ask)
+    assert error.status_code == 400
+    assert error.json()["error"]["param"] == "grammar"
+    assert "Too many items" in error.json()["error"]["message"]
+    lines = [line for line in server.post("completions", ask | {"stream": True}).text.splitlines() if line]
+    assert json.loads(lines[-2][6:]) == error.json()
+    assert lines[-1] == "data: [DONE]"
+
+
 def test_embeddings(client: openai.OpenAI) -> None:
     one = client.embeddings.create(model="tiny-talker", input="sea")
     both = client.embeddings.create(model="tiny-talker", input=["sea", "land"], encoding_format="float")
@@ -273,6 +260,32 @@ def test_models(client: openai.OpenAI) -> None:
             "response_format.type",
             "Invalid value 'xml'",
         ),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user"}], "response_format": {"type": "json_schema", "json_schema":'
+            b' {"schema": {"$defs": {"n": {"$ref": "#/$defs/n"}}, "$ref": "#/$defs/n"}}}}',
+            400,
+            "response_format",
+            "can't be used: no answer can fit it",
+        ),
+        (
+            "completions",
+            b'{"prompt": "a", "stream": true, "response_format": {"type": "json_schema", "json_schema":'
+            b' {"schema": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}}}',
+            400,
+            "response_format",
+            "can't be used: parser error: Too many items",
+        ),
+        (
+            "completions",
+            b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/a"}}}}',
+            400,
+            "response_format",
+            "'/a' does not exist",
+        ),
+        ("completions", b'{"prompt": "a", "regex": "[^\\\\s\\\\S]"}', 400, "regex", "no answer can fit it"),
+        ("completions", b'{"prompt": "a", "regex": "%s"}' % (b"(" * 5000), 400, "regex", "can't be used: "),
+        ("completions", b'{"prompt": "a", "grammar": "start: <|a|>"}', 400, "grammar", "unknown special token"),
         ("embeddings", b'{"input": "a", "dimensions": 5}', 400, "dimensions", "'dimensions' is not supported"),
     ],
 )
@@ -304,6 +317,12 @@ def test_other_paths_and_methods(server: Process) -> None:
     assert server.get("/v1/nothing").status_code == 404
     assert server.get("/v1/completions").status_code == 405
     assert "<textarea" in server.get("/").text
+
+
+def test_a_loopback_address_is_guarded_so(server: Process) -> None:
+    answer = httpx2.get(f"{server.url}/v1/models", headers={"Host": "b.example"}, timeout=20)
+    assert answer.status_code == 403
+    assert "--origins http://b.example admits it" in answer.json()["error"]["message"]
 
 
 # --- clients that leave, ranks that die, ends ------------------------------------------------------------------------
@@ -380,201 +399,3 @@ def test_a_second_interrupt_waits_for_no_answer(speaking: Path) -> None:
             said = [line for line in lines if line]
         assert '"error"' in said[-2]
         assert server.process.wait(timeout=15) == 1  # answers would have 30 s
-
-
-# --- the application itself -----------------------------------------------------------------------------------------
-
-
-def against(
-    folder: Path, settings: Settings, limits: Limits, keys: list[str],
-    test: Callable[[httpx2.AsyncClient, Driver], Awaitable[None]], cache_tokens: int = 0, origins: Sequence[str] = (),
-    local: bool = False,
-) -> None:  # fmt: skip
-    async def work(driver: Driver) -> None:
-        await driver.ready.wait()
-        app = Server(driver, Model("m", 258, 512), keys, limits, origins, local).app
-        async with httpx2.AsyncClient(
-            transport=httpx2.ASGITransport(app), base_url="http://test", timeout=60
-        ) as client:
-            await test(client, driver)
-
-    service.run(service.Served.load(folder, "pp=2", "float32", cache_tokens), settings, work)
-
-
-def test_keys(speaking: Path) -> None:
-    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
-        for path in ("/v1/models", "/metrics", "/v1/completions"):
-            for headers in (
-                {},
-                {"Authorization": "Bearer "},
-                {"Authorization": "Bearer one "},
-                {"Authorization": "Bearer onetwo"},
-            ):
-                answer = await client.request("POST" if "comp" in path else "GET", path, headers=headers, content=b"{")
-                assert answer.status_code == 401
-        for key in ("one", "two"):
-            assert (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code == 200
-        assert (await client.get("/health")).status_code == 200
-        assert (await client.get("/")).status_code == 200
-
-    against(speaking, Settings(), Limits(), ["one", "two"], test)
-
-
-def test_pages_of_other_sites_are_refused(speaking: Path) -> None:
-    """What a browser would send from them without asking first: a body of plain text."""
-
-    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
-        async def status(origin: str | None) -> int:
-            headers = {"Content-Type": "text/plain"} | ({"Origin": origin} if origin is not None else {})
-            body = b'{"prompt": "a", "max_tokens": 1}'
-            return (await client.post("/v1/completions", headers=headers, content=body)).status_code
-
-        assert [await status(one) for one in (None, "http://test", "https://test", "https://a.example")] == [200] * 4
-        others = [
-            "http://b.example",
-            "http://test:81",
-            "http://test.a.example",
-            "http://a.example",
-            "null",
-            "test",
-            "http://[",
-        ]
-        assert [await status(one) for one in others] == [403] * 7
-        assert driver.metrics.requests._value.get() == 4
-        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-        for origin, allowed in (("https://a.example", "https://a.example"), ("http://b.example", None)):
-            answer = await client.options("/v1/completions", headers=asks | {"Origin": origin})
-            assert answer.headers.get("access-control-allow-origin") == allowed
-
-    against(speaking, Settings(), Limits(), [], test, origins=["https://a.example"])
-
-
-@pytest.mark.parametrize("keys", [[], ["one"]])
-def test_other_names_of_a_loopback_address_are_refused(speaking: Path, keys: list[str]) -> None:
-    """Of a page whose own name was made to lead here: nothing is another site to it, and only a key that it lacks helps."""
-
-    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
-        async def statuses(*hosts: str) -> list[int]:
-            headers = {"Authorization": "Bearer one"}
-            return [(await client.get("/v1/models", headers=headers | {"Host": host})).status_code for host in hosts]
-
-        own = ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.1.2.3", "[::1]", "[::1]:8000", "a.example")
-        assert await statuses(*own) == [200] * 7
-        others = [
-            "b.example",
-            "localhost.b.example:80",
-            "127.0.0.1.b.example",
-            "192.168.0.1",
-            "0.0.0.0",
-            "[",
-            ":80",
-            "a",
-        ]
-        assert await statuses(*others) == [200 if keys else 403] * 8
-        same = await client.get("/v1/models", headers={"Host": "b.example", "Origin": "http://b.example"})
-        assert same.status_code == (401 if keys else 403)
-
-    against(speaking, Settings(), Limits(), keys, test, origins=["https://a.example"], local=True)
-
-
-def test_a_loopback_address_is_guarded_so(server: Process) -> None:
-    answer = httpx2.get(f"{server.url}/v1/models", headers={"Host": "b.example"}, timeout=20)
-    assert answer.status_code == 403
-    assert "--origins http://b.example admits it" in answer.json()["error"]["message"]
-
-
-def test_too_much_is_refused_with_a_time_to_come_back(speaking: Path) -> None:
-    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
-        body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True}
-        answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(12)))
-        refused = [answer for answer in answers if answer.status_code == 429]
-        assert [answer.status_code for answer in answers].count(200) == 12 - len(refused)
-        assert len(refused) >= 5
-        assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
-        assert (await client.post("/v1/completions", json=body)).status_code == 200
-
-    against(speaking, Settings(most_running=2, most_waiting=3), Limits(), [], test)
-
-
-def test_what_the_cache_can_not_hold_is_refused(speaking: Path) -> None:
-    async def test(client: httpx2.AsyncClient, driver: Driver) -> None:
-        answer = await client.post("/v1/completions", json={"prompt": "a" * 50, "max_tokens": 40})
-        assert answer.status_code == 400
-        assert "exceed the cache's 64 tokens" in answer.json()["error"]["message"]
-        assert (await client.post("/v1/completions", json={"prompt": "a" * 30, "max_tokens": 30})).status_code == 200
-
-    against(speaking, Settings(), Limits(), [], test, cache_tokens=64)
-
-
-def test_a_stuck_rank_is_lost_ended_and_replaced(speaking: Path) -> None:
-    async def work(driver: Driver) -> tuple[str, list[int], list[int]]:
-        await driver.ready.wait()
-        whole = [t async for piece in driver.submit([5, 6], 200, Sampling()).pieces() for t in piece.tokens]
-        generation = driver.submit([5, 6], 200, Sampling())
-        pieces = generation.pieces()
-        tokens = [t for _ in range(3) for t in (await anext(pieces)).tokens]
-        os.kill(driver.pids[0], signal.SIGSTOP)
-        while driver.state == "ready":
-            await asyncio.sleep(0.05)
-        problem = driver.problem
-        tokens += [t async for piece in pieces for t in piece.tokens]
-        return problem, tokens, whole
-
-    served = service.Served.load(speaking, "pp=2", "float32")
-    problem, tokens, whole = service.run(served, Settings(silence_seconds=2.5), work, restarts=True)
-    assert re.fullmatch(r"rank [01] has been silent for 2.5 s", problem)
-    assert tokens == whole
-
-
-def test_the_driver_stands_still_while_ranks_are_forked(speaking: Path) -> None:
-    """Else an import in its thread and the fork wait for each other, now and then (`service._Loop.still`)."""
-    turns, moved = [0], list[int]()
-
-    def before_a_fork() -> None:
-        if len(moved) < 4:
-            begun = turns[0]
-            time.sleep(0.05)
-            moved.append(turns[0] - begun)
-
-    async def work(driver: Driver) -> int:
-        for _ in range(2):  # also while a lost engine's ranks are replaced, below
-            while driver.state != "ready":
-                turns[0] += 1
-                await asyncio.sleep(0)
-            if driver.engines == 1:
-                os.kill(driver.pids[0], signal.SIGKILL)
-                while driver.state == "ready":
-                    await asyncio.sleep(0.01)
-        return driver.engines
-
-    os.register_at_fork(before=before_a_fork)
-    assert service.run(service.Served.load(speaking, "pp=2", "float32"), Settings(), work, restarts=True) == 2
-    assert moved == [0, 0, 0, 0]
-    assert turns[0] > 100
-
-
-def test_strangers_at_the_ranks_door_are_turned_away(speaking: Path) -> None:
-    async def work(driver: Driver) -> list[bytes]:
-        server, host, port = await driver.listen()  # another door of the same house
-        await driver.ready.wait()
-        answers = []
-        for said in (
-            b"GET / HTTP/1.1\r\n\r\n",
-            messages.pack(messages.Hello(0, 1, "a guess")),
-            messages.pack(messages.Hello(0, 1, driver.secret)),  # that rank is here already
-            messages.pack(messages.Heartbeat(0)),
-            b"\x05\0\0\0\xc1",
-        ):
-            reader, writer = await asyncio.open_connection(host, port)
-            writer.write(said + messages.pack(messages.Ready(5)))
-            answers.append(await asyncio.wait_for(reader.read(), 5))
-            writer.close()
-        server.close()
-        assert driver.state == "ready"
-        await _collect(driver.submit([5], 3, Sampling()))
-        return answers
-
-    async def _collect(generation: Generation) -> list[Piece]:
-        return [piece async for piece in generation.pieces()]
-
-    assert service.run(service.Served.load(speaking, "pp=2", "float32"), Settings(), work) == [b""] * 5

@@ -38,6 +38,7 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "additionalProperties": False}}},
 ]
 CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "["}}
+NESTED = {"name": "f", "arguments": '{"a": ' + "[" * 5000 + "]" * 5000 + "}"}
 ASKED: list[Any] = [{"role": "user", "content": "Where?"}]
 
 
@@ -81,6 +82,7 @@ def test_calls_are_read_however_the_text_is_cut() -> None:
         '<tool_call>{"name": "f", "arguments": "x"}</tool_call> or',
         '<tool_call>{"name": "f", "arguments": {"a": 1}',
         "a <tool_call>\n<tool_call> b </tool_call> ",
+        f'<tool_call>{{"name": "f", "arguments": {{"a": {"[" * 5000 + "]" * 5000}}}}}</tool_call>',
         "</tool_call><tool_",
     ],
 )
@@ -320,6 +322,11 @@ def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(client: openai.Open
         ),
         (
             {"messages": [{"role": "assistant", "tool_calls": [CALLED]}]},
+            "messages",
+            "arguments of call 'c' are no JSON object",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALLED | {"function": NESTED}]}]},
             "messages",
             "arguments of call 'c' are no JSON object",
         ),

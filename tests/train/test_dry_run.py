@@ -50,7 +50,7 @@ def ran(case: Drawn, groups: Groups) -> list[dict[str, Any]]:
         "attention": dict(ledger.attention),
         "moments": [(before - spans[0][0], after - spans[0][0]) for before, after in spans],
     }
-    return mesh.gather_objects(mine)
+    return mesh.collect_objects(mine)
 
 
 def on_ranks(cases: list[Drawn]) -> list[list[dict[str, Any]]]:

@@ -63,7 +63,7 @@ class ChatTemplate:
             return template.render(
                 messages=list(messages), tools=list(tools) or None, add_generation_prompt=True, **self._names
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, RecursionError) as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from None
 
 

@@ -49,6 +49,12 @@ class Tokenizer:
         """Text -> int64 ids [T]. Nothing is added; a special token written out in the text becomes that token."""
         return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
+    def encode_aside(self, text: str) -> np.ndarray:
+        """As `encode`, while other threads go on: the package's `encode` keeps the interpreter to itself until its end. Starts
+        threads, as `encode_batch`, unless TOKENIZERS_PARALLELISM is false."""
+        (ids,) = self.encode_batch([text])
+        return ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, for many texts, on all cores: this starts threads, so do not fork a process that called it."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -57,6 +63,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
         """Ids -> text; special tokens are left out unless `keep_special`."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds."""
+        return self._inner.to_str()
 
     def save(self, path: Path | str) -> None:
         """Write `tokenizer.json` (into a directory, or to a path that ends in .json) and, beside it, a

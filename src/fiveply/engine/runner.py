@@ -26,7 +26,7 @@ from fiveply.engine.inputs import sent
 from fiveply.engine.paged_attention import PagedAttention, Span
 from fiveply.engine.stage import Stage
 from fiveply.model.decoder import Decoder
-from fiveply.serve.messages import NEXT, Beginning, Outcome, Score, Segment, StepBatch, StepResult
+from fiveply.serve.messages import GRAMMAR, NEXT, Beginning, Outcome, Score, Segment, StepBatch, StepResult
 from fiveply.spec.placement import part
 from fiveply.world.collectives import Axis, gather_columns
 from fiveply.world.mesh import Mesh
@@ -191,7 +191,7 @@ class Runner:
                     request.chosen = outcome.tokens[-1] if outcome.tokens else 0
                     if request.constraint is not None and request.constraint.problem:
                         outcomes[segment.request] = Outcome(
-                            segment.request, problem=f"grammar: {request.constraint.problem}"
+                            segment.request, problem=GRAMMAR + request.constraint.problem
                         )
         return list(outcomes.values())
 

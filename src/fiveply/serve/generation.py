@@ -10,10 +10,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal, NamedTuple
 
-from fiveply.serve.messages import Outcome, Score
+from fiveply.serve.messages import GRAMMAR, Outcome, Score
 from fiveply.serve.scheduler import Request
 from fiveply.serve.text import Detokeniser, StopStrings, Text
 from fiveply.spec.errors import RunError
+
+
+class GrammarFailed(RunError):  # noqa: N818
+    """What constrains the answer became too complex on the way."""
 
 
 class Piece(NamedTuple):
@@ -59,7 +63,7 @@ class Generation:
             del self.prompt_scores[outcome.scored_from - 1 :]
             self.prompt_scores += outcome.prompt_scores
         if outcome.problem and not outcome.tokens:
-            self.fail(RunError(outcome.problem))
+            self.fail((GrammarFailed if outcome.problem.startswith(GRAMMAR) else RunError)(outcome.problem))
             return True
         if not outcome.tokens:
             if request.left:

@@ -31,14 +31,14 @@ from starlette.routing import Route
 
 from fiveply.serve import protocol
 from fiveply.serve.driver import Driver, EngineLost, Overloaded
-from fiveply.serve.event_stream import EventStream, Gone, together, unless_gone
-from fiveply.serve.generation import Generation, Piece
+from fiveply.serve.event_stream import EventStream, Gone, Value, together, unless_gone
+from fiveply.serve.generation import Generation, GrammarFailed, Piece
 from fiveply.serve.messages import Sampling, Score
 from fiveply.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, RequestError, StreamOptions
 from fiveply.serve.tools import CallReader
 from fiveply.spec.errors import RunError
 
-LONG_TEXT = 32_768  # characters that take a tokenizer longer than a step
+LONG_BODY = 32_768  # bytes that take a tokenizer longer than a step
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +50,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Prompts x n."""
     write_seconds: float = 60.0
     """Until a client that does not read is given up."""
+    idle_seconds: int = 75
+    """Until a connection without a request is closed: longer than clients and proxies keep one for its next request (httpx 5 s,
+    nginx and load balancers 60 s), or they send it just as the connection closes."""
     drain_seconds: float = 30.0
     """For answers to finish once an end is asked for."""
 
@@ -91,8 +94,9 @@ class Server:
     async def run(self, listener: socket.socket, ready: Callable[[], None]) -> None:
         """Until an end is asked for; `ready` is called when the first engine is."""
         config = uvicorn.Config(
-            self.app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5
-        )
+            self.app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5,
+            timeout_keep_alive=self.limits.idle_seconds,
+        )  # fmt: skip
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         announcing = asyncio.create_task(self._announce(ready))
@@ -180,13 +184,14 @@ class Server:
     # --- answers ---
 
     async def _completions(self, request: Request) -> Response:
-        asked: CompletionRequest = await self._read(request, CompletionRequest)
+        asked: CompletionRequest
+        asked, long = await self._read(request, CompletionRequest)
         text, count = self.driver.text, asked.n or 1
-        prompts = await self._tokens(asked.prompt, "prompt")
+        prompts = await self._tokens(asked.prompt, "prompt", long)
         max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
         if max_tokens == 0 and not asked.echo:
             raise RequestError("0 tokens without echo ask for nothing", "max_tokens")
-        sampling = asked.sampling(-1 if asked.logprobs is None else asked.logprobs, self.model.vocabulary)
+        sampling = await self._sampling(asked, -1 if asked.logprobs is None else asked.logprobs)
         scores = asked.echo and asked.logprobs is not None
         generations = self._submit(prompts, count, max_tokens, sampling, asked, scores=scores)
         given, offsets = protocol.separate(asked.prompt, "prompt"), [0] * len(generations)
@@ -210,25 +215,16 @@ class Server:
         return await self._answer(request, asked, generations, "text_completion", "text_completion", choice)
 
     async def _chat(self, request: Request) -> Response:
-        asked: ChatRequest = await self._read(request, ChatRequest)
+        asked: ChatRequest
+        asked, long = await self._read(request, ChatRequest)
         text = self.driver.text
-        if text.chat is None or text.tokenizer is None:
-            raise RequestError("the model has no chat template; use /v1/completions", "messages")
         tools = asked.offered(text)
-        try:
-            messages = [message.plain() for message in asked.messages]
-            prompt = text.tokenizer.encode(text.chat.render(messages, [one.plain() for one in tools])).tolist()
-        except ValueError as error:
-            raise RequestError(str(error), "messages") from None
+        prompt = await _beside(long, asked.prompt, text, tools, long)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise RequestError("needs logprobs", "top_logprobs")
         room = min(self.model.positions, self.driver.capacity or self.model.positions) - len(prompt)
         max_tokens = asked.max_completion_tokens or asked.max_tokens or max(1, room)
-        sampling = asked.sampling((asked.top_logprobs or 0) if asked.logprobs else -1, self.model.vocabulary)
-        if tools and sampling.grammar:
-            raise RequestError("stands beside what constrains the answer, which leaves no room for a call", "tools")
-        if grammar := asked.call_grammar(text):
-            sampling = msgspec.structs.replace(sampling, grammar=grammar)
+        sampling = await self._sampling(asked, (asked.top_logprobs or 0) if asked.logprobs else -1)
         generations = self._submit([prompt], asked.n or 1, max_tokens, sampling, asked)
         readers = [CallReader(bool(tools)) for _ in generations]
 
@@ -258,9 +254,10 @@ class Server:
         return await self._answer(request, asked, generations, "chat.completion", "chat.completion.chunk", whole, part)
 
     async def _embeddings(self, request: Request) -> Response:
-        asked: EmbeddingRequest = await self._read(request, EmbeddingRequest)
+        asked: EmbeddingRequest
+        asked, long = await self._read(request, EmbeddingRequest)
         self._check_model(asked.model)
-        prompts = await self._tokens(asked.input, "input")
+        prompts = await self._tokens(asked.input, "input", long)
         self._check_sizes(prompts, 0, len(prompts), "input")
         generations = [self.driver.submit(prompt, 0, Sampling(), embeds=True) for prompt in prompts]
         async with self._cancelling(generations):
@@ -277,8 +274,8 @@ class Server:
         total = {"prompt_tokens": tokens, "total_tokens": tokens}
         return _json(msgspec.json.encode({"object": "list", "data": data, "model": self.model.name, "usage": total}))
 
-    async def _read(self, request: Request, kind: type[Any]) -> Any:
-        """The body, within its limits, as a request; refused once an end is asked for."""
+    async def _read(self, request: Request, kind: type[Any]) -> tuple[Any, bool]:
+        """The body, within its limits, as a request, and whether it is a long one; refused once an end is asked for."""
         if self.driver.stop_asked.is_set():
             raise EngineLost("the server is shutting down")
         body = bytearray()
@@ -290,15 +287,17 @@ class Server:
                         raise RequestError(f"the body exceeds {self.limits.body_bytes} bytes", status=413)
         except TimeoutError:
             raise RequestError(f"the body did not arrive within {self.limits.body_seconds:g} s", status=408) from None
-        return protocol.read(bytes(body), kind)
+        return protocol.read(bytes(body), kind), len(body) > LONG_BODY
 
-    async def _tokens(self, given: protocol.Prompts, param: str) -> list[list[int]]:
-        """Of the prompts; long texts are encoded aside, so that others are not kept waiting."""
+    async def _tokens(self, given: protocol.Prompts, param: str, long: bool) -> list[list[int]]:
+        """Of the prompts."""
         self._check_answers(len(protocol.separate(given, param)), param)
-        arguments = given, self.driver.text, self.model.vocabulary, param
-        if sum(len(one) if isinstance(one, str) else 0 for one in given) < LONG_TEXT:
-            return protocol.prompts_of(*arguments)
-        return await asyncio.to_thread(protocol.prompts_of, *arguments)
+        return await _beside(long, protocol.prompts_of, given, self.driver.text, self.model.vocabulary, param, long)
+
+    async def _sampling(self, asked: CompletionRequest | ChatRequest, top_logprobs: int) -> Sampling:
+        return await _beside(
+            bool(asked.constraint), asked.sampling, top_logprobs, self.model.vocabulary, self.driver.text
+        )
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, "", self.model.name):
@@ -322,8 +321,6 @@ class Server:
     ) -> list[Generation]:  # fmt: skip
         """All of a request's answers, or none."""
         self._check_model(asked.model)
-        if sampling.grammar and not (self.driver.text.tokenizer and self.driver.text.ends):
-            raise RequestError("the model has no tokenizer, or no token that ends an answer", "response_format")
         self._check_sizes(
             prompts, max_tokens, count * len(prompts), "prompt" if scores or prompts[1:] else "max_tokens"
         )
@@ -360,7 +357,10 @@ class Server:
 
         if not asked.stream:
             async with self._cancelling(generations):
-                pieces = await unless_gone(request, asyncio.gather(*map(_collect, generations)))
+                try:
+                    pieces = await unless_gone(request, asyncio.gather(*map(_collect, generations)))
+                except GrammarFailed as error:
+                    raise RequestError(str(error), asked.constraint) from None
             choices = [whole(index, one) for index, one in enumerate(pieces)]
             body = protocol.head(kind, self.model.name) | {"choices": choices, "usage": used()}
             return _json(msgspec.json.encode(body))
@@ -378,6 +378,8 @@ class Server:
                                 seen.add(index)
                                 usage = {"usage": used() if so_far else None} if counting else {}
                                 yield protocol.event(top | {"choices": [choice]} | usage)
+                except GrammarFailed as error:
+                    yield b"data: " + RequestError(str(error), asked.constraint).body() + b"\n\n"
                 except RunError as error:
                     yield b"data: " + RequestError(str(error), kind="server_error").body() + b"\n\n"
                 else:
@@ -395,6 +397,11 @@ class Server:
         finally:
             for generation in generations:
                 self.driver.cancel(generation)
+
+
+async def _beside(aside: bool, work: Callable[..., Value], *arguments: Any) -> Value:
+    """What `work` gives; `aside`: it takes longer than a step, so it runs in a thread and nobody waits for it."""
+    return await asyncio.to_thread(work, *arguments) if aside else work(*arguments)
 
 
 async def _collect(generation: Generation) -> list[Piece]:

@@ -17,6 +17,8 @@ BLOCK = 16
 """Tokens in one block of the cache."""
 NEXT = -1
 """In a segment's tokens: the one that the request's segment before will have chosen."""
+GRAMMAR = "grammar: "
+"""What the problem of a request begins with that its grammar has."""
 LARGEST = 1 << 28
 """Bytes of a message; more is a broken peer."""
 

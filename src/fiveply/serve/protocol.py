@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
-from fiveply.serve.grammar import compile_grammar
+from fiveply.serve.grammar import check_beginning, compile_grammar
 from fiveply.serve.messages import Sampling, Score
 from fiveply.serve.text import Text
 from fiveply.serve.tools import Call, Choice, Tool, grammar_of
@@ -101,8 +101,16 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    def sampling(self, top_logprobs: int, vocabulary: int) -> Sampling:
-        """Of the first alternative. Raises RequestError for a biased token that the model lacks."""
+    @property
+    def constraint(self) -> str:
+        """The parameter that constrains the answer; empty where none does."""
+        if isinstance(self.response_format, ObjectFormat | SchemaFormat):
+            return "response_format"
+        return "regex" if self.regex is not None else "grammar" if self.grammar is not None else ""
+
+    def sampling(self, top_logprobs: int, vocabulary: int, text: Text) -> Sampling:
+        """Of the first alternative. Raises RequestError for a biased token that the model lacks, and for a constraint that can't be
+        kept: one that is too complex takes a second to be found so."""
         bias: dict[int, float] = {}
         for name, value in (self.logit_bias or {}).items():
             if not (name.isdecimal() and len(name) < 10 and int(name) < vocabulary):
@@ -114,11 +122,20 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             repetition_penalty=self.repetition_penalty or 1.0, frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             seed=secrets.randbits(64) if self.seed is None else self.seed % SEEDS, logit_bias=bias,
-            top_logprobs=top_logprobs, grammar=self._grammar(),
+            top_logprobs=top_logprobs, grammar=self._checked(text),
         )  # fmt: skip
 
-    def _grammar(self) -> str:
+    def _checked(self, text: Text) -> str:
         """What constrains the answer. Raises RequestError for more than one, and for what can't be used."""
+        try:
+            if grammar := self._grammar(text):
+                check_beginning(grammar, text.reader)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(str(error), self.constraint) from None
+        return grammar
+
+    def _grammar(self, text: Text) -> str:
+        """Raises RequestError, and ValueError with what is wrong with `constraint`."""
         form = self.response_format
         schema = form.json_schema.schema if isinstance(form, SchemaFormat) else {"type": "object"}
         given: list[tuple[str, Literal["json", "regex", "lark"], Any]] = []
@@ -135,10 +152,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             raise RequestError(f"stands beside {given[1][0]}: one can constrain an answer", param)
         if self.ignore_eos:
             raise RequestError("would go on after the grammar's end", "ignore_eos")
-        try:
-            return compile_grammar(kind, source)
-        except ValueError as error:
-            raise RequestError(str(error), param) from None
+        return compile_grammar(kind, source)
 
 
 class CompletionRequest(_Common, kw_only=True):
@@ -178,7 +192,9 @@ class ChatRequest(_Common, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
     def offered(self, text: Text) -> list[Tool]:
-        """The tools that the model is told of. Raises RequestError where its template has none."""
+        """The tools that the model is told of. Raises RequestError where there is no template, or it has none."""
+        if text.chat is None or text.tokenizer is None:
+            raise RequestError("the model has no chat template; use /v1/completions", "messages")
         needed = (
             "tools"
             if self.tools
@@ -190,22 +206,44 @@ class ChatRequest(_Common, kw_only=True):
             raise RequestError("the model's chat template has no tools", needed)
         return (self.tools or []) if self.tool_choice != "none" else []
 
-    def call_grammar(self, text: Text) -> str:
-        """What keeps an answer to calls, or its calls to their schemas; empty where nothing does. Raises RequestError."""
-        choice, tools = self.tool_choice, self.tools or []
-        free = choice in (None, "auto")
-        if choice == "none" or (free and not any(one.function.strict for one in tools)):
-            return ""
+    def prompt(self, text: Text, tools: Sequence[Tool], aside: bool = False) -> list[int]:
+        """The conversation's tokens, as `Text.converse`. Raises RequestError."""
+        try:
+            messages = [message.plain() for message in self.messages]
+            return text.converse(messages, [one.plain() for one in tools], aside)
+        except ValueError as error:
+            raise RequestError(str(error), "messages") from None
+
+    @property
+    def _free(self) -> bool:
+        """Whether the model may answer with text."""
+        return self.tool_choice in (None, "auto")
+
+    @property
+    def constraint(self) -> str:
+        if (own := super().constraint) or self.tool_choice == "none":
+            return own
+        strict = any(one.function.strict for one in self.tools or [])
+        return "tool_choice" if not self._free else "tools" if strict else ""
+
+    def _grammar(self, text: Text) -> str:
+        """A constraint of its own, or what keeps the answer to calls, or its calls to their schemas."""
+        if self.constraint in ("tools", "tool_choice"):
+            return self._call_grammar(text)
+        if self.constraint and self.tool_choice != "none" and (self.tools or not self._free):
+            reason = "stands beside what constrains the answer, which leaves no room for a call"
+            raise RequestError(reason, "tools" if self.tools else "tool_choice")
+        return super()._grammar(text)
+
+    def _call_grammar(self, text: Text) -> str:
+        tools, choice = self.tools or [], self.tool_choice
         if isinstance(choice, Choice):
             tools = [one for one in tools if one.function.name == choice.function.name]
         if not tools or text.tokenizer is None:
             raise RequestError("is not among the tools" if self.tools else "there are no tools", "tool_choice")
         if self.ignore_eos:
             raise RequestError("would go on after the call's end", "ignore_eos")
-        try:
-            return compile_grammar("lark", grammar_of(tools, text.tokenizer, text=free, several=choice == "required"))
-        except ValueError as error:
-            raise RequestError(str(error), "tools" if free else "tool_choice") from None
+        return compile_grammar("lark", grammar_of(tools, text.tokenizer, text=self._free, several=choice == "required"))
 
 
 class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -240,12 +278,12 @@ def separate(given: Prompts, param: str) -> list[str] | list[list[int]]:
     return [cast(list[int], given)] if kinds == {int} else cast(list[str], given)
 
 
-def prompts_of(given: Prompts, text: Text, vocabulary: int, param: str) -> list[list[int]]:
-    """The token ids of one or several prompts. Raises RequestError."""
+def prompts_of(given: Prompts, text: Text, vocabulary: int, param: str, aside: bool = False) -> list[list[int]]:
+    """The token ids of one or several prompts, as `Text.encode`. Raises RequestError."""
     prompts: list[list[int]] = []
     for one in separate(given, param):
         try:
-            tokens = text.encode(one)
+            tokens = text.encode(one, aside)
         except ValueError as error:
             raise RequestError(str(error), param) from None
         if outside := [token for token in tokens if not 0 <= token < vocabulary]:

@@ -5,13 +5,15 @@ It knows one sequence at a time; tokenizers are `corpus/tokenizer.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from fiveply.corpus.chat import ChatTemplate
 from fiveply.corpus.tokenizer import Tokenizer
 from fiveply.serve import tools
+from fiveply.serve.grammar import token_reader
 
 _CONTEXT = 8  # tokens before the answer that its first piece is decoded with: some tokenizers drop a text's first space
 _BROKEN = "�"  # what an unfinished character reads as
@@ -30,18 +32,38 @@ class Text:
     """What an empty prompt becomes."""
     chat: ChatTemplate | None = None
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Raises ValueError where there is nothing to read it with, or nothing to begin with."""
+    def encode(self, prompt: str | Sequence[int], aside: bool = False) -> list[int]:
+        """`aside`: other threads go on meanwhile. Raises ValueError where there is nothing to read it with, or to begin with."""
         if not isinstance(prompt, str):
             tokens = list(prompt)
         elif self.tokenizer is None and prompt:
             raise ValueError("the model has no tokenizer.json to read text with; give token ids")
         else:
-            tokens = self.tokenizer.encode(prompt).tolist() if self.tokenizer else []
+            tokens = self._tokens(self.tokenizer, prompt, aside) if self.tokenizer else []
             tokens = tokens if tokens[:1] == self.before else self.before + tokens
         if not (tokens or self.beginning):
             raise ValueError("is empty, and the model names no token to begin with; give a token")
         return list(tokens or self.beginning)
+
+    def converse(
+        self, messages: Sequence[Mapping[str, Any]], offered: Sequence[Mapping[str, Any]], aside: bool = False
+    ) -> list[int]:
+        """A conversation up to where the model's answer begins, `offered` its tools; `aside` as `encode`. Raises ValueError with what
+        the template says against it. There must be one."""
+        assert self.chat is not None
+        assert self.tokenizer is not None
+        return self._tokens(self.tokenizer, self.chat.render(messages, offered), aside)
+
+    @staticmethod
+    def _tokens(tokenizer: Tokenizer, text: str, aside: bool) -> list[int]:
+        return (tokenizer.encode_aside(text) if aside else tokenizer.encode(text)).tolist()
+
+    @cached_property
+    def reader(self) -> Any:
+        """The tokens as grammars need them. Raises ValueError where there are none, or none that ends an answer."""
+        if self.tokenizer is None or not self.ends:
+            raise ValueError("the model has no tokenizer, or no token that ends an answer")
+        return token_reader(self.tokenizer, self.ends)
 
     @cached_property
     def has_tools(self) -> bool:

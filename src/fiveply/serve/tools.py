@@ -70,7 +70,7 @@ class Call(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="fu
         """As templates take it: arguments as a value. Raises ValueError where they are no JSON object."""
         try:
             arguments = msgspec.json.decode(self.function.arguments, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ValueError(f"the arguments of call '{self.id}' are no JSON object: {error}") from None
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
@@ -84,7 +84,7 @@ def _read(text: str) -> Called | None:
     """What stands between the tags; None where it is no call."""
     try:
         written = msgspec.json.decode(text, type=_Written)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     arguments = bytes(written.arguments).decode()
     return Called(written.name, arguments) if arguments.startswith("{") else None

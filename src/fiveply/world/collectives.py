@@ -83,6 +83,14 @@ class Axis:
         self._call("gather of objects", None, True, lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
+    def collect_objects(self, value: Any) -> list[Any]:
+        """Each rank's Python value, in rank order, on the axis's first rank; others get none."""
+        first = self.index == 0
+        values: list[Any] | None = [None] * self.size if first else None
+        collect = lambda: dist.gather_object(value, values, dst=self.ranks[0], group=self.group)  # noqa: E731
+        self._call("gather of objects", None, True, collect)
+        return values or []
+
     def _call(
         self, operation: str, x: Tensor | None, wait: bool, issue: Callable[[], dist.Work | None],
         shared: tuple[Any, ...] | None = None, peer: int = -1,

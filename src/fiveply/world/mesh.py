@@ -145,3 +145,7 @@ class Mesh:
     def gather_objects(self, value: Any) -> list[Any]:
         """Each rank's small Python value, in rank order, on every rank of the world. Collective."""
         return [value] if self.world is None else self.world.gather_objects(value)
+
+    def collect_objects(self, value: Any) -> list[Any]:
+        """Each rank's Python value, in rank order, on rank 0 of the world; others get none. Collective."""
+        return [value] if self.world is None else self.world.collect_objects(value)
