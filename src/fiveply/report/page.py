@@ -124,8 +124,8 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     bits = _present(rows, "bits_per_character")
     tile("Bits per character", f"{bits[-1]:.3f}" if bits else "\N{EN DASH}", "held-out text")
     speeds, shares = _present(latest, "tokens_per_second"), _present(latest, "mfu")
-    steps = "1 step" if len(speeds) == 1 else f"{len(speeds)} steps"
-    tile("Tokens per second", count_text(median(speeds)) if speeds else "\N{EN DASH}", f"median of {steps}")
+    note = f"median of {plural(len(speeds), 'step')}"
+    tile("Tokens per second", count_text(median(speeds)) if speeds else "\N{EN DASH}", note)
     peak = facts.machine.get("peak_flops")
     of_peak = f"of {count_text(peak, 'kMGTPE')}FLOP/s" if peak else "of the machine's peak"
     tile("Model FLOPs utilisation", f"{median(shares):.1%}" if shares else "\N{EN DASH}", of_peak)

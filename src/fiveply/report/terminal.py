@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import attrgetter
 from types import TracebackType
@@ -192,6 +192,14 @@ def clock_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def plain_table(*columns: str, left: Sequence[str] = (), folds: str = "", gap: int = 2) -> Table:
+    """A table without lines: numbers to the right but for the columns `left`; the text of the column `folds` may break."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=name != folds, overflow="fold")
+    return table
+
+
 def layout_table(facts: Facts | dict[str, Any]) -> Table:
     """The ranks and what they hold, for rich to print; replicas share a row where there are many ranks."""
     if not isinstance(facts, Facts):
@@ -201,12 +209,7 @@ def layout_table(facts: Facts | dict[str, Any]) -> Table:
     if folds:
         place = attrgetter("pp", "cp", "tp")
         groups = [list(group) for _, group in groupby(sorted(facts.ranks, key=place), key=place)]
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("rank", justify="right")
-    table.add_column("place")
-    table.add_column("holds", overflow="fold")
-    table.add_column("parameters", justify="right")
-    table.add_column("state", justify="right")
+    table = plain_table("rank", "place", "holds", "parameters", "state", left=("place", "holds"), folds="holds")
     for ranks in groups:
         rank, last, axes = ranks[0], ranks[-1], ("cp", "tp", "pp") if folds else ("dp", "cp", "tp", "pp")
         table.add_row(

@@ -31,7 +31,7 @@ from fiveply import pipeline_schedule
 from fiveply.corpus.batches import Rows
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.pipeline_schedule import Action, Kind
-from fiveply.report.terminal import schedule_picture
+from fiveply.report.terminal import plain_table, schedule_picture
 from fiveply.report.text import bytes_text, count_text
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
@@ -279,9 +279,7 @@ def show(found: DryRun, console: Console | None = None) -> None:
 
 
 def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index == 0 or head == "operation" else "right")
+    table = plain_table(*heads, left=(heads[0], "operation"))
     for row in rows:
         table.add_row(*row)
     return table
