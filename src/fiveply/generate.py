@@ -136,11 +136,13 @@ def _completing(
         await driver.ready.wait()
         start = time.perf_counter()
         made: dict[int, Completion] = {}
-        with _bar(len(prompts)) as bar:
+        hidden = len(prompts) < 2 or not sys.stderr.isatty()
+        with Progress(disable=hidden, transient=True) as bar:
+            shown = bar.add_task("prompts", total=len(prompts))
 
             async def one(index: int, generation: Generation, file: TextIO | None) -> None:
                 made[index] = await _completion(generation)
-                bar.advance(bar.task_ids[0])
+                bar.advance(shown)
                 if file is not None:
                     file.write(msgspec.json.encode(_Line(index, made[index])).decode() + "\n")
 
@@ -260,12 +262,6 @@ def _resume(out: Path, prompts: Sequence[list[int]]) -> dict[int, Completion]:
             f"not completions that can be gone on with ({error})", where=str(out), fix="name a new file"
         ) from None
     return done
-
-
-def _bar(prompts: int) -> Progress:
-    bar = Progress(disable=prompts < 2 or not sys.stderr.isatty(), transient=True)
-    bar.add_task("prompts", total=prompts)
-    return bar
 
 
 def _line() -> str:

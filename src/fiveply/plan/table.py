@@ -384,12 +384,8 @@ def _stages(layers: int, stages: int) -> tuple[int, ...]:
     """Equal stages, or equal where embedding and head count as layers, as Megatron-LM has them; else left to us."""
     if stages == 1:
         return ()
-    if layers % stages == 0:
-        return (layers // stages,) * stages
-    if (layers + 2) % stages == 0:
-        each = (layers + 2) // stages
-        return (each - 1, *(each,) * (stages - 2), each - 1)
-    if (layers + 1) % stages == 0:
-        each = (layers + 1) // stages
-        return (*(each,) * (stages - 1), each - 1)
+    for first, last in ((0, 0), (1, 1), (0, 1)):
+        each, left = divmod(layers + first + last, stages)
+        if not left:
+            return (each - first, *(each,) * (stages - 2), each - last)
     return ()

@@ -184,7 +184,7 @@ class Recorder:
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
         self.current: Span | None = None
-        self.axes: list[tuple[str, list[int]]] = []
+        self.axes: list[tuple[str, tuple[int, ...]]] = []
         self.stages: dict[int, str] = {}
         self.recording: _Recording | None = None
         self.board: memoryview[int] = memoryview(bytearray(BOARD_BYTES)).cast("q")
@@ -201,9 +201,10 @@ class Recorder:
 
     def add_axis(self, name: str, ranks: list[int]) -> int:
         """Its place; an axis met again, as in a second mesh, keeps its own."""
-        if (name, ranks) not in self.axes:
-            self.axes.append((name, ranks))
-        return self.axes.index((name, ranks))
+        axis = name, tuple(ranks)
+        if axis not in self.axes:
+            self.axes.append(axis)
+        return self.axes.index(axis)
 
     def move_to(self, memory: memoryview[int]) -> None:
         """Write to this board from here on."""

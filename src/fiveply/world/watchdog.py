@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -112,11 +112,17 @@ class Watchdog:
         """Say what this rank holds: again where that has grown."""
         self._store.set(f"hello {self.rank}", msgspec.json.encode(self._hello).decode())
 
-    def _watch(self) -> None:
-        before, moves = time.monotonic(), -1
+    def _ticks(self) -> Iterator[float]:
+        """Once a period, the seconds that passed; of time in which this process was stopped itself, a period."""
+        before = time.monotonic()
         while not self._over.wait(self._period):
             now = time.monotonic()
             passed, before = min(now - before, 2 * self._period), now
+            yield passed
+
+    def _watch(self) -> None:
+        moves = -1
+        for passed in self._ticks():
             if self.recorder.board[0] != moves:
                 moves, self._still = self.recorder.board[0], 0.0
                 self._beats.clear()
@@ -130,10 +136,8 @@ class Watchdog:
 
     def _watch_the_store(self) -> None:
         """The store can stand in a rank that is stopped, and asking it has no time-out that holds in every case."""
-        before, seen, still = time.monotonic(), (-1, -1), 0.0
-        while not self._over.wait(self._period):
-            now = time.monotonic()
-            passed, before = min(now - before, 2 * self._period), now
+        seen, still = (-1, -1), 0.0
+        for passed in self._ticks():
             stands = seen == (self._rounds, self.recorder.board[0]) and self.recorder.board[Field.OPERATION]
             still = still + passed if stands else 0.0
             seen = self._rounds, self.recorder.board[0]
