@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fiveply.equality import TOLERANCE, Trace, compare, difference, floor, table
-from fiveply.own_module import World
+from fiveply.own_module import World, refuse_built
 from fiveply.parallel.parallelize_module import Loss, ParallelModule
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
@@ -81,9 +81,7 @@ def verify(
                          fix="call it in a script of its own, started by python")  # fmt: skip
     if steps < 1:
         raise InputError(f"{steps} steps compare nothing", where="verify", key="steps", fix="give 1 or more")
-    if isinstance(factory, nn.Module):
-        raise InputError("a module that is built already can't be placed", where="verify", key="factory",
-                         fix=f"give what builds it: {type(factory).__name__}, or a function")  # fmt: skip
+    refuse_built(factory, "verify", "factory")
     text = layout_text(str(layout))
     wanted = check_module(Layout.parse(text, "verify"), len(stages), "verify")
     exact = tree_map_only(Tensor, lambda x: x.detach().double() if x.is_floating_point() else x.detach(), tuple(batch))

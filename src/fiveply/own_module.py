@@ -126,9 +126,7 @@ class World:
         it is, for `fiveply.verify` to find. batch: a whole global batch (input, target), of which `join("auto")` reads the
         shapes; without one it plans by the parameters alone.
         """
-        if isinstance(model, nn.Module):
-            raise InputError("a module that is built already can't be placed", where="parallelize", key="model",
-                             fix=f"give what builds it: {type(model).__name__}, or lambda: {type(model).__name__}(...)")  # fmt: skip
+        refuse_built(model, "parallelize", "model")
         for key, function in (("model", model), ("loss", loss), ("optimizer", optimizer)):
             if not callable(function):
                 raise InputError(
@@ -214,6 +212,13 @@ class World:
         with ExitStack() as stack:
             stack.enter_context(self._watchdog)
             atexit.register(stack.pop_all().close)
+
+
+def refuse_built(model: object, where: str, key: str) -> None:
+    """Raise InputError for a module in the place of what builds one."""
+    if isinstance(model, nn.Module):
+        raise InputError("a module that is built already can't be placed", where=where, key=key,
+                         fix=f"give what builds it: {type(model).__name__}, or lambda: {type(model).__name__}(...)")  # fmt: skip
 
 
 def _check_equal(module: nn.Module, mesh: Mesh) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from fiveply.plan import explain
 from fiveply.plan import serving as serve_plan
 from fiveply.plan import software as systems
-from fiveply.plan.explain import Answer, Objective, WhyNot
+from fiveply.plan.explain import Objective
 from fiveply.plan.inference import Load
 from fiveply.plan.space import Limits
 from fiveply.report import plan_page, plan_text, serving_text
@@ -60,23 +60,16 @@ def plan(
     _write(out, lambda path: explain.plan_of(found, model, chosen).save(path))
     if html:
         _write(html, lambda path: path.write_text(plan_page.render(found, model, reasons), encoding="utf-8"))
-    _say(found, reasons, values, chosen is found.ranked[0], html, json)
-    return values
-
-
-def _say(
-    found: Answer, reasons: list[WhyNot], values: dict[str, Any], first: bool, html: str, json: bool
-) -> None:  # fmt: skip
-    """The table on standard output, or on standard error beside JSON or another system's flags."""
-    emitted = values.get("emitted")
-    console = Console(file=sys.stderr if json or emitted else sys.stdout, highlight=False)
+    # On standard error beside JSON or another system's flags.
+    console = Console(file=sys.stderr if json or emit else sys.stdout, highlight=False)
     plan_text.show(found, console, reasons)
-    which = "the first layout" if first else "the first that fiveply's runtime runs"
-    console.print(f"wrote {values['plan']} ({which})" + (f" and {html}" if html else ""), soft_wrap=True)
-    if emitted and not json:
+    which = "the first layout" if chosen is found.ranked[0] else "the first that fiveply's runtime runs"
+    console.print(f"wrote {out} ({which})" + (f" and {html}" if html else ""), soft_wrap=True)
+    if emit and not json:
         for comment in values["comments"]:
             print(f"# {comment}", file=sys.stderr)
-        print(emitted, end="")
+        print(values["emitted"], end="")
+    return values
 
 
 def serving(

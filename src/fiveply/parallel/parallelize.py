@@ -9,6 +9,8 @@ Nothing above asks how the model is split: the trainer sees chunks, units and a 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -185,10 +187,9 @@ def blocked_backward_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 def longest_of(spec: ModelSpec, mesh: Mesh, stage: int) -> dict[str, int]:
     """Elements of each unit on the tensor rank that holds most: rank 0, which has the larger part of every uneven cut."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for placed in place(spec, mesh.layout, 0, stage):
-        unit = placed.parameter.unit
-        sizes[unit] = sizes.get(unit, 0) + torch.Size(placed.size).numel()
+        sizes[placed.parameter.unit] += math.prod(placed.size)
     return sizes
 
 

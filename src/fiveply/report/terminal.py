@@ -146,24 +146,20 @@ class Progress:
 
     def _fields(self) -> list[tuple[int, str, str]]:
         """(priority, text, style): 0 stays longest."""
-        row, fields = self._row, [(0, self._step_text(), "bold")]
-
-        def field(priority: int, value: Any, form: Callable[[Any], str], style: str = "") -> None:
-            if value is not None:
-                fields.append((priority, form(value), style))
-
-        loss = self._loss_sum / self._loss_weight if self._loss_weight else None
-        now = self._clock()
-        field(1, loss, lambda v: f"loss {v:.4f}", "bold")
-        field(4, self._held_out, lambda v: f"held out {v:.4f}")
-        field(5, row.get("tokens_per_second"), lambda v: f"{count_text(v)} tokens/s")
-        field(8, row.get("mfu"), lambda v: f"MFU {v:.1%}", "dim")
-        field(10, row.get("lr"), lambda v: f"lr {v:.1e}", "dim")
-        field(11, row.get("grad_norm"), lambda v: f"norm {v:.2f}", "dim")
-        field(9, self._memory, lambda v: f"memory {bytes_text(v)}", "dim")
-        field(6, now - self._begun, clock_text)
-        field(2, self._seconds_left(now), lambda v: f"{clock_text(v)} left", "cyan")
-        return fields
+        row, now = self._row, self._clock()
+        fields: list[tuple[int, Any, Callable[[Any], str], str]] = [
+            (1, self._loss_sum / self._loss_weight if self._loss_weight else None, "loss {:.4f}".format, "bold"),
+            (4, self._held_out, "held out {:.4f}".format, ""),
+            (5, row.get("tokens_per_second"), lambda v: f"{count_text(v)} tokens/s", ""),
+            (8, row.get("mfu"), "MFU {:.1%}".format, "dim"),
+            (10, row.get("lr"), "lr {:.1e}".format, "dim"),
+            (11, row.get("grad_norm"), "norm {:.2f}".format, "dim"),
+            (9, self._memory, lambda v: f"memory {bytes_text(v)}", "dim"),
+            (6, now - self._begun, clock_text, ""),
+            (2, self._seconds_left(now), lambda v: f"{clock_text(v)} left", "cyan"),
+        ]
+        known = [(priority, form(value), style) for priority, value, form, style in fields if value is not None]
+        return [(0, self._step_text(), "bold"), *known]
 
     def _step_text(self) -> str:
         return f"step {self._row['step']:>{len(str(self.steps))}}/{self.steps}"

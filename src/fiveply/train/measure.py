@@ -142,23 +142,16 @@ def _measure(
 
 
 def _middle(rounds: Sequence[Measured]) -> Measured:
-    def middle(figures: Sequence[Sequence[tuple[Any, ...]]], seconds: int) -> list[Any]:
-        """Of the last `seconds` numbers of each figure, the median over the rounds."""
-        return [(*same[0][:-seconds], *map(statistics.median, zip(*(one[-seconds:] for one in same), strict=True)))
-                for same in zip(*figures, strict=True)]  # fmt: skip
+    """Of each number its median over the rounds, of sizes what they all are."""
 
-    first = rounds[0]
-    steps = middle([[msgspec.structs.astuple(step) for step in one.steps] for one in rounds], 4)
-    return msgspec.structs.replace(
-        first,
-        products={name: middle([one.products[name] for one in rounds], 1) for name in first.products},
-        attention=middle([one.attention for one in rounds], 2),
-        bandwidth=statistics.median(one.bandwidth for one in rounds),
-        launch=statistics.median(one.launch for one in rounds),
-        calls={name: middle([one.calls[name] for one in rounds], 1) for name in first.calls},
-        steps=[Step(*step) for step in steps],
-        waits=middle([one.waits for one in rounds], 1),
-    )  # fmt: skip
+    def middle(same: Sequence[Any]) -> Any:
+        if isinstance(same[0], dict):
+            return {key: middle([one[key] for one in same]) for key in same[0]}
+        if isinstance(same[0], (list, tuple)):
+            return [middle(each) for each in zip(*same, strict=True)]
+        return same[0] if isinstance(same[0], int) else statistics.median(same)
+
+    return msgspec.convert(middle([msgspec.to_builtins(one) for one in rounds]), Measured)
 
 
 def _products(
