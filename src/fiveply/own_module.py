@@ -15,7 +15,7 @@ import atexit
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -209,9 +209,7 @@ class World:
             mesh.recorder, mesh.place, limit=self.hang_timeout, timeout=self._groups.call_seconds, note=note,
             file=None if run is None else Path(run) / "hang.txt",
         )  # fmt: skip
-        with ExitStack() as stack:
-            stack.enter_context(self._watchdog)
-            atexit.register(stack.pop_all().close)
+        atexit.register(self._watchdog.__enter__().__exit__, None, None, None)
 
 
 def refuse_built(model: object, where: str, key: str) -> None:

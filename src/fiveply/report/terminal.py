@@ -97,7 +97,9 @@ class Progress:
             if last or self._clock() - self._drawn_at >= REDRAW_SECONDS:
                 self._draw()
         elif again and row.get("held_out_loss") is not None:
-            self._write(f"{self._step_text()}  held out {self._held_out:.4f}{self._bits_text()}\n")
+            bits = row.get("bits_per_character")
+            beside = "" if bits is None else f" ({bits:.3f} bits per character)"
+            self._write(f"{self._step_text()}  held out {self._held_out:.4f}{beside}\n")
         elif not again and (last or row["step"] % self.log_every == 0 or row["step"] == self._first[0]):
             self._write("  ".join(text for _, text, _ in self._fields()) + "\n")
 
@@ -163,10 +165,6 @@ class Progress:
 
     def _step_text(self) -> str:
         return f"step {self._row['step']:>{len(str(self.steps))}}/{self.steps}"
-
-    def _bits_text(self) -> str:
-        bits = self._row.get("bits_per_character")
-        return "" if bits is None else f" ({bits:.3f} bits per character)"
 
     def _seconds_left(self, now: float) -> float | None:
         """By the wall clock, so evaluations and checkpoints are included; None until there are two steps to tell by."""

@@ -163,16 +163,10 @@ def _latent(config: _Config) -> Latent:
 
 
 def _experts(config: _Config, layers: int) -> Experts | None:
-    family, every = config.family, tuple(range(layers))
+    family, having, shared = config.family, range(layers), 0
     if family in ("mixtral", "gpt_oss"):
-        return Experts(
-            count=config.take("num_local_experts"),
-            per_token=config.take("num_experts_per_tok"),
-            ffn=config.take("intermediate_size"),
-            layers=every,
-            bias=family == "gpt_oss",
-        )
-    if family in ("qwen2_moe", "qwen3_moe"):
+        count, ffn = config.take("num_local_experts"), config.take("intermediate_size")
+    elif family in ("qwen2_moe", "qwen3_moe"):
         step = config.take("decoder_sparse_step", 1)
         dense: Any = config.get("mlp_only_layers") or []
         if step < 1 or not isinstance(dense, list):
@@ -181,28 +175,21 @@ def _experts(config: _Config, layers: int) -> Experts | None:
                 key, "does not say which layers have experts", "give a step from 1 and a list of layers"
             )
         # `transformers` 5 writes the first name.
-        count = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        count, ffn = config.take(key, 60 if family == "qwen2_moe" else 128), config.take("moe_intermediate_size")
+        having = [i for i in having if i not in cast(list[Any], dense) and (i + 1) % step == 0]
         shared = config.take("shared_expert_intermediate_size") if family == "qwen2_moe" else 0
-        return Experts(
-            count=config.take(count, 60 if family == "qwen2_moe" else 128),
-            per_token=config.take("num_experts_per_tok"),
-            ffn=config.take("moe_intermediate_size"),
-            layers=tuple(i for i in every if i not in cast(list[Any], dense) and (i + 1) % step == 0),
-            shared_ffn=shared,
-            shared_gate=shared > 0,
-        )
-    if family in ("deepseek_v2", "deepseek_v3"):
+    elif family in ("deepseek_v2", "deepseek_v3"):
         if config.take("moe_layer_freq", 1) != 1:
             raise config.refuse("moe_layer_freq", "only 1 is supported", "leave it out")
-        ffn = config.take("moe_intermediate_size")
-        return Experts(
-            count=config.take("n_routed_experts"),
-            per_token=config.take("num_experts_per_tok"),
-            ffn=ffn,
-            layers=every[max(0, config.take("first_k_dense_replace")) :],
-            shared_ffn=ffn * config.take("n_shared_experts"),
-        )
-    return None
+        count, ffn = config.take("n_routed_experts"), config.take("moe_intermediate_size")
+        having, shared = having[max(0, config.take("first_k_dense_replace")) :], ffn * config.take("n_shared_experts")
+    else:
+        return None
+    return Experts(
+        count=count, per_token=config.take("num_experts_per_tok"), ffn=ffn, layers=tuple(having), shared_ffn=shared,
+        shared_gate=family == "qwen2_moe" and shared > 0, bias=family == "gpt_oss",
+    )  # fmt: skip
 
 
 def _window(config: _Config, layers: int) -> tuple[int, tuple[int, ...]]:
