@@ -13,8 +13,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import msgspec
 from rich.progress import Progress
@@ -88,11 +89,31 @@ def run(
     tokens = [_tokens(served, f"prompt {number}", one, max_tokens) for number, one in enumerate(texts, 1)]
     done = _resume(out, tokens) if out else {}
     missing = [index for index in range(len(tokens)) if index not in done]
-    seconds = 0.0
-    if missing:
-        work = _completing({index: tokens[index] for index in missing}, sampling, served.text.ends, out)
-        made, seconds = service.run(served, _settings(len(missing)), work)
-        done |= made
+
+    async def work(driver: Driver) -> float:
+        await driver.ready.wait()
+        start = time.perf_counter()
+        hidden = len(missing) < 2 or not sys.stderr.isatty()
+        with (
+            Progress(disable=hidden, transient=True) as bar,
+            out.open("a", encoding="utf-8", buffering=1) if out else nullcontext() as file,
+        ):
+            shown = bar.add_task("prompts", total=len(missing))
+
+            async def one(index: int, generation: Generation) -> None:
+                done[index] = await _completion(generation)
+                bar.advance(shown)
+                if file is not None:
+                    file.write(msgspec.json.encode(_Line(index, done[index])).decode() + "\n")
+
+            asked = [
+                (index, driver.submit(list(tokens[index]), max_tokens, sampling.told(), ends=served.text.ends))
+                for index in missing
+            ]
+            await asyncio.gather(*(one(*each) for each in asked))
+        return time.perf_counter() - start
+
+    seconds = service.run(served, _settings(len(missing)), _until_stopped(work)) if missing else 0.0
     new = sum(len(done[index].tokens) for index in missing)
     completions = [msgspec.structs.asdict(done[index]) for index in range(len(tokens))]
     return {"completions": completions, "tokens_per_second": new / seconds if seconds else 0.0}
@@ -127,38 +148,6 @@ def converse(
             turns.append({"role": "assistant", "content": answer})
 
     service.run(served, _settings(1), _until_stopped(work))
-
-
-def _completing(
-    prompts: dict[int, list[int]], sampling: Sampling, ends: frozenset[int], out: Path | None
-) -> Callable[[Driver], Coroutine[Any, Any, tuple[dict[int, Completion], float]]]:
-    async def work(driver: Driver) -> tuple[dict[int, Completion], float]:
-        await driver.ready.wait()
-        start = time.perf_counter()
-        made: dict[int, Completion] = {}
-        hidden = len(prompts) < 2 or not sys.stderr.isatty()
-        with Progress(disable=hidden, transient=True) as bar:
-            shown = bar.add_task("prompts", total=len(prompts))
-
-            async def one(index: int, generation: Generation, file: TextIO | None) -> None:
-                made[index] = await _completion(generation)
-                bar.advance(shown)
-                if file is not None:
-                    file.write(msgspec.json.encode(_Line(index, made[index])).decode() + "\n")
-
-            asked = {
-                index: driver.submit(list(tokens), sampling.max_tokens, sampling.told(), ends=ends)
-                for index, tokens in prompts.items()
-            }
-            file = out.open("a", encoding="utf-8", buffering=1) if out else None
-            try:
-                await asyncio.gather(*(one(index, generation, file) for index, generation in asked.items()))
-            finally:
-                if file is not None:
-                    file.close()
-        return made, time.perf_counter() - start
-
-    return _until_stopped(work)
 
 
 def _until_stopped(

@@ -19,11 +19,10 @@ import msgspec
 import numpy as np
 import torch
 
-from fiveply.plan import cost, footprint, table, traffic, workload
+from fiveply.plan import cost, explain, table, traffic, workload
 from fiveply.plan.machine import Machine, Passes
 from fiveply.plan.operations import Operation
 from fiveply.plan.parts import Case
-from fiveply.plan.software import Software
 from fiveply.report import expected, timelines
 from fiveply.report.record import load
 from fiveply.spec.cluster import ClusterSpec
@@ -36,7 +35,6 @@ from fiveply.world.device import Devices, find
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Transport
 
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 BUDGET, ROUNDS = 0.03, 3
 """Seconds for one figure, and how often all are taken: a world takes about half a minute."""
 LEAST_SPREAD = 0.03
@@ -115,13 +113,15 @@ def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dic
     )  # fmt: skip
     errors: dict[str, float] = {}
     for name, samples in measured.products.items():
-        machine, errors[f"products {NAMES[name]}"] = _fit_products(machine, NAMES[name], samples)
-    machine, errors["attention"] = _fit_attention(machine, NAMES[computed], measured)
+        kind = auto.precision(getattr(torch, name))
+        machine, errors[f"products {kind}"] = _fit_products(machine, kind, samples)
+    precision = auto.precision(getattr(torch, computed))
+    machine, errors["attention"] = _fit_attention(machine, precision, measured)
     if measured.calls:
         machine, errors["collectives"] = _fit_calls(machine, measured)
-    machine, errors["steps"] = _fit_steps(machine, NAMES[computed], measured)
+    machine, errors["steps"] = _fit_steps(machine, precision, measured)
     machine = msgspec.structs.replace(machine, spread=max(LEAST_SPREAD, errors["steps"]))
-    return _with_waits(machine, NAMES[computed], measured), errors
+    return _with_waits(machine, precision, measured), errors
 
 
 def _fit_products(
@@ -149,7 +149,7 @@ def _fit_products(
 
 
 def _fit_attention(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
-    software = software_of(precision)
+    software = explain.software(precision)
     samples: list[tuple[Operation, float]] = []
     for rows, sequence, heads, size, forward, backward in measured.attention:
         pairs = rows * workload.seen(sequence, 0)
@@ -215,7 +215,7 @@ def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine
         calls = [
             call
             for part in workload.parts(spec, layout.stages, 0)
-            for call in traffic.part_traffic(Case(spec, SEQUENCE, software_of(precision), precision), layout, part)
+            for call in traffic.part_traffic(Case(spec, SEQUENCE, explain.software(precision), precision), layout, part)
         ]
         alone = sum(call.count * cost.call_seconds(call.operation, call.bytes, call.size, machine, 1) for call in calls)
         longer.append((seconds - alone) / (1 + sum(call.count for call in calls)))  # the sums of the step are one more
@@ -230,7 +230,7 @@ def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine
 def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
     """What forwards, backwards and updates take beyond products and attention is linear in the bytes of their other
     operations and in the number of these."""
-    software = software_of(precision)
+    software = explain.software(precision)
     bare = msgspec.structs.replace(machine, passes=dict.fromkeys(PHASES, Passes(0.0, math.inf)))
     rows: dict[str, list[list[float]]] = {"forward": [], "backward": [], "optimizer": [], "rest": []}
     known: dict[str, list[float]] = {name: [] for name in rows}
@@ -294,11 +294,6 @@ def least_squares(matrix: Any, wanted: Any) -> list[float]:
         if x.min() >= 0 and error < least:
             best, least = x, error
     return best.tolist()
-
-
-def software_of(precision: str) -> Software:
-    """The runtime, as the measured steps ran it."""
-    return footprint.runtime(2 if precision == "bf16" else 4, 4, 4)
 
 
 def _fitted(

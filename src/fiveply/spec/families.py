@@ -1,11 +1,12 @@
 """What each family's Hugging Face `config.json` says, as ModelSpec's fields; one clear line for what the fields can't hold.
 
-`transformers` is the oracle: the same parameters, and the same values for keys that a file leaves out (`LEFT_OUT`).
+`transformers` is the oracle: the same parameters, and the same values for keys that a file leaves out (`families.toml`).
 """
 
 from __future__ import annotations
 
 import math
+from importlib import resources
 from typing import Any, cast
 
 import msgspec
@@ -13,19 +14,10 @@ import msgspec
 from fiveply.spec.architecture import Experts, Latent, ModelSpec, Rope
 from fiveply.spec.errors import InputError
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-}
+_TABLE = msgspec.toml.decode(
+    resources.files("fiveply.spec").joinpath("families.toml").read_bytes(), type=dict[str, dict[str, Any]]
+)
+FAMILIES: dict[str, str] = {family: row["class"] for family, row in _TABLE.items()}
 """`model_type` and the class of `transformers` that it names."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 ACTIVATIONS = {
@@ -38,31 +30,6 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "yarn": (),
 }
 """The numbers that each needs; yarn's factor follows from the positions."""
-_DEEPSEEK = {
-    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-}  # fmt: skip
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
-              "head_dim": 128},
-    "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-                "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen2_moe": {"num_key_value_heads": 16, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
-                  "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-                  "shared_expert_intermediate_size": 5632},
-    "qwen3_moe": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096,
-                  "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-    "deepseek_v2": _DEEPSEEK | {"max_position_embeddings": 2048, "n_routed_experts": 64, "n_shared_experts": 2,
-                                "moe_intermediate_size": 1407, "first_k_dense_replace": 0},
-    "deepseek_v3": _DEEPSEEK | {"max_position_embeddings": 4096, "n_routed_experts": 256, "n_shared_experts": 1,
-                                "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "num_experts_per_tok": 8},
-    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-                "rope_theta": 150000.0, "sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4,
-                "attention_bias": True},
-}  # fmt: skip
-"""What `transformers` takes for keys that a configuration leaves out, where it is not what follows from the others."""
 
 
 class _Config(dict[str, Any]):
@@ -114,7 +81,7 @@ def read(config: dict[str, Any], where: str) -> ModelSpec:
 
 def _llama_like(given: _Config) -> ModelSpec:
     family = given.family
-    config = _Config(LEFT_OUT[family] | given, given.where)
+    config = _Config(_TABLE[family]["left_out"] | given, given.where)
     hidden, heads, layers = map(config.take, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     latent = _latent(config) if family in ("deepseek_v2", "deepseek_v3") else None
     if heads < 1 or (not latent and config.get("head_dim") is None and hidden % heads):
