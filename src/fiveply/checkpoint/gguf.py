@@ -27,23 +27,6 @@ from fiveply.spec.errors import InputError
 from fiveply.spec.families import FAMILIES
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
 # Text is split before the merges by the pattern that the vocabulary was trained with (`tokenizer.ggml.pre`). Llama 3 and
 # Qwen2 differ in the digits that stand together; the others use ByteLevel's own pattern, GPT-2's, SmolLM after its digits.
 SPLIT = (
@@ -136,11 +119,12 @@ def _hf_name(name: str) -> str | None:
     """The Hugging Face name of a GGUF tensor; itself when unknown (and then refused as no part of the model)."""
     if name == "rope_freqs.weight":  # rotary scaling as a table: read into the config
         return None
+    names = huggingface.NAMES["gguf"]
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in NAMES:
+    if match is None or match[2] not in names:
         return name
     prefix = f"model.layers.{match[1]}." if match[1] else ""
-    return f"{prefix}{NAMES[match[2]]}.{match[3]}"
+    return f"{prefix}{names[match[2]]}.{match[3]}"
 
 
 def _config(metadata: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:

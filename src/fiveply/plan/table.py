@@ -64,6 +64,7 @@ class Habit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`published.toml`: what cells mean, by patterns of them."""
 
+    devices: dict[str, str]
     precisions: dict[str, str]
     recomputes: dict[str, Recompute]
     zeros: dict[str, int]
@@ -137,11 +138,10 @@ def whole_in(record: Record, key: str, default: int = 0) -> int:
     return int(value) if value else default
 
 
-def _meant(record: Record, key: str, known: Mapping[str, T]) -> T:
+def _meant(key: str, text: str, known: Mapping[str, T]) -> T:
     """By the first of the patterns that the text contains."""
-    text = record[key].lower()
     for pattern, meaning in known.items():
-        if re.search(pattern, text):
+        if re.search(pattern, text, re.I):
             return meaning
     raise RowError(f"{key}: '{text}' is unknown")
 
@@ -164,7 +164,7 @@ def _row(number: int, record: Record) -> Row:
     gib = number_in(record, "mem_gib")
     if not seconds and not gib:
         raise RowError("measures neither time nor memory")
-    precision = _meant(record, "precision", WORDS.precisions)
+    precision = _meant("precision", record["precision"], WORDS.precisions)
     return Row(
         number=number,
         source=record["source"],
@@ -201,15 +201,7 @@ def _stratum(record: Record, spec: ModelSpec, precision: str) -> str:
 
 def device(text: str) -> str:
     """The hardware file of a GPU as tables name it."""
-    name = text.lower().replace("_", "-").replace(" ", "-")
-    for kind in ("gb300", "gb200", "b300", "b200", "h200", "mi355x", "mi300x", "h800", "a800"):
-        if kind in name:
-            return kind
-    if "h100" in name:
-        return "h100-pcie" if "pcie" in name else "h100-96" if "96gb" in name else "h100"
-    if "a100" in name:
-        return "a100-40" if "40" in name else "a100-80"
-    raise RowError(f"gpu: '{text}' is unknown")
+    return _meant("gpu", text, WORDS.devices)
 
 
 def architecture(record: Record) -> ModelSpec:
@@ -279,7 +271,7 @@ def system(record: Record) -> Software:
     """The training system of a row and its vintage, from what the source, the evidence and the notes say."""
     text = " ".join(record[key] for key in ("source", "notes", "fill_evidence"))
     name = next((name for pattern, name in WORDS.systems.items() if re.search(pattern, text, re.I)), "")
-    if _meant(record, "zero", WORDS.zeros) != 3:
+    if _meant("zero", record["zero"], WORDS.zeros) != 3:
         name = {"deepspeed": "megatron-deepspeed", "": "nemo"}.get(name, name)
     elif not name:
         name = "torchtitan"
@@ -323,7 +315,7 @@ def _layout(record: Record, spec: ModelSpec, software: Software) -> Layout:
     if devices % (tp * pp * cp):
         raise RowError(f"tp={tp} x pp={pp} x cp={cp} does not divide {devices} devices")
     dp = devices // (tp * pp * cp)
-    zero = _meant(record, "zero", WORDS.zeros)
+    zero = _meant("zero", record["zero"], WORDS.zeros)
     schedule = record["schedule"].lower()
     # A remark in brackets is of a whole table; else a schedule that interleaves without saying how many chunks has the fewest
     # that cut the layers evenly.
@@ -350,7 +342,7 @@ def _layout(record: Record, spec: ModelSpec, software: Software) -> Layout:
         vp=vp if vp > 1 else 0,
         stages=_stages(spec.layers, pp * (2 if kind == "zbv" and vp == 1 else vp)),
         micro_batch=whole_in(record, "micro_batch"),
-        recompute=_meant(record, "recompute", WORDS.recomputes),
+        recompute=_meant("recompute", record["recompute"], WORDS.recomputes),
         sp=sp,
         etp=(whole_in(record, "etp") or (1 if software.vintage >= "2025-05" else tp)) if spec.experts else 1,
     )
