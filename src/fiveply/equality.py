@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Optimizer, RunSpec, Train
-from fiveply.train.job import Job, pieces
+from fiveply.train.job import Job
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Groups, Mesh, Transport
 
@@ -124,21 +124,20 @@ def record(
     mesh = Mesh(layout, spec, groups if isinstance(groups, Groups) else Groups(groups))
     job = Job(run, spec, mesh, Dtypes(kind, kind, kind))
     batches = verification_batches(spec, run)
-    trace = Trace(initial=whole_tensors(job, "parameters"))
+    trace = Trace(initial=whole_tensors(job, "values"))
     for step in range(steps):
         sums = job.gradients(batches, step)
         trace.losses.append(_mean_over_replicas(job, sums.mean_loss))
         if not job.alone:
             trace.gradients.append({name: x / sums.tokens for name, x in whole_tensors(job, "gradients").items()})
         job.update(sums, step)
-    trace.parameters = whole_tensors(job, "parameters")
+    trace.parameters = whole_tensors(job, "values")
     return trace
 
 
-def whole_tensors(job: Job, kind: str) -> dict[str, Tensor]:
-    """`parameters` or `gradients` of the whole model by name, on rank 0 (others: none). Collective."""
-    # Copies, since a view travels with all that it is a view of.
-    ranks = job.mesh.gather_objects([(s.placed, s.low, values.cpu().clone()) for s, values in pieces(job, kind)])
+def whole_tensors(job: Job, kind: Literal["values", "gradients"]) -> dict[str, Tensor]:
+    """The whole model's by name, on rank 0 (others: none). Collective."""
+    ranks = job.mesh.gather_objects(job.optimizer.pieces(kind))
     return assembled(piece for rank in ranks for piece in rank) if job.mesh.rank == 0 else {}
 
 

@@ -30,11 +30,8 @@ class TensorBoundary(Boundary):
         return sum_from(x_TD, self.axis)
 
 
-class SequenceBoundary(Boundary):
+class SequenceBoundary(TensorBoundary):
     """The residual stream split by tokens: the rows that equal parts need beyond `tokens` are padding."""
-
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
 
     def enter(self, x_TD: Tensor) -> Tensor:
         return gather_rows(x_TD, self.axis, self.tokens)

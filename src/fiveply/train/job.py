@@ -7,7 +7,6 @@ Gradients are accumulated as sums, reduced as sums, and divided once by the glob
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fiveply import pipeline_schedule
 from fiveply.corpus.batches import Batches, Rows
-from fiveply.parallel.data_parallel import Dtypes, Segment
+from fiveply.parallel.data_parallel import Dtypes
 from fiveply.parallel.parallelize import MicroBatch, TensorSource, parallelize
 from fiveply.parallel.pipeline_parallel import Executor
 from fiveply.spec.architecture import ModelSpec
@@ -186,10 +185,3 @@ def micro_batch(rows: Rows, device: torch.device) -> MicroBatch:
         documents_T=None if rows.documents is None else torch.from_numpy(rows.documents).reshape(-1).to(device),
         first_token=rows.first * sequence,
     )
-
-
-def pieces(job: Job, kind: str) -> Iterator[tuple[Segment, Tensor]]:
-    """(segment, flat values) of what this rank speaks for: `parameters` or `gradients`."""
-    for segment in job.optimizer.segments:
-        if job.mesh.speaks_for(segment.placed):
-            yield segment, segment.grad if kind == "gradients" else segment.value.detach()

@@ -29,10 +29,7 @@ def gathered(
     model: ParallelModule, optimizer: ModuleOptimizer, kind: Literal["values", "gradients"]
 ) -> dict[str, Tensor]:
     """Whole tensors by name on every rank, buffers among the values. Collective."""
-    flats = (
-        (s, s.value if kind == "values" else s.grad) for s in optimizer.segments if model.mesh.speaks_for(s.placed)
-    )
-    own = [(s.placed, s.low, flat.detach().cpu().clone()) for s, flat in flats]
+    own = optimizer.pieces(kind)
     if kind == "values":
         own += [(model.placed[piece.name], 0, piece.tensor.cpu().flatten()) for piece in _constants(model)]
     return assembled(piece for rank in model.mesh.gather_objects(own) for piece in rank)

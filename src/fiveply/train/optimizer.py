@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from fiveply.parallel.data_parallel import Segment
 from fiveply.parallel.parallelize import ParallelModel
 from fiveply.parallel.pipeline_parallel import Model
+from fiveply.spec.placement import Placed
 from fiveply.spec.run import Optimizer
 
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
@@ -24,7 +26,7 @@ class Segments:
     """What this rank updates of a model."""
 
     def __init__(self, model: Model) -> None:
-        self.segments = [segment for unit in model.units for segment in unit.segments()]
+        self.segments, self.mesh = [segment for unit in model.units for segment in unit.segments()], model.mesh
         self._counts = model.mesh.at.replica == 0 or not model.reducer.average
         self._device = model.device
 
@@ -34,6 +36,11 @@ class Segments:
         if not grads:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack(torch._foreach_norm(grads)).double().square().sum()
+
+    def pieces(self, kind: Literal["values", "gradients"]) -> list[tuple[Placed, int, Tensor]]:
+        """What `slices.assembled` takes of those that this rank speaks for: copies, since a view travels with all that it views."""
+        return [(each.placed, each.low, (each.value if kind == "values" else each.grad).detach().cpu().clone())
+                for each in self.segments if self.mesh.speaks_for(each.placed)]  # fmt: skip
 
 
 class SegmentOptimizer(Segments):
