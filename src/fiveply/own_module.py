@@ -12,6 +12,7 @@ module is split. This file holds what the user touches.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -254,7 +255,10 @@ class Job:
         self.norm = 0.0
         """Of the last step's gradient, before clipping."""
         self._stop = False
-        self._executors: dict[int, Executor] = {}
+        self._executor = functools.cache(
+            lambda count: Executor(model, pipeline_schedule.of_layout(model.layout, count), seed=world.seed)
+        )
+        """By the number of micro-batches."""
         self._loop = None
         if self.layout.zero <= 1 and self.model.module is not None:
             self._loop = OwnLoop(self.model, self._optimizer.torch, self._share, lambda: self.steps, self._stepped)
@@ -368,12 +372,6 @@ class Job:
         if self.layout.micro_batch:
             return -(-most // self.layout.micro_batch)
         return 1 if self.layout.pp == 1 else min(2 * self.layout.pp, most)
-
-    def _executor(self, micro_batches: int) -> Executor:
-        if micro_batches not in self._executors:
-            schedule = pipeline_schedule.of_layout(self.layout, micro_batches)
-            self._executors[micro_batches] = Executor(self.model, schedule, seed=self.world.seed)
-        return self._executors[micro_batches]
 
     def _totals(self, loss: Tensor, square: Tensor) -> tuple[float, float, float]:
         """Loss and what it counts, once for each row of the world, and the square norm of the gradient."""

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from fiveply.plan import explain
+from fiveply.plan import advice, dialects, explain
 from fiveply.plan import serving as serve_plan
 from fiveply.plan import software as systems
+from fiveply.plan.dialects import megatron as arguments
 from fiveply.plan.explain import Objective
 from fiveply.plan.inference import Load
 from fiveply.plan.space import Limits
@@ -35,8 +36,6 @@ def plan(
     spec, devices = ModelSpec.load(model), ClusterSpec.parse(cluster)
     limits, system = Limits.parse(fix, most), None
     if emit:
-        from fiveply.plan import dialects
-
         dialect = dialects.load(emit)
         limits = Limits(limits.fixed, limits.most, dialects.choices(emit))
         system = systems.load(dialect.software)
@@ -53,8 +52,6 @@ def plan(
         "plan": out,
     }
     if emit:
-        from fiveply.plan import advice
-
         chosen, text, comments = advice.expressible(emit, found, model)
         values |= {"emitted": text, "comments": comments}
     _write(out, lambda path: explain.plan_of(found, model, chosen).save(path))
@@ -117,15 +114,11 @@ def serving(
 
 def megatron(flags: str, cluster: str, *, fix: tuple[str, ...] = (), most: tuple[str, ...] = ()) -> dict[str, Any]:
     """What Megatron-LM arguments (or a file of them) lead to, and what to change; `text` is for the terminal."""
-    from fiveply.plan import advice
-    from fiveply.plan.dialects import megatron as arguments
-    from fiveply.report import advice_text
-
     devices = ClusterSpec.parse(cluster)
     file = Path(flags)
     given = arguments.read(file.read_text() if len(flags) < 256 and file.is_file() else flags, devices.count)
     found = advice.advise(given, devices, Limits.parse(fix, most))
-    return advice.values(found) | {"text": advice_text.shown(found)}
+    return advice.values(found) | {"text": plan_text.advice_text(found)}
 
 
 def rows(tokens: str, sequence: int) -> int:
