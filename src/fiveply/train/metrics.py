@@ -7,6 +7,7 @@ reported is counted once.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +25,7 @@ from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import declare
 from fiveply.train import auto
-from fiveply.world.device import find
+from fiveply.world.device import find, read
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -64,19 +65,14 @@ def peak_memory(device: torch.device) -> int:
     """Largest bytes so far: allocated on a GPU, resident in a CPU process (0 where the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    lines = read("/proc/self/status").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def forget_peak_memory() -> None:
     """Let a forked rank's peak start from now, not from its parent's."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def bytes_by_category(model: Model) -> dict[str, int]:

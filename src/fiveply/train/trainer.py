@@ -124,9 +124,9 @@ class _Trainer:
         if self.first_rank:
             self.progress.show(layout_table(msgspec.json.decode((self.directory / "facts.json").read_bytes())))
             schedule_picture(self.job.executor.schedule, Console(stderr=True))
-        for note in self.ready.notes if self.first_rank else ():
+        for note in self.ready.notes:
             self.progress.note(note)
-        if self.first_rank and self.mesh.groups.fell_back:
+        if self.mesh.groups.fell_back:
             self.progress.note(
                 f"ranks talk through gloo, which is slower than shared memory: {self.mesh.groups.fell_back}"
             )
@@ -146,8 +146,7 @@ class _Trainer:
                 self._save()
         self.observer.close()
         self._save()
-        if self.first_rank:
-            self.progress.note(self._farewell(ended))
+        self.progress.note(self._farewell(ended))
         return self._result(ended)
 
     def _step(self) -> bool:

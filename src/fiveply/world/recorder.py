@@ -17,7 +17,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +25,7 @@ from torch.autograd import profiler
 from torch.profiler import record_function
 
 from fiveply.timeline import Event
+from fiveply.world.device import read
 
 KINDS = (
     "", "step", "data", "forward", "backward", "input", "weight", "send_forward", "receive_forward", "send_backward",
@@ -302,7 +302,4 @@ def aligned(clocks: Sequence[tuple[str, float]]) -> list[float]:
 
 def machine() -> str:
     """Names the running kernel: its processes share a clock, and can look at each other."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return platform.node()
+    return read("/proc/sys/kernel/random/boot_id") or platform.node()

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fiveply.world import process as own
+from fiveply.world.device import read
 from fiveply.world.hang import Hello, Position, Verdict, judge
 from fiveply.world.recorder import BOARD_BYTES, Field, Recorder, machine
 
@@ -230,10 +231,6 @@ def _state_of(hello: Hello) -> str:
     """What Linux says of a process of this host."""
     if hello.board is None or hello.board[0] != machine():
         return ""
-    try:
-        state = Path(f"/proc/{hello.board[1]}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "its process is gone"
-    return {"T": "its process is stopped", "t": "a debugger holds it", "Z": "its process is dead", "D": "it waits for a disk"}.get(
-        state, ""
-    )  # fmt: skip
+    states = {"": "its process is gone", "T": "its process is stopped", "t": "a debugger holds it", "Z": "its process is dead",
+              "D": "it waits for a disk"}  # fmt: skip
+    return states.get(read(f"/proc/{hello.board[1]}/stat").rpartition(")")[2].strip()[:1], "")
