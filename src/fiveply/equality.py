@@ -127,7 +127,8 @@ def record(
     trace = Trace(initial=whole_tensors(job, "values"))
     for step in range(steps):
         sums = job.gradients(batches, step)
-        trace.losses.append(_mean_over_replicas(job, sums.mean_loss))
+        losses = [sums.mean_loss] if mesh.dp is None or not job.alone else mesh.dp.gather_objects(sums.mean_loss)
+        trace.losses.append(sum(losses) / len(losses))
         if not job.alone:
             trace.gradients.append({name: x / sums.tokens for name, x in whole_tensors(job, "gradients").items()})
         job.update(sums, step)
@@ -139,13 +140,6 @@ def whole_tensors(job: Job, kind: Literal["values", "gradients"]) -> dict[str, T
     """The whole model's by name, on rank 0 (others: none). Collective."""
     ranks = job.mesh.gather_objects(job.optimizer.pieces(kind))
     return assembled(piece for rank in ranks for piece in rank) if job.mesh.rank == 0 else {}
-
-
-def _mean_over_replicas(job: Job, loss: float) -> float:
-    if not job.alone or job.mesh.dp is None:
-        return loss
-    losses = job.mesh.dp.gather_objects(loss)
-    return sum(losses) / len(losses)
 
 
 def _rows(layouts: list[Layout]) -> int:

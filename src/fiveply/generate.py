@@ -127,8 +127,8 @@ def converse(
     goes on with the text so far."""
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
     served = service.Served.load(model, layout, dtype, quantize=quantize)
-    text = served.text
-    if text.tokenizer is None:
+    text, tokenizer = served.text, served.text.tokenizer
+    if tokenizer is None:
         raise InputError(
             "has no tokenizer.json to hold a conversation with", where=str(served.path), fix="give --prompts"
         )
@@ -137,8 +137,11 @@ def converse(
         turns: list[dict[str, str]] = []
         while (said := await asyncio.to_thread(_line)).strip():
             turns.append({"role": "user", "content": said})
-            rendered = text.chat.render(turns) if text.chat else "".join(turn["content"] for turn in turns)
-            prompt = _tokens(served, "the conversation", rendered, max_tokens, plain=text.chat is not None)
+            if text.chat:  # a template has put in what goes before a text
+                given: str | list[int] = tokenizer.encode(text.chat.render(turns)).tolist()
+            else:
+                given = "".join(turn["content"] for turn in turns)
+            prompt = _tokens(served, "the conversation", given, max_tokens)
             generation = driver.submit(prompt, max_tokens, sampling.told(), ends=text.ends)
             answer = ""
             async for piece in generation.pieces():
@@ -186,16 +189,11 @@ def _settings(prompts: int) -> Settings:
     )  # fmt: skip
 
 
-def _tokens(
-    served: service.Served, where: str, prompt: str | list[int], max_tokens: int, *, plain: bool = False
-) -> list[int]:
-    """The prompt's token ids, checked. `plain`: a template has put in what goes before a text."""
-    spec, text = served.spec, served.text
+def _tokens(served: service.Served, where: str, prompt: str | list[int], max_tokens: int) -> list[int]:
+    """The prompt's token ids, checked."""
+    spec = served.spec
     try:
-        given = (
-            text.tokenizer.encode(prompt).tolist() if plain and text.tokenizer and isinstance(prompt, str) else prompt
-        )
-        tokens = text.encode(given)
+        tokens = served.text.encode(prompt)
     except ValueError as error:
         raise InputError(str(error), where=where) from None
     if outside := [token for token in tokens if not 0 <= token < spec.vocabulary]:

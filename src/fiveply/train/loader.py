@@ -56,8 +56,7 @@ class Batch:
         batches: list[ModuleBatch] = []
         for index in range(count):
             low, rows = part(self.rows, count, index)
-            take = slice(low, low + rows) if rows else slice(0, 1)
-            input, target = tree_map_only(Tensor, lambda x, take=take: x[take], (self.input, self.target))
+            input, target = _rows((self.input, self.target), low, rows)
             batches.append(ModuleBatch(input, target, max(1, rows), rows, self.first + low))
         return batches
 
@@ -74,9 +73,13 @@ def split_global(pair: Any, replicas: int, index: int) -> Batch:
                          where="batch", fix="give (input, target), rows first, 1 or more")  # fmt: skip
     total = counts.pop()
     first, rows = part(total, replicas, index)
+    return Batch(*_rows(tuple(pair), first, rows), rows, first, total)
+
+
+def _rows(pair: tuple[Any, Any], first: int, rows: int) -> tuple[Any, Any]:
+    """Some of its rows; of none, the stand-in."""
     take = slice(first, first + rows) if rows else slice(0, 1)
-    input, target = tree_map_only(Tensor, lambda x: x[take], tuple(pair))
-    return Batch(input, target, rows, first, total)
+    return tree_map_only(Tensor, lambda x: x[take], pair)
 
 
 class Passes:
