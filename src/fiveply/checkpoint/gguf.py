@@ -7,7 +7,6 @@ formats; this file knows the names, llama.cpp's order of rotary rows, and how ea
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from fiveply.checkpoint import huggingface
-from fiveply.spec.architecture import ModelSpec
+from fiveply.model import rotary
+from fiveply.spec.architecture import ModelSpec, Rope
 from fiveply.spec.errors import InputError
 from fiveply.spec.families import FAMILIES
 
@@ -178,10 +178,9 @@ def _config(metadata: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
 def _llama3_scaling(metadata: _Metadata, factors: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Llama 3's scaling, which GGUF stores as a factor per frequency; refused unless its published constants give them."""
     factor, low, high, original = float(np.max(factors)), 1.0, 4.0, 8192
-    dim = config["head_dim"]
-    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
+    ropes = Rope(config["rope_theta"]), Rope(config["rope_theta"], "llama3", factor, low, high, original)
+    plain, scaled = (rotary.inverse_frequencies(rope, config["head_dim"])[0] for rope in ropes)
+    if not np.allclose(plain / scaled, factors, rtol=1e-3):
         raise metadata.refuse("rope_freqs.weight", "an unknown rotary scaling")
     return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
             "original_max_position_embeddings": original}  # fmt: skip
