@@ -35,7 +35,6 @@ from fiveply.parallel.pipeline_parallel import Executor
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import check_module
-from fiveply.spec.placement import part
 from fiveply.spec.plan import layout_text
 from fiveply.train import module_plan
 from fiveply.train.loader import Batch, Loader, Passes, split_global
@@ -367,11 +366,7 @@ class Job:
                              fix="pass what world.loader gives as it is, or the whole global batch on every rank")  # fmt: skip
 
     def _micro_batches(self, total: int) -> int:
-        """As many on every rank: of the rows that the replica with most has."""
-        most = part(total, self.layout.dp, 0)[1]
-        if self.layout.micro_batch:
-            return -(-most // self.layout.micro_batch)
-        return 1 if self.layout.pp == 1 else min(2 * self.layout.pp, most)
+        return module_plan.micro_batches(self.layout, total)[0]
 
     def _totals(self, loss: Tensor, square: Tensor) -> tuple[float, float, float]:
         """Loss and what it counts, once for each row of the world, and the square norm of the gradient."""
