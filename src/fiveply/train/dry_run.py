@@ -142,9 +142,7 @@ def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank:
             for chunk in job.model.chunks:
                 chunk.blocked_backward = chunk.blocked_backward and here
             _name(job, ledger)
-            mesh.recorder.start(job.device)
-            recording = mesh.recorder.recording
-            assert recording is not None
+            recording = mesh.recorder.start(job.device)
             recording.now = ledger.bytes  # the clock of this recording reads bytes
             ledger.begin()
             job.step(Blank(run), STEP)  # pyright: ignore[reportArgumentType]

@@ -215,9 +215,10 @@ class Recorder:
         """`with recorder.span("optimizer"):`; kinds are `timeline.Event`'s."""
         return Span(self, kind, chunk, micro_batch, stage, peer)
 
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device) -> _Recording:
         """Record from here on."""
         self.recording = _Recording(device)
+        return self.recording
 
     def stop(self) -> list[Event]:
         """Events since `start`, in seconds of `time.perf_counter`, which is one clock for all processes of a machine."""
