@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 import torch
@@ -133,7 +133,7 @@ class _Row(msgspec.Struct):
 
 
 class MetricsFile:
-    """`metrics.jsonl`, appended to and flushed a row at a time; a row that a crash cut short is dropped on resume."""
+    """`metrics.jsonl`, appended to a row at a time; a row that a crash cut short is dropped on resume."""
 
     def __init__(self, path: Path, after_step: int) -> None:
         """Keep the rows up to `after_step`: a resumed run repeats the steps since its checkpoint."""
@@ -147,11 +147,8 @@ class MetricsFile:
                 if row.step <= after_step:
                     kept.append(line)
         path.write_bytes(b"".join(line + b"\n" for line in kept))
-        self._file: TextIO = path.open("a")
+        self._path = path.absolute()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(msgspec.json.encode(row).decode() + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self._path.open("ab") as file:
+            file.write(msgspec.json.encode(row) + b"\n")
