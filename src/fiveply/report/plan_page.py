@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from markupsafe import Markup
 
 from fiveply.pipeline_schedule import COMPUTE, build
 from fiveply.plan.explain import TERMS, Answer, Ranked, WhyNot, shape_warnings
-from fiveply.plan.predict import Predictor
 from fiveply.plan.simulate import simulate
 from fiveply.report.plan_text import COLUMNS, cells, compact, helpful, job_text, layout_text
 from fiveply.report.template import beside, embedded, filled
@@ -79,8 +77,7 @@ def _plan(answer: Answer, one: Ranked) -> dict[str, Any]:
 def _timeline(answer: Answer, one: Ranked) -> dict[str, Any]:
     """Compute actions of as many micro-batches as can be drawn: [rank, kind, chunk, micro-batch, start, end]."""
     layout = one.prediction.layout
-    predictor = Predictor(msgspec.structs.replace(answer.job, order=one.order))
-    whole = predictor.micro_batches(layout)
+    whole = answer.search.predictors[one.order].micro_batches(layout)
     drawn = max(1, min(whole, MOST_MICRO_BATCHES, MOST_DRAWN // (3 * layout.stage_count)))
     found = simulate(build(layout.schedule, layout.pp, drawn, layout.chunks), one.prediction.stages)
     actions = [
