@@ -49,7 +49,7 @@ TINY = ModelSpec.load("tiny")
 
 def figures(true: Machine, ranks: int) -> Measured:
     """What measuring `true` without noise would give."""
-    software = probe.software_of("fp32")
+    software = explain.software("fp32")
 
     def attention(rows: int, sequence: int, heads: int, size: int, phase: Any, products: int) -> float:
         flops = products * 2 * rows * workload.seen(sequence, 0) * heads * size
@@ -103,7 +103,7 @@ def test_the_fit_finds_the_machine_that_made_the_figures(ranks: int) -> None:
     ):
         layout = resolve(Layout.parse(text), spec, sequence=128, global_batch=16)
         predicted, true = (
-            Predictor(Job(spec, 128, probe.software_of("fp32"), "fp32", machine=one, global_batch=16))
+            Predictor(Job(spec, 128, explain.software("fp32"), "fp32", machine=one, global_batch=16))
             .predict(layout)
             .seconds.p50
             for one in (fitted, TRUE)

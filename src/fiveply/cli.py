@@ -15,12 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from tyro.conf import Positional, UseAppendAction, arg
 
 import fiveply
 from fiveply import cli_measure  # noqa: F401  (registers plan, probe and bench)
-from fiveply.command import Flag, app, command, finish, print_json
+from fiveply.command import Flag, app, command, finish
 from fiveply.spec.errors import FiveplyError, InputError
 from fiveply.world.allocator import keep_freed_memory
 
@@ -111,10 +110,7 @@ def train(
         from fiveply.train import dry_run as dry
 
         found = dry.of_run(spec, layout, ranks)
-        if json:
-            print_json(msgspec.to_builtins(found))
-        else:
-            dry.show(found)
+        finish(found, json, lambda: dry.show(found))
         return
     ready = setup.ready(spec, resume=resume, layout=layout or None, progress=sys.stderr.isatty(), transport=backend)
     finish(trainer.train(ready), json)
@@ -158,8 +154,7 @@ def verify(
         layout, against, model=model, steps=steps, dtype=dtype, seed=seed, sync_every=sync_every, transport=backend
     )
     print(equality.table(result), file=sys.stderr if json else sys.stdout)
-    if json:
-        print_json(result)
+    finish(result, json)
     if not result["pass"]:
         raise SystemExit(1)
 
@@ -218,11 +213,8 @@ def generate(
         out=Path(out) if out else None,
         **settings,
     )
-    if json:
-        print_json(result)
-        return
-    for completion in result["completions"]:
-        print(f"{prompt}{completion['text']}")
+    texts = [f"{prompt}{completion['text']}" for completion in result["completions"]]
+    finish(result, json, lambda: print(*texts, sep="\n"))
 
 
 @command

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Annotated, Literal
 
-import msgspec
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from fiveply.command import Flag, app, command, finish, print_json
+from fiveply.command import Flag, app, command, finish
 from fiveply.spec.errors import InputError, RunError
 
 bench = tyro.extras.SubcommandApp()
@@ -94,15 +93,13 @@ def plan(
             model, cluster, prompt=prompt, output=output, ttft=ttft, tpot=tpot, rate=rate, precision=precision, fix=fix,
             most=max, wishes=why, out=out, json=json,
         )  # fmt: skip
-        if json:
-            print_json(found)
+        finish(found, json)
         return
     values = planning.plan(
         model, cluster, sequence=seq, batch_tokens=batch_tokens, precision=precision, objective=objective, fix=fix,
         most=max, wishes=why, emit=emit, out=out, html=html, json=json,
     )  # fmt: skip
-    if json:
-        print_json(values)
+    finish(values, json)
 
 
 @command
@@ -146,14 +143,10 @@ def bench_plan(
 
     if table and inference_score.is_table(table):
         serving = inference_score.score(table)
-        values, show = serving, functools.partial(benches.show_serving, serving)
+        finish(serving, json, lambda: benches.show_serving(serving, Console()))
     else:
         training = score.score(table)
-        values, show = training, functools.partial(benches.show, training)
-    if json:
-        print_json(msgspec.to_builtins(values))
-    else:
-        show(Console())
+        finish(training, json, lambda: benches.show(training, Console()))
 
 
 @functools.partial(command, of=bench, name="serve")
@@ -199,10 +192,7 @@ def bench_serve(
         url, model, concurrencies=concurrency, rates=rate, requests=requests, prompt_tokens=prompt_tokens,
         output_tokens=output_tokens, key=api_key, timeout=timeout, seed=seed,
     )  # fmt: skip
-    if json:
-        print_json(load_test.as_json(points))
-    else:
-        load_test.show(points, Console())
+    finish(load_test.as_json(points), json, lambda: load_test.show(points, Console()))
     if all(point.errors == point.requests for point in points):
         raise RunError("no request was answered")
 

@@ -26,12 +26,11 @@ def command(verb: Callable[..., None], of: tyro.extras.SubcommandApp = app, name
     return verb
 
 
-def finish(result: dict[str, Any], json: bool, line: str = "") -> None:
+def finish(result: Any, json: bool, told: str | Callable[[], object] = "") -> None:
+    """Print the result as JSON; or what a person is told of it, a line or something that prints."""
     if json:
-        print_json(result)
-    elif line:
-        print(line)
-
-
-def print_json(result: dict[str, Any]) -> None:
-    sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+        sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+    elif callable(told):
+        told()
+    elif told:
+        print(told)

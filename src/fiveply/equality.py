@@ -8,14 +8,11 @@ The batches are random tokens in documents of unequal length, so ranks and micro
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fiveply.checkpoint.slices import assembled
@@ -27,7 +24,7 @@ from fiveply.spec.layout import Layout
 from fiveply.spec.legality import resolve
 from fiveply.spec.plan import layout_text
 from fiveply.spec.run import Optimizer, RunSpec, Train
-from fiveply.train.job import Job, pieces
+from fiveply.train.job import Job
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Groups, Mesh, Transport
 
@@ -77,16 +74,11 @@ def verify(
         for one, where in zip(layouts, ("--layout", "--against"), strict=True)
     ]
     run = verification_run(rows, steps, seed, dtype, sync_every)
-    with tempfile.TemporaryDirectory() as folder:
-        traces: list[Trace] = []
-        for index, one in enumerate(resolved):
-            path = Path(folder) / str(index)
-            # On CPUs everywhere: float64 is exact there, and ranks may outnumber devices.
-            losses = launch(
-                _record_to, one.world, path, run, spec, one, steps, dtype, transport, backend="gloo",
-                shared_memory=transport != "gloo",
-            )  # fmt: skip
-            traces.append(_load(path, losses))
+    # On CPUs everywhere: float64 is exact there, and ranks may outnumber devices.
+    traces = [
+        launch(record, one.world, run, spec, one, steps, dtype, transport, backend="gloo", shared_memory=transport != "gloo")
+        for one in resolved
+    ]  # fmt: skip
     return compare(*traces, dtype=dtype) | {"layout": str(resolved[0]), "against": str(resolved[1])}
 
 
@@ -125,62 +117,37 @@ def verification_batches(spec: ModelSpec, run: RunSpec) -> Batches:
 
 
 def record(
-    run: RunSpec, spec: ModelSpec, layout: Layout, steps: int, dtype: str, groups: Groups | None = None
+    run: RunSpec, spec: ModelSpec, layout: Layout, steps: int, dtype: str, groups: Groups | Transport = "auto"
 ) -> Trace:
     """Train `steps` steps under a resolved layout whose ranks are this world's; whole on rank 0."""
     kind = getattr(torch, dtype)
-    mesh = Mesh(layout, spec, groups)
+    mesh = Mesh(layout, spec, groups if isinstance(groups, Groups) else Groups(groups))
     job = Job(run, spec, mesh, Dtypes(kind, kind, kind))
     batches = verification_batches(spec, run)
-    trace = Trace(initial=whole_tensors(job, "parameters"))
+    trace = Trace(initial=whole_tensors(job, "values"))
     for step in range(steps):
         sums = job.gradients(batches, step)
-        trace.losses.append(_mean_over_replicas(job, sums.mean_loss))
+        losses = [sums.mean_loss] if mesh.dp is None or not job.alone else mesh.dp.gather_objects(sums.mean_loss)
+        trace.losses.append(sum(losses) / len(losses))
         if not job.alone:
             trace.gradients.append({name: x / sums.tokens for name, x in whole_tensors(job, "gradients").items()})
         job.update(sums, step)
-    trace.parameters = whole_tensors(job, "parameters")
+    trace.parameters = whole_tensors(job, "values")
     return trace
 
 
-def whole_tensors(job: Job, kind: str) -> dict[str, Tensor]:
-    """`parameters` or `gradients` of the whole model by name, on rank 0 (others: none). Collective."""
+def whole_tensors(job: Job, kind: Literal["values", "gradients"]) -> dict[str, Tensor]:
+    """The whole model's by name, on rank 0 (others: none). Collective."""
     # As arrays: a tensor takes ten times as long to travel, and with all that it is a view of.
-    ranks = job.mesh.collect_objects([(s.placed, s.low, values.cpu().numpy()) for s, values in pieces(job, kind)])
+    own = [(placed, low, values.numpy()) for placed, low, values in job.optimizer.pieces(kind)]
+    ranks = job.mesh.collect_objects(own)
     return assembled((placed, low, torch.from_numpy(flat)) for rank in ranks for placed, low, flat in rank)
-
-
-def _mean_over_replicas(job: Job, loss: float) -> float:
-    if not job.alone or job.mesh.dp is None:
-        return loss
-    losses = job.mesh.dp.gather_objects(loss)
-    return sum(losses) / len(losses)
 
 
 def _rows(layouts: list[Layout]) -> int:
     """Rows of a global batch that every dp and micro-batch divides."""
     unit = math.lcm(*(layout.dp * max(1, layout.micro_batch) for layout in layouts))
     return unit * -(-ROWS // unit)
-
-
-def _record_to(folder: Path, run: RunSpec, spec: ModelSpec, layout: Layout, steps: int, dtype: str,
-               transport: Transport) -> list[float]:  # fmt: skip
-    trace = record(run, spec, layout, steps, dtype, Groups(transport))
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir()
-        save_file(trace.initial, folder / "initial.safetensors")
-        save_file(trace.parameters, folder / "parameters.safetensors")
-        for step, gradients in enumerate(trace.gradients):
-            save_file(gradients, folder / f"gradients-{step}.safetensors")
-    return trace.losses
-
-
-def _load(folder: Path, losses: list[float]) -> Trace:
-    gradients = [load_file(folder / f"gradients-{step}.safetensors") for step in range(len(losses))
-                 if (folder / f"gradients-{step}.safetensors").exists()]  # fmt: skip
-    return Trace(
-        load_file(folder / "initial.safetensors"), losses, gradients, load_file(folder / "parameters.safetensors")
-    )
 
 
 def compare(a: Trace, b: Trace, *, dtype: str) -> dict[str, Any]:

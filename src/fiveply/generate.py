@@ -13,8 +13,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import msgspec
 from rich.progress import Progress
@@ -88,11 +89,31 @@ def run(
     tokens = [_tokens(served, f"prompt {number}", one, max_tokens) for number, one in enumerate(texts, 1)]
     done = _resume(out, tokens) if out else {}
     missing = [index for index in range(len(tokens)) if index not in done]
-    seconds = 0.0
-    if missing:
-        work = _completing({index: tokens[index] for index in missing}, sampling, served.text.ends, out)
-        made, seconds = service.run(served, _settings(len(missing)), work)
-        done |= made
+
+    async def work(driver: Driver) -> float:
+        await driver.ready.wait()
+        start = time.perf_counter()
+        hidden = len(missing) < 2 or not sys.stderr.isatty()
+        with (
+            Progress(disable=hidden, transient=True) as bar,
+            out.open("a", encoding="utf-8", buffering=1) if out else nullcontext() as file,
+        ):
+            shown = bar.add_task("prompts", total=len(missing))
+
+            async def one(index: int, generation: Generation) -> None:
+                done[index] = await _completion(generation)
+                bar.advance(shown)
+                if file is not None:
+                    file.write(msgspec.json.encode(_Line(index, done[index])).decode() + "\n")
+
+            asked = [
+                (index, driver.submit(list(tokens[index]), max_tokens, sampling.told(), ends=served.text.ends))
+                for index in missing
+            ]
+            await asyncio.gather(*(one(*each) for each in asked))
+        return time.perf_counter() - start
+
+    seconds = service.run(served, _settings(len(missing)), _until_stopped(work)) if missing else 0.0
     new = sum(len(done[index].tokens) for index in missing)
     completions = [msgspec.structs.asdict(done[index]) for index in range(len(tokens))]
     return {"completions": completions, "tokens_per_second": new / seconds if seconds else 0.0}
@@ -106,8 +127,8 @@ def converse(
     goes on with the text so far."""
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
     served = service.Served.load(model, layout, dtype, quantize=quantize)
-    text = served.text
-    if text.tokenizer is None:
+    text, tokenizer = served.text, served.text.tokenizer
+    if tokenizer is None:
         raise InputError(
             "has no tokenizer.json to hold a conversation with", where=str(served.path), fix="give --prompts"
         )
@@ -116,8 +137,11 @@ def converse(
         turns: list[dict[str, str]] = []
         while (said := await asyncio.to_thread(_line)).strip():
             turns.append({"role": "user", "content": said})
-            rendered = text.chat.render(turns) if text.chat else "".join(turn["content"] for turn in turns)
-            prompt = _tokens(served, "the conversation", rendered, max_tokens, plain=text.chat is not None)
+            if text.chat:  # a template has put in what goes before a text
+                given: str | list[int] = tokenizer.encode(text.chat.render(turns)).tolist()
+            else:
+                given = "".join(turn["content"] for turn in turns)
+            prompt = _tokens(served, "the conversation", given, max_tokens)
             generation = driver.submit(prompt, max_tokens, sampling.told(), ends=text.ends)
             answer = ""
             async for piece in generation.pieces():
@@ -127,36 +151,6 @@ def converse(
             turns.append({"role": "assistant", "content": answer})
 
     service.run(served, _settings(1), _until_stopped(work))
-
-
-def _completing(
-    prompts: dict[int, list[int]], sampling: Sampling, ends: frozenset[int], out: Path | None
-) -> Callable[[Driver], Coroutine[Any, Any, tuple[dict[int, Completion], float]]]:
-    async def work(driver: Driver) -> tuple[dict[int, Completion], float]:
-        await driver.ready.wait()
-        start = time.perf_counter()
-        made: dict[int, Completion] = {}
-        with _bar(len(prompts)) as bar:
-
-            async def one(index: int, generation: Generation, file: TextIO | None) -> None:
-                made[index] = await _completion(generation)
-                bar.advance(bar.task_ids[0])
-                if file is not None:
-                    file.write(msgspec.json.encode(_Line(index, made[index])).decode() + "\n")
-
-            asked = {
-                index: driver.submit(list(tokens), sampling.max_tokens, sampling.told(), ends=ends)
-                for index, tokens in prompts.items()
-            }
-            file = out.open("a", encoding="utf-8", buffering=1) if out else None
-            try:
-                await asyncio.gather(*(one(index, generation, file) for index, generation in asked.items()))
-            finally:
-                if file is not None:
-                    file.close()
-        return made, time.perf_counter() - start
-
-    return _until_stopped(work)
 
 
 def _until_stopped(
@@ -195,16 +189,11 @@ def _settings(prompts: int) -> Settings:
     )  # fmt: skip
 
 
-def _tokens(
-    served: service.Served, where: str, prompt: str | list[int], max_tokens: int, *, plain: bool = False
-) -> list[int]:
-    """The prompt's token ids, checked. `plain`: a template has put in what goes before a text."""
-    spec, text = served.spec, served.text
+def _tokens(served: service.Served, where: str, prompt: str | list[int], max_tokens: int) -> list[int]:
+    """The prompt's token ids, checked."""
+    spec = served.spec
     try:
-        given = (
-            text.tokenizer.encode(prompt).tolist() if plain and text.tokenizer and isinstance(prompt, str) else prompt
-        )
-        tokens = text.encode(given)
+        tokens = served.text.encode(prompt)
     except ValueError as error:
         raise InputError(str(error), where=where) from None
     if outside := [token for token in tokens if not 0 <= token < spec.vocabulary]:
@@ -260,12 +249,6 @@ def _resume(out: Path, prompts: Sequence[list[int]]) -> dict[int, Completion]:
             f"not completions that can be gone on with ({error})", where=str(out), fix="name a new file"
         ) from None
     return done
-
-
-def _bar(prompts: int) -> Progress:
-    bar = Progress(disable=prompts < 2 or not sys.stderr.isatty(), transient=True)
-    bar.add_task("prompts", total=prompts)
-    return bar
 
 
 def _line() -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fiveply.equality import TOLERANCE, Trace, compare, difference, floor, table
-from fiveply.own_module import World
+from fiveply.own_module import World, refuse_built
 from fiveply.parallel.parallelize_module import Loss, ParallelModule
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
@@ -52,8 +52,7 @@ class _Output:
 
 
 @dataclass
-class _Recorded:
-    trace: Trace
+class _Recorded(Trace):
     outputs: dict[str, list[_Output]] = field(default_factory=dict)
     """By the submodule's name, in the order of the forward pass; of the first step."""
 
@@ -81,15 +80,13 @@ def verify(
                          fix="call it in a script of its own, started by python")  # fmt: skip
     if steps < 1:
         raise InputError(f"{steps} steps compare nothing", where="verify", key="steps", fix="give 1 or more")
-    if isinstance(factory, nn.Module):
-        raise InputError("a module that is built already can't be placed", where="verify", key="factory",
-                         fix=f"give what builds it: {type(factory).__name__}, or a function")  # fmt: skip
+    refuse_built(factory, "verify", "factory")
     text = layout_text(str(layout))
     wanted = check_module(Layout.parse(text, "verify"), len(stages), "verify")
     exact = tree_map_only(Tensor, lambda x: x.detach().double() if x.is_floating_point() else x.detach(), tuple(batch))
     arguments = (factory, exact, loss, optimizer or _sgd, dict(tp or {}), list(stages), steps, seed)
     one, many = (launch(_record, each.world, each, *arguments, backend="gloo") for each in (Layout(), wanted))
-    result = compare(many.trace, one.trace, dtype="float64")
+    result = compare(many, one, dtype="float64")
     first = _first(many, one)
     verdict = Verdict(result | {"layout": text, "against": "one process", "first": first})
     verdict["pass"] = result["pass"] and first is None
@@ -115,16 +112,16 @@ def _record(
         job = world.parallelize(
             lambda: factory().double(), loss=loss, optimizer=optimizer, tp=tp, stages=stages, strict=False
         )
-        recorded = _Recorded(Trace(initial=job.state_dict()))
+        recorded = _Recorded(initial=job.state_dict())
         taken: list[tuple[str, _Output]] = []
         hooks = _listen(job.model, taken)
         for _ in range(steps):
-            recorded.trace.losses.append(float(job.gradients(batch)))
+            recorded.losses.append(float(job.gradients(batch)))
             while hooks:
                 hooks.pop().remove()
-            recorded.trace.gradients.append(job.gradient_dict())
+            recorded.gradients.append(job.gradient_dict())
             job.update()
-        recorded.trace.parameters = job.state_dict()
+        recorded.parameters = job.state_dict()
         for name, output in (each for rank in job.mesh.gather_objects(taken) for each in rank):
             recorded.outputs.setdefault(name, []).append(output)
         return recorded if world.rank == 0 else None
@@ -164,9 +161,8 @@ def _listen(model: ParallelModule, taken: list[tuple[str, _Output]]) -> list[Any
 def _first(many: _Recorded, one: _Recorded) -> str | None:
     """The first tensor beyond the tolerance, in forward order."""
     tolerance = TOLERANCE["float64"]
-    a, b = many.trace, one.trace
-    for name, x in b.initial.items():
-        if name not in a.initial or not torch.equal(a.initial[name], x):
+    for name, x in one.initial.items():
+        if name not in many.initial or not torch.equal(many.initial[name], x):
             return f"{name}, as it starts"
     least = floor({name: outputs[0].value for name, outputs in one.outputs.items()})
     tp = 1 + max((output.tp for outputs in many.outputs.values() for output in outputs), default=0)
@@ -176,16 +172,16 @@ def _first(many: _Recorded, one: _Recorded) -> str | None:
             scale = max(least, float(whole.value.abs().max()) if whole.value.numel() else 0.0)
             if expected is not None and not difference(output.value, expected, scale) <= tolerance:
                 return f"output of {name}, step 1"
-    for step, (x, y) in enumerate(zip(a.losses, b.losses, strict=True)):
+    for step, (x, y) in enumerate(zip(many.losses, one.losses, strict=True)):
         where = f"step {step + 1}"
         if not abs(x - y) <= tolerance * max(abs(y), 1e-300):
             return f"loss, {where}"
-        for name, grad in b.gradients[step].items():
-            if not difference(a.gradients[step].get(name), grad, floor(b.gradients[step])) <= tolerance:
+        for name, grad in one.gradients[step].items():
+            if not difference(many.gradients[step].get(name), grad, floor(one.gradients[step])) <= tolerance:
                 return f"gradient of {name}, {where}"
-    for name, x in b.parameters.items():
-        if not difference(a.parameters.get(name), x, floor(b.gradients[-1])) <= tolerance:
-            return f"{name}, after step {len(b.losses)}"
+    for name, x in one.parameters.items():
+        if not difference(many.parameters.get(name), x, floor(one.gradients[-1])) <= tolerance:
+            return f"{name}, after step {len(one.losses)}"
     return None
 
 

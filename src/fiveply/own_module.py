@@ -12,10 +12,11 @@ module is split. This file holds what the user touches.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from fiveply.parallel.pipeline_parallel import Executor
 from fiveply.spec.errors import InputError
 from fiveply.spec.layout import Layout
 from fiveply.spec.legality import check_module
-from fiveply.spec.placement import part
 from fiveply.spec.plan import layout_text
 from fiveply.train import module_plan
 from fiveply.train.loader import Batch, Loader, Passes, split_global
@@ -126,9 +126,7 @@ class World:
         it is, for `fiveply.verify` to find. batch: a whole global batch (input, target), of which `join("auto")` reads the
         shapes; without one it plans by the parameters alone.
         """
-        if isinstance(model, nn.Module):
-            raise InputError("a module that is built already can't be placed", where="parallelize", key="model",
-                             fix=f"give what builds it: {type(model).__name__}, or lambda: {type(model).__name__}(...)")  # fmt: skip
+        refuse_built(model, "parallelize", "model")
         for key, function in (("model", model), ("loss", loss), ("optimizer", optimizer)):
             if not callable(function):
                 raise InputError(
@@ -211,9 +209,14 @@ class World:
             mesh.recorder, mesh.place, limit=self.hang_timeout, timeout=self._groups.call_seconds, note=note,
             file=None if run is None else Path(run) / "hang.txt",
         )  # fmt: skip
-        with ExitStack() as stack:
-            stack.enter_context(self._watchdog)
-            atexit.register(stack.pop_all().close)
+        atexit.register(self._watchdog.__enter__().__exit__, None, None, None)
+
+
+def refuse_built(model: object, where: str, key: str) -> None:
+    """Raise InputError for a module in the place of what builds one."""
+    if isinstance(model, nn.Module):
+        raise InputError("a module that is built already can't be placed", where=where, key=key,
+                         fix=f"give what builds it: {type(model).__name__}, or lambda: {type(model).__name__}(...)")  # fmt: skip
 
 
 def _check_equal(module: nn.Module, mesh: Mesh) -> None:
@@ -251,7 +254,10 @@ class Job:
         self.norm = 0.0
         """Of the last step's gradient, before clipping."""
         self._stop = False
-        self._executors: dict[int, Executor] = {}
+        self._executor = functools.cache(
+            lambda count: Executor(model, pipeline_schedule.of_layout(model.layout, count), seed=world.seed)
+        )
+        """By the number of micro-batches."""
         self._loop = None
         if self.layout.zero <= 1 and self.model.module is not None:
             self._loop = OwnLoop(self.model, self._optimizer.torch, self._share, lambda: self.steps, self._stepped)
@@ -360,17 +366,7 @@ class Job:
                              fix="pass what world.loader gives as it is, or the whole global batch on every rank")  # fmt: skip
 
     def _micro_batches(self, total: int) -> int:
-        """As many on every rank: of the rows that the replica with most has."""
-        most = part(total, self.layout.dp, 0)[1]
-        if self.layout.micro_batch:
-            return -(-most // self.layout.micro_batch)
-        return 1 if self.layout.pp == 1 else min(2 * self.layout.pp, most)
-
-    def _executor(self, micro_batches: int) -> Executor:
-        if micro_batches not in self._executors:
-            schedule = pipeline_schedule.of_layout(self.layout, micro_batches)
-            self._executors[micro_batches] = Executor(self.model, schedule, seed=self.world.seed)
-        return self._executors[micro_batches]
+        return module_plan.micro_batches(self.layout, total)[0]
 
     def _totals(self, loss: Tensor, square: Tensor) -> tuple[float, float, float]:
         """Loss and what it counts, once for each row of the world, and the square norm of the gradient."""

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from fiveply.plan import explain
+from fiveply.plan import advice, dialects, explain
 from fiveply.plan import serving as serve_plan
 from fiveply.plan import software as systems
-from fiveply.plan.explain import Answer, Objective, WhyNot
+from fiveply.plan.dialects import megatron as arguments
+from fiveply.plan.explain import Objective
 from fiveply.plan.inference import Load
 from fiveply.plan.space import Limits
 from fiveply.report import plan_page, plan_text, serving_text
@@ -35,8 +36,6 @@ def plan(
     spec, devices = ModelSpec.load(model), ClusterSpec.parse(cluster)
     limits, system = Limits.parse(fix, most), None
     if emit:
-        from fiveply.plan import dialects
-
         dialect = dialects.load(emit)
         limits = Limits(limits.fixed, limits.most, dialects.choices(emit))
         system = systems.load(dialect.software)
@@ -53,30 +52,21 @@ def plan(
         "plan": out,
     }
     if emit:
-        from fiveply.plan import advice
-
         chosen, text, comments = advice.expressible(emit, found, model)
         values |= {"emitted": text, "comments": comments}
     _write(out, lambda path: explain.plan_of(found, model, chosen).save(path))
     if html:
         _write(html, lambda path: path.write_text(plan_page.render(found, model, reasons), encoding="utf-8"))
-    _say(found, reasons, values, chosen is found.ranked[0], html, json)
-    return values
-
-
-def _say(
-    found: Answer, reasons: list[WhyNot], values: dict[str, Any], first: bool, html: str, json: bool
-) -> None:  # fmt: skip
-    """The table on standard output, or on standard error beside JSON or another system's flags."""
-    emitted = values.get("emitted")
-    console = Console(file=sys.stderr if json or emitted else sys.stdout, highlight=False)
+    # On standard error beside JSON or another system's flags.
+    console = Console(file=sys.stderr if json or emit else sys.stdout, highlight=False)
     plan_text.show(found, console, reasons)
-    which = "the first layout" if first else "the first that fiveply's runtime runs"
-    console.print(f"wrote {values['plan']} ({which})" + (f" and {html}" if html else ""), soft_wrap=True)
-    if emitted and not json:
+    which = "the first layout" if chosen is found.ranked[0] else "the first that fiveply's runtime runs"
+    console.print(f"wrote {out} ({which})" + (f" and {html}" if html else ""), soft_wrap=True)
+    if emit and not json:
         for comment in values["comments"]:
             print(f"# {comment}", file=sys.stderr)
-        print(emitted, end="")
+        print(values["emitted"], end="")
+    return values
 
 
 def serving(
@@ -124,15 +114,11 @@ def serving(
 
 def megatron(flags: str, cluster: str, *, fix: tuple[str, ...] = (), most: tuple[str, ...] = ()) -> dict[str, Any]:
     """What Megatron-LM arguments (or a file of them) lead to, and what to change; `text` is for the terminal."""
-    from fiveply.plan import advice
-    from fiveply.plan.dialects import megatron as arguments
-    from fiveply.report import advice_text
-
     devices = ClusterSpec.parse(cluster)
     file = Path(flags)
     given = arguments.read(file.read_text() if len(flags) < 256 and file.is_file() else flags, devices.count)
     found = advice.advise(given, devices, Limits.parse(fix, most))
-    return advice.values(found) | {"text": advice_text.shown(found)}
+    return advice.values(found) | {"text": plan_text.advice_text(found)}
 
 
 def rows(tokens: str, sequence: int) -> int:

@@ -19,11 +19,10 @@ import msgspec
 import numpy as np
 import torch
 
-from fiveply.plan import cost, footprint, table, traffic, workload
+from fiveply.plan import cost, explain, table, traffic, workload
 from fiveply.plan.machine import Machine, Passes
 from fiveply.plan.operations import Operation
 from fiveply.plan.parts import Case
-from fiveply.plan.software import Software
 from fiveply.report import expected, timelines
 from fiveply.report.record import load
 from fiveply.spec.cluster import ClusterSpec
@@ -36,12 +35,14 @@ from fiveply.world.device import Devices, find
 from fiveply.world.launch import launch
 from fiveply.world.mesh import Transport
 
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 BUDGET, ROUNDS = 0.03, 3
 """Seconds for one figure, and how often all are taken: a world takes about half a minute."""
 LEAST_SPREAD = 0.03
 """Of the intervals on a measured machine: what steps vary by from round to round."""
 PHASES = ("forward", "input", "weight", "step")
+SIMPLICES = 400
+"""Steps of a fit."""
+Pairs = list[tuple[float, float]]
 
 
 def probe(out: str | Path = auto.MEASURED, *, transport: Transport = "auto") -> dict[str, Any]:
@@ -112,13 +113,15 @@ def fit(measured: Measured, found: Devices, computed: str) -> tuple[Machine, dic
     )  # fmt: skip
     errors: dict[str, float] = {}
     for name, samples in measured.products.items():
-        machine, errors[f"products {NAMES[name]}"] = _fit_products(machine, NAMES[name], samples)
-    machine, errors["attention"] = _fit_attention(machine, NAMES[computed], measured)
+        kind = auto.precision(getattr(torch, name))
+        machine, errors[f"products {kind}"] = _fit_products(machine, kind, samples)
+    precision = auto.precision(getattr(torch, computed))
+    machine, errors["attention"] = _fit_attention(machine, precision, measured)
     if measured.calls:
         machine, errors["collectives"] = _fit_calls(machine, measured)
-    machine, errors["steps"] = _fit_steps(machine, NAMES[computed], measured)
+    machine, errors["steps"] = _fit_steps(machine, precision, measured)
     machine = msgspec.structs.replace(machine, spread=max(LEAST_SPREAD, errors["steps"]))
-    return _with_waits(machine, NAMES[computed], measured), errors
+    return _with_waits(machine, precision, measured), errors
 
 
 def _fit_products(
@@ -137,21 +140,16 @@ def _fit_products(
             machine, peak=machine.peak | {precision: peak}, products=machine.products | {precision: new}
         )
 
-    def loss(x: Sequence[float]) -> float:
-        tried = of(x)
-        return _square_error((cost.product_seconds(m, n, k, tried, precision), seconds) for m, n, k, seconds in samples)
+    def pairs_of(tried: Machine) -> Pairs:
+        return [(cost.product_seconds(m, n, k, tried, precision), seconds) for m, n, k, seconds in samples]
 
     least = min(seconds for *_, seconds in samples)
-    best = minimise(
-        loss, [0.95, 32.0, 0.05, 0.3 * least, 0.7], [(0.3, 1.2), (0, 2000), (0, 0.6), (1e-7, 2 * least), (0.05, 3.0)]
-    )
-    fitted = of(best)
-    error = _mean_error((cost.product_seconds(m, n, k, fitted, precision), seconds) for m, n, k, seconds in samples)
-    return fitted, error
+    return _fitted(of, pairs_of, [0.95, 32.0, 0.05, 0.3 * least, 0.7],
+                   [(0.3, 1.2), (0, 2000), (0, 0.6), (1e-7, 2 * least), (0.05, 3.0)])  # fmt: skip
 
 
 def _fit_attention(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
-    software = software_of(precision)
+    software = explain.software(precision)
     samples: list[tuple[Operation, float]] = []
     for rows, sequence, heads, size, forward, backward in measured.attention:
         pairs = rows * workload.seen(sequence, 0)
@@ -171,13 +169,11 @@ def _fit_attention(machine: Machine, precision: str, measured: Measured) -> tupl
         )  # fmt: skip
         return msgspec.structs.replace(machine, attention=new)
 
-    def pairs_of(tried: Machine) -> list[tuple[float, float]]:
+    def pairs_of(tried: Machine) -> Pairs:
         return [(cost.attention_seconds(one, tried, software, precision), seconds) for one, seconds in samples]
 
-    best = minimise(lambda x: _square_error(pairs_of(of(x))), [0.4, 64.0, 16.0, 5e-5, 0.8],
-                    [(0.01, 2.0), (1, 2000), (1, 200), (1e-6, 1e-2), (0.1, 3.0)])  # fmt: skip
-    fitted = of(best)
-    return fitted, _mean_error(pairs_of(fitted))
+    return _fitted(of, pairs_of, [0.4, 64.0, 16.0, 5e-5, 0.8],
+                   [(0.01, 2.0), (1, 2000), (1, 200), (1e-6, 1e-2), (0.1, 3.0)])  # fmt: skip
 
 
 def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
@@ -185,29 +181,28 @@ def _fit_calls(machine: Machine, measured: Measured) -> tuple[Machine, float]:
     links = dict(machine.link)
     errors: list[float] = []
     for name, samples in measured.calls.items():
-
-        def of(x: Sequence[float], name: str = name) -> Machine:
-            start, bandwidth, half = x
-            link = msgspec.structs.replace(
-                machine.link[name], start=start, hop=0.0, loss=0.0, bandwidth=bandwidth, half=half
-            )
-            return msgspec.structs.replace(machine, link=machine.link | {name: link})
-
-        def pairs_of(
-            tried: Machine, name: str = name, samples: list[tuple[int, float]] = samples
-        ) -> list[tuple[float, float]]:
-            ranks = 2 if name == "send" else measured.ranks
-            return [(cost.call_seconds(name, size, ranks, tried, 1), seconds) for size, seconds in samples]
-
-        start, speed = samples[0][1], samples[-1][0] / samples[-1][1]
-        best = minimise(lambda x: _square_error(pairs_of(of(x))), [start, speed, 1e-6],
-                        [(start / 10, 3 * start), (speed / 10, 30 * speed), (0.0, 1e-2)])  # fmt: skip
-        fitted = of(best)
+        fitted, error = _fit_call(machine, name, samples, 2 if name == "send" else measured.ranks)
         links[name] = fitted.link[name]
-        errors.append(_mean_error(pairs_of(fitted)))
+        errors.append(error)
     links["all-to-all"] = links["all-gather"]
     network = msgspec.structs.replace(links["all-reduce"])
     return msgspec.structs.replace(machine, link=links, network=network), float(np.mean(errors))
+
+
+def _fit_call(machine: Machine, name: str, samples: list[tuple[int, float]], ranks: int) -> tuple[Machine, float]:
+    def of(x: Sequence[float]) -> Machine:
+        start, bandwidth, half = x
+        link = msgspec.structs.replace(
+            machine.link[name], start=start, hop=0.0, loss=0.0, bandwidth=bandwidth, half=half
+        )
+        return msgspec.structs.replace(machine, link=machine.link | {name: link})
+
+    def pairs_of(tried: Machine) -> Pairs:
+        return [(cost.call_seconds(name, size, ranks, tried, 1), seconds) for size, seconds in samples]
+
+    start, speed = samples[0][1], samples[-1][0] / samples[-1][1]
+    return _fitted(of, pairs_of, [start, speed, 1e-6],
+                   [(start / 10, 3 * start), (speed / 10, 30 * speed), (0.0, 1e-2)])  # fmt: skip
 
 
 def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine:
@@ -220,7 +215,7 @@ def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine
         calls = [
             call
             for part in workload.parts(spec, layout.stages, 0)
-            for call in traffic.part_traffic(Case(spec, SEQUENCE, software_of(precision), precision), layout, part)
+            for call in traffic.part_traffic(Case(spec, SEQUENCE, explain.software(precision), precision), layout, part)
         ]
         alone = sum(call.count * cost.call_seconds(call.operation, call.bytes, call.size, machine, 1) for call in calls)
         longer.append((seconds - alone) / (1 + sum(call.count for call in calls)))  # the sums of the step are one more
@@ -235,7 +230,7 @@ def _with_waits(machine: Machine, precision: str, measured: Measured) -> Machine
 def _fit_steps(machine: Machine, precision: str, measured: Measured) -> tuple[Machine, float]:
     """What forwards, backwards and updates take beyond products and attention is linear in the bytes of their other
     operations and in the number of these."""
-    software = software_of(precision)
+    software = explain.software(precision)
     bare = msgspec.structs.replace(machine, passes=dict.fromkeys(PHASES, Passes(0.0, math.inf)))
     rows: dict[str, list[list[float]]] = {"forward": [], "backward": [], "optimizer": [], "rest": []}
     known: dict[str, list[float]] = {name: [] for name in rows}
@@ -301,24 +296,22 @@ def least_squares(matrix: Any, wanted: Any) -> list[float]:
     return best.tolist()
 
 
-def software_of(precision: str) -> Software:
-    """The runtime, as the measured steps ran it."""
-    return footprint.runtime(2 if precision == "bf16" else 4, 4, 4)
+def _fitted(
+    of: Callable[[Sequence[float]], Machine], pairs_of: Callable[[Machine], Pairs], start: Sequence[float],
+    bounds: Sequence[tuple[float, float]],
+) -> tuple[Machine, float]:  # fmt: skip
+    """The machine `of(x)` that comes nearest to what was measured, and its mean error; `pairs_of` a machine: what it takes by the
+    planner's count beside what was measured."""
 
+    def loss(x: Sequence[float]) -> float:
+        return float(sum(np.log(found / truth) ** 2 for found, truth in pairs_of(of(x))))
 
-def _square_error(pairs: Any) -> float:
-    return float(sum(np.log(found / truth) ** 2 for found, truth in pairs))
-
-
-def _mean_error(pairs: Any) -> float:
-    return float(np.mean([abs(found / truth - 1) for found, truth in pairs]))
+    fitted = of(minimise(loss, start, bounds))
+    return fitted, float(np.mean([abs(found / truth - 1) for found, truth in pairs_of(fitted)]))
 
 
 def minimise(
-    loss: Callable[[Sequence[float]], float],
-    start: Sequence[float],
-    bounds: Sequence[tuple[float, float]],
-    rounds: int = 400,
+    loss: Callable[[Sequence[float]], float], start: Sequence[float], bounds: Sequence[tuple[float, float]]
 ) -> list[float]:
     """Nelder and Mead's simplex (1965), each parameter scaled to its start and held in its bounds."""
     low, high = np.array(bounds).T
@@ -330,7 +323,7 @@ def minimise(
 
     simplex = [np.zeros(len(first)), *(0.3 * np.eye(len(first)))]
     values = [at(x) for x in simplex]
-    for _ in range(rounds):
+    for _ in range(SIMPLICES):
         order = np.argsort(values)
         simplex, values = [simplex[i] for i in order], [values[i] for i in order]
         centre = np.mean(simplex[:-1], axis=0)

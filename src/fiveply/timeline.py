@@ -88,13 +88,9 @@ class RecordedStep(msgspec.Struct, frozen=True):
         return found
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """`folder` is the run's directory."""
-    return folder / "timeline" / f"step-{step:08d}.json"
-
-
 def write(recorded: RecordedStep, folder: Path) -> Path:
-    path = path_of(folder, recorded.step)
+    """`folder` is the run's directory."""
+    path = folder / "timeline" / f"step-{recorded.step:08d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     aside.write_bytes(msgspec.json.encode(recorded))

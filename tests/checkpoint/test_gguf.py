@@ -19,8 +19,8 @@ import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 
-from fiveply.checkpoint.gguf import NAMES, convert
-from fiveply.checkpoint.huggingface import HuggingFaceSource
+from fiveply.checkpoint.gguf import convert
+from fiveply.checkpoint.huggingface import NAMES, HuggingFaceSource
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
 from fiveply.spec.placement import declare
@@ -156,7 +156,7 @@ def write_gguf(
             writer.add_string(key, value)
         elif value is not None:
             writer.add_array(key, value)
-    to_gguf = {theirs: ours for ours, theirs in NAMES.items()}
+    to_gguf = {theirs: ours for ours, theirs in NAMES["gguf"].items()}
     for name, tensor in state.items():
         *parents, kind = name.split(".")
         block = f"blk.{parents[2]}." if name.startswith("model.layers.") else ""

@@ -17,7 +17,7 @@ from fiveply.checkpoint.slices import slices_of
 from fiveply.checkpoint.store import Checkpoint, save
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError, RunError
-from fiveply.spec.placement import declare
+from fiveply.spec.placement import Placed, declare
 
 SMALL: dict[str, Any] = {
     "vocab_size": 103, "hidden_size": 18, "intermediate_size": 25, "num_hidden_layers": 2, "num_attention_heads": 9,
@@ -127,8 +127,9 @@ def test_checkpoint_exports_to_what_transformers_loads(saved: tuple[Path, dict[s
     for parameter in declare(source.spec):
         start, shape = (0,) * len(parameter.shape), parameter.shape
         flat = source.read(parameter.name, start, shape).flatten()
-        slices += slices_of(source.spec, parameter, start, shape, 0, flat)
-        slices += slices_of(source.spec, parameter, start, shape, 0, -flat, "optimizer.exp_avg.")
+        placed = Placed(parameter, start, shape)
+        slices += slices_of(placed, 0, flat, spec=source.spec)
+        slices += slices_of(placed, 0, -flat, "optimizer.exp_avg.", source.spec)
     extra = {"config.json": (folder / "config.json").read_bytes(), "tokenizer.json": b"{}"}
     checkpoint = Checkpoint.open(save(tmp_path / "checkpoints", 3, slices, {}, extra))
     assert_equal_by_slices(checkpoint, state)

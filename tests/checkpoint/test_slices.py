@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fiveply.checkpoint.slices import overlap, read_flat, rectangles, slices_of, window
 from fiveply.spec.architecture import ModelSpec
-from fiveply.spec.placement import Parameter
+from fiveply.spec.placement import Parameter, Placed
 
 sizes = st.lists(st.integers(1, 5), max_size=3).map(tuple)
 
@@ -47,21 +47,21 @@ def test_rectangles_of_a_matrix_read_as_expected() -> None:
 def test_what_slices_of_cuts_read_flat_joins(one: int, other: int) -> None:
     lo, hi = sorted((one, other))
     whole = torch.arange(60).view(6, 10)
-    start, size = (2, 3), (3, 6)
+    placed = Placed(Parameter("fc.weight", (6, 10), "fc"), (2, 3), (3, 6))
     flat = whole[2:5, 3:9].flatten()[lo:hi]
     stored = torch.full_like(whole, -1)
-    for piece in slices_of(None, Parameter("fc.weight", (6, 10), "fc"), start, size, lo, flat, prefix="optimizer.m."):
+    for piece in slices_of(placed, lo, flat, "optimizer.m."):
         assert (piece.name, piece.shape) == ("optimizer.m.fc.weight", (6, 10))
         stored[window(piece.start, tuple(piece.tensor.shape), (0, 0))] = piece.tensor
     assert (stored != -1).sum() == hi - lo
-    joined = read_flat(lambda at, shape: stored[window(at, shape, (0, 0))], start, size, lo, hi)
+    joined = read_flat(lambda at, shape: stored[window(at, shape, (0, 0))], placed, lo, hi)
     assert torch.equal(joined, flat)
 
 
 def test_slices_of_gpt2_are_transposed_and_fused() -> None:
     spec = ModelSpec.from_config({"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 11})
     key = Parameter("model.layers.0.self_attn.k_proj.weight", (8, 8), "layers.0")
-    (piece,) = slices_of(spec, key, (4, 0), (2, 8), 0, torch.arange(16))
+    (piece,) = slices_of(Placed(key, (4, 0), (2, 8)), 0, torch.arange(16), spec=spec)
     assert (piece.name, piece.shape, piece.start) == ("transformer.h.0.attn.c_attn.weight", (8, 24), (0, 12))
     assert torch.equal(piece.tensor, torch.arange(16).view(2, 8).t())
 

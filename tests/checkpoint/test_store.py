@@ -24,7 +24,7 @@ from fiveply.checkpoint.store import Checkpoint, DamagedCheckpointError, all_com
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError, RunError
 from fiveply.spec.layout import Layout
-from fiveply.spec.placement import Parameter, declare, part, place
+from fiveply.spec.placement import Parameter, Placed, declare, part, place
 from fiveply.world.launch import launch
 
 GPT2 = {"model_type": "gpt2", "n_embd": 12, "n_head": 3, "n_layer": 2, "vocab_size": 31, "n_positions": 16}
@@ -58,10 +58,10 @@ def rank_slices(spec: ModelSpec, layout: Layout, rank: int) -> list[Slice]:
         where = tuple(slice(a, a + n) for a, n in zip(placed.start, placed.size, strict=True))
         flat = value(placed.name, placed.parameter.shape)[where].flatten()
         if at.dp == 0:
-            slices += slices_of(spec, placed.parameter, placed.start, placed.size, 0, flat)
+            slices += slices_of(placed, 0, flat, spec=spec)
         lo, count = part(flat.numel(), layout.dp, at.dp)
         moment = value(placed.name, placed.parameter.shape, MOMENT)[where].flatten()[lo : lo + count]
-        slices += slices_of(spec, placed.parameter, placed.start, placed.size, lo, moment, prefix=MOMENT)
+        slices += slices_of(placed, lo, moment, MOMENT, spec)
     return slices
 
 
@@ -107,7 +107,8 @@ def test_saved_under_any_layout_every_region_reads_back(tmp_path: Path, text: st
             assert torch.equal(block, wanted[where])
             assert block.is_contiguous()
     name, shape = declare(spec)[0].name, declare(spec)[0].shape
-    flat = read_flat(lambda at, n: checkpoint.read(name, at, n, prefix=MOMENT), (0, 0), shape, 5, 61)
+    placed = Placed(declare(spec)[0], (0, 0), shape)
+    flat = read_flat(lambda at, n: checkpoint.read(name, at, n, prefix=MOMENT), placed, 5, 61)
     assert torch.equal(flat, value(name, shape, MOMENT).flatten()[5:61])
     assert checkpoint.read(name, (0, 0), shape, torch.float64).dtype == torch.float64
 
@@ -118,12 +119,8 @@ def test_any_region_over_any_cut(data: st.DataObject, tmp_path_factory: pytest.T
     rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     whole = torch.arange(rows * columns, dtype=torch.bfloat16).view(rows, columns)
     cuts = sorted({0, rows * columns, *data.draw(st.lists(st.integers(0, rows * columns), max_size=4))})
-    parameter = Parameter("w", (rows, columns), "u")
-    slices = [
-        piece
-        for lo, hi in pairwise(cuts)
-        for piece in slices_of(None, parameter, (0, 0), (rows, columns), lo, whole.flatten()[lo:hi])
-    ]
+    placed = Placed(Parameter("w", (rows, columns), "u"), (0, 0), (rows, columns))
+    slices = [piece for lo, hi in pairwise(cuts) for piece in slices_of(placed, lo, whole.flatten()[lo:hi])]
     checkpoint = Checkpoint.open(save(tmp_path_factory.mktemp("cut"), 1, slices, {}))
     start = tuple(data.draw(st.integers(0, n - 1)) for n in (rows, columns))
     size = tuple(data.draw(st.integers(0, n - a)) for n, a in zip((rows, columns), start, strict=True))

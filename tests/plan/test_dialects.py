@@ -38,7 +38,7 @@ def resolved(text: str, model: str = "llama-3.1-8b", *, sequence: int = 2048, gl
 
 def emitted(system: str, text: str, model: str = "llama-3.1-8b", *, global_batch: int = 64) -> str:
     layout = resolved(text, model, global_batch=global_batch)
-    return dialects.emit(system, facts_of(layout, SPECS[model], **BATCH | {"global_batch": global_batch})).text
+    return dialects.emit(system, facts_of(layout, SPECS[model], **BATCH | {"global_batch": global_batch}))[0]
 
 
 def in_force(layout: Layout) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_megatron_arguments_mean_the_layout_they_were_written_from(
     try:
         facts = facts_of(layout, spec, sequence=sequence, global_batch=batch, precision=precision, order=order,
                          devices_per_node=math.gcd(layout.world, 8))  # fmt: skip
-        text = dialects.emit("megatron", facts).text
+        text, _ = dialects.emit("megatron", facts)
     except InputError as error:
         text, refused = "", error
     else:
@@ -128,7 +128,7 @@ def test_degrees_multiply_to_the_world(system: str, data: st.DataObject) -> None
     model, layout, sequence, batch = data.draw(jobs(system))
     try:
         facts = facts_of(layout, SPECS[model], sequence=sequence, global_batch=batch, precision="bf16")
-        text = dialects.emit(system, facts).text
+        text, _ = dialects.emit(system, facts)
     except InputError as error:
         text, refused = "", error
     else:

@@ -57,7 +57,6 @@ def write(path: Path, steps: range, after: int) -> None:
     file = metrics.MetricsFile(path, after)
     for step in steps:
         file.write({"step": step, "loss": 1 / step})
-    file.close()
 
 
 def steps_in(path: Path) -> list[int]:
@@ -91,4 +90,3 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     file = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.write({"step": 1})
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
-    file.close()

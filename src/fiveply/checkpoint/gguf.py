@@ -7,7 +7,6 @@ formats; this file knows the names, llama.cpp's order of rotary rows, and how ea
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,28 +21,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from fiveply.checkpoint import huggingface
-from fiveply.spec.architecture import ModelSpec
+from fiveply.model import rotary
+from fiveply.spec.architecture import ModelSpec, Rope
 from fiveply.spec.errors import InputError
 from fiveply.spec.families import FAMILIES
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
 # Text is split before the merges by the pattern that the vocabulary was trained with (`tokenizer.ggml.pre`). Llama 3 and
 # Qwen2 differ in the digits that stand together; the others use ByteLevel's own pattern, GPT-2's, SmolLM after its digits.
 SPLIT = (
@@ -136,11 +119,12 @@ def _hf_name(name: str) -> str | None:
     """The Hugging Face name of a GGUF tensor; itself when unknown (and then refused as no part of the model)."""
     if name == "rope_freqs.weight":  # rotary scaling as a table: read into the config
         return None
+    names = huggingface.NAMES["gguf"]
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in NAMES:
+    if match is None or match[2] not in names:
         return name
     prefix = f"model.layers.{match[1]}." if match[1] else ""
-    return f"{prefix}{NAMES[match[2]]}.{match[3]}"
+    return f"{prefix}{names[match[2]]}.{match[3]}"
 
 
 def _config(metadata: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -194,10 +178,9 @@ def _config(metadata: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
 def _llama3_scaling(metadata: _Metadata, factors: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Llama 3's scaling, which GGUF stores as a factor per frequency; refused unless its published constants give them."""
     factor, low, high, original = float(np.max(factors)), 1.0, 4.0, 8192
-    dim = config["head_dim"]
-    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if not np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
+    ropes = Rope(config["rope_theta"]), Rope(config["rope_theta"], "llama3", factor, low, high, original)
+    plain, scaled = (rotary.inverse_frequencies(rope, config["head_dim"])[0] for rope in ropes)
+    if not np.allclose(plain / scaled, factors, rtol=1e-3):
         raise metadata.refuse("rope_freqs.weight", "an unknown rotary scaling")
     return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
             "original_max_position_embeddings": original}  # fmt: skip

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,19 +36,9 @@ Shape = tuple[int, ...]
 SHARD_BYTES = 5 * 10**9
 """Largest file of a written model, Hugging Face's own habit."""
 
-GPT2_NAMES = {
-    "model.embed_tokens": "transformer.wte",
-    "model.embed_positions": "transformer.wpe",
-    "model.norm": "transformer.ln_f",
-    "input_layernorm": "ln_1",
-    "post_attention_layernorm": "ln_2",
-    "self_attn.q_proj": "attn.c_attn",
-    "self_attn.k_proj": "attn.c_attn",
-    "self_attn.v_proj": "attn.c_attn",
-    "self_attn.o_proj": "attn.c_proj",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
-}
+NAMES: dict[str, dict[str, str]] = msgspec.toml.decode(
+    resources.files("fiveply.checkpoint").joinpath("names.toml").read_bytes()
+)
 GPT2_FUSED = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -75,16 +66,17 @@ class _DiskTensor(NamedTuple):
 def _locate(spec: ModelSpec, name: str) -> _DiskTensor:
     if spec.family != "gpt2":
         return _DiskTensor(name)
+    names = NAMES["gpt2"]
     if match := LAYER.fullmatch(name):
         layer, module, kind = match.groups()
         # Embeddings and norms stand as they are; only the products are Conv1D.
         transposed = kind == "weight" and not module.endswith("layernorm")
-        disk_name = f"transformer.h.{layer}.{GPT2_NAMES[module]}.{kind}"
+        disk_name = f"transformer.h.{layer}.{names[module]}.{kind}"
         if module in GPT2_FUSED:
             return _DiskTensor(disk_name, transposed, GPT2_FUSED[module], 3)
         return _DiskTensor(disk_name, transposed)
     module, _, kind = name.rpartition(".")
-    return _DiskTensor(f"{GPT2_NAMES.get(module, module)}.{kind}")
+    return _DiskTensor(f"{names.get(module, module)}.{kind}")
 
 
 def disk_region(spec: ModelSpec, name: str, start: Shape, size: Shape) -> DiskRegion:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiveply.checkpoint.huggingface import Shape, disk_region, disk_shape
 from fiveply.spec.architecture import ModelSpec
-from fiveply.spec.placement import Parameter, Placed
+from fiveply.spec.placement import Placed
 
 Rectangle = tuple[Shape, Shape, int, int]
 """Global start, size, and the flat range [lo, hi) of the local slice that it covers."""
@@ -58,16 +58,14 @@ def _in_row(start: Shape, size: Shape, row: int, lo: int, hi: int) -> list[Recta
     ]
 
 
-def slices_of(
-    spec: ModelSpec | None, parameter: Parameter, start: Shape, size: Shape, lo: int, flat: Tensor, prefix: str = ""
-) -> list[Slice]:
-    """The slices to save of a rank's flat piece of `parameter`.
+def slices_of(placed: Placed, lo: int, flat: Tensor, prefix: str = "", spec: ModelSpec | None = None) -> list[Slice]:
+    """The slices to save of a rank's flat piece of a parameter: `flat` (1-D) is the range [lo, lo + len(flat)) of `placed`.
 
-    The rank's local slice has global offset `start` and shape `size`; `flat` (1-D) is its range [lo, lo + len(flat)).
     `prefix` goes before the disk name ("optimizer.exp_avg."). Without a spec (a user's own module) names are kept.
     """
     slices: list[Slice] = []
-    for block_start, block_size, block_lo, block_hi in rectangles(start, size, lo, lo + flat.numel()):
+    parameter = placed.parameter
+    for block_start, block_size, block_lo, block_hi in rectangles(placed.start, placed.size, lo, lo + flat.numel()):
         block = flat[block_lo - lo : block_hi - lo].view(block_size)
         if spec is None:
             slices.append(Slice(prefix + parameter.name, parameter.shape, block_start, block))
@@ -78,12 +76,10 @@ def slices_of(
     return slices
 
 
-def read_flat(read: Callable[[Shape, Shape], Tensor], start: Shape, size: Shape, lo: int, hi: int) -> Tensor:
+def read_flat(read: Callable[[Shape, Shape], Tensor], placed: Placed, lo: int, hi: int) -> Tensor:
     """The flat range [lo, hi) of a local slice, 1-D, through `read(start, size)`; the inverse of `slices_of`."""
-    blocks = [
-        read(block_start, block_size).flatten() for block_start, block_size, _, _ in rectangles(start, size, lo, hi)
-    ]
-    return torch.cat(blocks) if blocks else read(start, tuple(0 for _ in size)).flatten()
+    blocks = [read(start, size).flatten() for start, size, _, _ in rectangles(placed.start, placed.size, lo, hi)]
+    return torch.cat(blocks) if blocks else read(placed.start, tuple(0 for _ in placed.size)).flatten()
 
 
 def assembled(pieces: Iterable[tuple[Placed, int, Tensor]]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -80,8 +81,8 @@ class Batches:
         # every token but a file's first is predicted exactly once an epoch.
         self._windows = np.array([(len(file.tokens) - 1) // sequence for file in files], dtype=np.int64)
         self._draws = _draws_per_block(np.array([file.weight for file in files], dtype=np.float64))
-        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        self._block = lru_cache(maxsize=2)(self._new_block)
+        self._permutation = lru_cache(maxsize=len(files))(self._new_permutation)  # 8 bytes a window
 
     def __len__(self) -> int:
         """Samples in an epoch: the windows of all files."""
@@ -156,25 +157,17 @@ class Batches:
             draw_n[mine] = block * self._draws[file_n[mine]] + earlier_b[place_n[mine]]
         return file_n, draw_n
 
-    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """A block's file of each draw, and the draws of the same file before it in the block; the last two are kept."""
-        if block not in self._blocks:
-            file_b = np.repeat(np.arange(len(self.files)), self._draws)[permutation(_BLOCK, self._seed, 0, block)]
-            earlier_b = np.empty_like(file_b)
-            for number, draws in enumerate(self._draws.tolist()):
-                earlier_b[file_b == number] = np.arange(draws)
-            while len(self._blocks) > 1:
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block] = file_b, earlier_b
-        return self._blocks[block]
+    def _new_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """A block's file of each draw, and the draws of the same file before it in the block."""
+        file_b = np.repeat(np.arange(len(self.files)), self._draws)[permutation(_BLOCK, self._seed, 0, block)]
+        earlier_b = np.empty_like(file_b)
+        for number, draws in enumerate(self._draws.tolist()):
+            earlier_b[file_b == number] = np.arange(draws)
+        return file_b, earlier_b
 
-    def _permutation(self, number: int, epoch: int) -> np.ndarray:
-        """A file's order of windows in one of its epochs; the last one used is kept (8 bytes a window)."""
-        kept = self._permutations.get(number)
-        if kept is None or kept[0] != epoch:
-            kept = epoch, permutation(int(self._windows[number]), self._seed, 1, number, epoch)
-            self._permutations[number] = kept
-        return kept[1]
+    def _new_permutation(self, number: int, epoch: int) -> np.ndarray:
+        """A file's order of windows in one of its epochs."""
+        return permutation(int(self._windows[number]), self._seed, 1, number, epoch)
 
 
 def permutation(length: int, *key: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ class ChatTemplate:
             "raise_exception": _refuse,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         }
-        environment.filters["tojson"] = _to_json
+        # As `transformers` has it, spaces included: models have seen tools written so.
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         try:
             self._template = environment.from_string(source)
             self._for_tools = environment.from_string(for_tools) if for_tools else self._template
@@ -65,14 +67,6 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, RecursionError) as error:
             raise ValueError(f"the model's chat template refuses this conversation: {error}") from None
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:  # fmt: skip
-    """As `transformers` has it, spaces included: models have seen tools written so."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -23,7 +23,10 @@ from fiveply.spec.architecture import ModelSpec
 
 
 class Boundary:
-    """The places at which a layer's tokens or columns may be split; the identity on one rank."""
+    """The places at which a layer's tokens or columns may be split; the identity on one rank. `tokens`: those of a micro-batch,
+    the same throughout a step."""
+
+    tokens = 0
 
     def enter(self, x_TD: Tensor) -> Tensor:
         """Before a column-parallel product: all of the micro-batch's tokens."""
@@ -36,6 +39,11 @@ class Boundary:
     def local(self, x_T: Tensor) -> Tensor:
         """The rows, of a per-token tensor, that this rank holds in the residual stream."""
         return x_T
+
+    @property
+    def rows(self) -> int:
+        """How many those are."""
+        return self.tokens
 
 
 class Linear(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, NoReturn, cast
 
 import torch
@@ -140,12 +141,8 @@ def _kept_split(module: nn.Module, tp: Mapping[str, str]) -> tuple[set[str], dic
 
 def _common(a: str, b: str) -> str:
     """The innermost module that holds both."""
-    shared: list[str] = []
-    for x, y in zip(a.split(".")[:-1], b.split(".")[:-1], strict=False):
-        if x != y:
-            break
-        shared.append(x)
-    return ".".join(shared)
+    pairs = zip(a.split(".")[:-1], b.split(".")[:-1], strict=False)
+    return ".".join(name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _regions(

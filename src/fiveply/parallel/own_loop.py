@@ -66,8 +66,7 @@ class OwnLoop:
         self._queued = False
         for unit in self.model.units:
             bind(unit)
-            flat = unit.full_grad
-            assert flat is not None
+            flat = unit.flat_gradients()
             if self.model.mesh.dp is not None:
                 flat.mul_(self._weight)
                 self.model.mesh.dp.all_reduce(flat)

@@ -9,6 +9,8 @@ Nothing above asks how the model is split: the trainer sees chunks, units and a 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,13 +28,7 @@ from fiveply.parallel.initialize import initial_value
 from fiveply.parallel.pipeline_stages import stage_of_decoder
 from fiveply.parallel.recompute import recomputed_block
 from fiveply.parallel.split_backward import WeightQueue
-from fiveply.parallel.tensor_parallel import (
-    VocabularyHead,
-    apply_tensor_parallel,
-    begin_step,
-    hidden_shape,
-    token_indices,
-)
+from fiveply.parallel.tensor_parallel import VocabularyHead, apply_tensor_parallel
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.placement import Placed, place, stage_units
 from fiveply.world.device import find
@@ -82,11 +78,11 @@ class Chunk:
         return (int(names[0]), int(names[-1])) if names else None
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
-        begin_step(self.decoder, micro_batches[0].tokens_T.shape[0])
+        self.decoder.boundary.tokens = len(micro_batches[0].tokens_T)
 
     def arriving(self, batch: MicroBatch) -> tuple[Tensor, ...]:
         unit = next(iter(self.units.values()))
-        shape = hidden_shape(batch.tokens_T.shape[0], self.decoder.spec.hidden, self.decoder)
+        shape = self.decoder.boundary.rows, self.decoder.spec.hidden
         return (torch.empty(shape, dtype=unit.dtypes.compute, device=unit.grad.device),)
 
     leaving = arriving  # the residual stream has one shape throughout
@@ -97,7 +93,8 @@ class Chunk:
         decoder, spec = self.decoder, self.decoder.spec
         dropout = None
         if step is not None and spec.dropout:
-            indices_T = token_indices(decoder, batch.first_token, batch.tokens_T.shape[0], batch.tokens_T.device)
+            end = batch.first_token + len(batch.tokens_T)
+            indices_T = decoder.boundary.local(torch.arange(batch.first_token, end, device=batch.tokens_T.device))
             dropout = KeyedDropout(spec.dropout, seed, step, indices_T)
         attention = RowsAttention(
             batch.rows,
@@ -190,10 +187,9 @@ def blocked_backward_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 def longest_of(spec: ModelSpec, mesh: Mesh, stage: int) -> dict[str, int]:
     """Elements of each unit on the tensor rank that holds most: rank 0, which has the larger part of every uneven cut."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for placed in place(spec, mesh.layout, 0, stage):
-        unit = placed.parameter.unit
-        sizes[unit] = sizes.get(unit, 0) + torch.Size(placed.size).numel()
+        sizes[placed.parameter.unit] += math.prod(placed.size)
     return sizes
 
 

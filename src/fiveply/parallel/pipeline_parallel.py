@@ -95,23 +95,14 @@ class Executor:
     def step(self, micro_batches: Sequence[Any], step: int) -> Tensor:
         """Forward and backward of all micro-batches. Gradients end as sums over the world; returns the sum of the loss over
         this rank's micro-batches: zero except on the rank of the last stage."""
-        self._begin(micro_batches, step)
-        for action in self.actions:
-            with self._span(action):
-                self._do(action)
-        return self._end()
+        return self._run(self.actions, micro_batches, step)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any]) -> Tensor:
         """The sum of the loss over this rank's micro-batches, by the forward actions of the same schedule."""
-        self._begin(micro_batches, None)
-        for action in self.actions:
-            if action.kind in FORWARD_KINDS:
-                with self._span(action):
-                    self._do(action)
-        return self._end()
+        return self._run([action for action in self.actions if action.kind in FORWARD_KINDS], micro_batches, None)
 
-    def _begin(self, micro_batches: Sequence[Any], step: int | None) -> None:
+    def _run(self, actions: Sequence[Action], micro_batches: Sequence[Any], step: int | None) -> Tensor:
         assert len(micro_batches) == self.schedule.micro_batches
         self._micro_batches, self._step = micro_batches, step
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -122,9 +113,10 @@ class Executor:
         self._sends: deque[tuple[Call, Tensor]] = deque()
         for chunk in self.model.chunks:
             chunk.begin(micro_batches)
-        self._post_receives()
-
-    def _end(self) -> Tensor:
+        self._post_receives(actions)
+        for action in actions:
+            with self._span(action):
+                self._do(action)
         while self._sends:
             self._sends.popleft()[0].wait()
         return self._loss
@@ -226,13 +218,12 @@ class Executor:
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
 
-    def _post_receives(self) -> None:
+    def _post_receives(self, actions: Sequence[Action]) -> None:
         """Receives are posted one ahead for each peer and lane, in the order of the schedule."""
-        kinds = (Kind.RECEIVE_FORWARD,) if self._step is None else (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
         self._to_post: dict[int, deque[Action]] = {}
         self._posted: dict[Action, tuple[list[Call], Values]] = {}
-        for action in self.actions:
-            if action.kind in kinds:
+        for action in actions:
+            if action.kind in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD):
                 self._to_post.setdefault(action.peer, deque()).append(action)
         for peer in self._to_post:
             self._post_next(peer)

@@ -14,17 +14,14 @@ def stage_of_decoder(spec: ModelSpec, units: Iterable[str], *, first: bool) -> D
     """The decoder with only `units` (`spec.placement.stage_units`), on the meta device; `first` stages take tokens."""
     with torch.device("meta"):
         decoder = Decoder(spec)
-    kept = set(units)
+    kept, trunk = set(units), decoder.model
     decoder.first = first
-    for name in list(decoder.model.layers):
+    for name in list(trunk.layers):
         if f"layers.{name}" not in kept:
-            del decoder.model.layers[name]
-    if "embed" not in kept:
-        decoder.model.embed_tokens = None
-    if "positions" not in kept:
-        decoder.model.embed_positions = None
-    if "norm" not in kept:
-        decoder.model.norm = None
-    if "head" not in kept:
-        decoder.lm_head = None
+            del trunk.layers[name]
+    ends = {"embed": (trunk, "embed_tokens"), "positions": (trunk, "embed_positions"), "norm": (trunk, "norm"),
+            "head": (decoder, "lm_head")}  # fmt: skip
+    for unit, (module, name) in ends.items():
+        if unit not in kept:
+            setattr(module, name, None)
     return decoder

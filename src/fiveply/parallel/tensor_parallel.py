@@ -8,7 +8,6 @@ weight a rank holds is `spec/placement.py`'s table.
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -31,12 +30,8 @@ class TensorBoundary(Boundary):
         return sum_from(x_TD, self.axis)
 
 
-class SequenceBoundary(Boundary):
-    """The residual stream split by tokens. `tokens` is the micro-batch's true number, the same throughout a step: the rows
-    that equal parts need beyond it are padding."""
-
-    def __init__(self, axis: Axis) -> None:
-        self.axis, self.tokens = axis, 0
+class SequenceBoundary(TensorBoundary):
+    """The residual stream split by tokens: the rows that equal parts need beyond `tokens` are padding."""
 
     def enter(self, x_TD: Tensor) -> Tensor:
         return gather_rows(x_TD, self.axis, self.tokens)
@@ -46,6 +41,10 @@ class SequenceBoundary(Boundary):
 
     def local(self, x_T: Tensor) -> Tensor:
         return local_rows(x_T, self.axis)
+
+    @property
+    def rows(self) -> int:
+        return rows_per_rank(self.tokens, self.axis)
 
 
 class VocabularyHead:
@@ -72,20 +71,3 @@ def apply_tensor_parallel(decoder: Decoder, axis: Axis, *, sequence_parallel: bo
     decoder.set_boundary(SequenceBoundary(axis) if sequence_parallel else TensorBoundary(axis))
     if decoder.model.embed_tokens is not None:
         decoder.model.embed_tokens.first_row = part(decoder.spec.vocabulary, axis.size, axis.index)[0]
-
-
-def hidden_shape(tokens: int, hidden: int, decoder: Decoder) -> tuple[int, int]:
-    """Shape of the residual stream that a stage hands on: this rank's rows only under sequence parallelism."""
-    boundary = decoder.boundary
-    return (rows_per_rank(tokens, boundary.axis) if isinstance(boundary, SequenceBoundary) else tokens), hidden
-
-
-def begin_step(decoder: Decoder, tokens: int) -> None:
-    """Tell the boundary how many tokens a micro-batch of this step has."""
-    if isinstance(decoder.boundary, SequenceBoundary):
-        decoder.boundary.tokens = tokens
-
-
-def token_indices(decoder: Decoder, first: int, tokens: int, device: torch.device) -> Tensor:
-    """Global indices of the rows that this rank holds in the residual stream (padding rows repeat a small index)."""
-    return decoder.boundary.local(torch.arange(first, first + tokens, device=device))

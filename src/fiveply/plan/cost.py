@@ -187,7 +187,7 @@ def call_seconds(
     """One call over `ranks` ranks, `stride` apart, nothing hidden; `copies` as in `wire`."""
     if ranks < 2 and operation not in ("send", "receive"):
         return 0.0
-    return wire(operation, ranks, machine, stride, copies=copies).seconds(size_bytes)
+    return wire(operation, ranks, stride, machine=machine, copies=copies).seconds(size_bytes)
 
 
 class Wire(NamedTuple):
@@ -203,7 +203,7 @@ class Wire(NamedTuple):
         return self.start + moving + (self.half * moving) ** 0.5
 
 
-def wire(operation: str, ranks: int, machine: Machine, stride: int, *, copies: int = 1) -> Wire:
+def wire(operation: str, ranks: int, stride: int, *, machine: Machine, copies: int = 1) -> Wire:
     """Inside a domain by its link; across, the ring's slowest hop: the network cards of the ranks that share a host. An
     exchange sends `copies` of each row to ranks drawn alike, and those for one host cross to it once."""
     network = machine.network

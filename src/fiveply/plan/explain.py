@@ -298,13 +298,13 @@ def _refusal(answer: Answer, wished: Limits) -> str:
     return f"no layout of {answer.ranked[0].world} devices has it: {layout.world} ranks with {layout}"
 
 
-def differences(one: Ranked, other: Ranked, least: float = 0.005) -> list[str]:
-    """By which terms `other` differs from `one`, the largest first, from `least` of a step on."""
+def differences(one: Ranked, other: Ranked) -> list[str]:
+    """By which terms `other` differs from `one`, the largest first, from half a hundredth of a step on."""
     ours, theirs = dict(one.waterfall), dict(other.waterfall)
     changed = {name: theirs.get(name, 0.0) - ours.get(name, 0.0) for name in {*ours, *theirs}}
     large = sorted(changed.items(), key=lambda item: -abs(item[1]))
     whole = one.prediction.seconds.p50
-    return [f"{TERMS.get(name, name)} {delta:+.2f} s" for name, delta in large if abs(delta) >= least * whole][:4]
+    return [f"{TERMS.get(name, name)} {delta:+.2f} s" for name, delta in large if abs(delta) >= 0.005 * whole][:4]
 
 
 def sensitivities(answer: Answer) -> dict[str, float]:
@@ -330,7 +330,7 @@ def sensitivities(answer: Answer) -> dict[str, float]:
     return dict(sorted(gains.items(), key=lambda item: -item[1]))
 
 
-def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
+def shape_warnings(answer: Answer) -> list[str]:
     """Sizes of the model at which its products fall off a cliff: those where a little more would cost less."""
     job, layout = answer.job, answer.ranked[0].prediction.layout
     spec, found = job.spec, list[str]()
@@ -354,7 +354,7 @@ def shape_warnings(answer: Answer, least: float = 0.03) -> list[str]:
         best = min((size // step * step or step, -(-size // step) * step),
                    key=lambda value: per_weight(**{key: value}))  # fmt: skip
         loss = now / per_weight(**{key: best}) - 1
-        if loss >= least:
+        if loss >= 0.03:
             found.append(f"{key} {size:,} costs {loss:.0%} of the products' time against {best:,}")
     return found
 

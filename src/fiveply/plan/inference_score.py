@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Hashable
+from importlib import resources
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -36,27 +37,28 @@ RULES = (
     "it repeats an earlier row",
 )
 """Why rows are skipped."""
-SPECS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-3.1-8b": ("llama-3.1-8b", {}),
-    "llama-3.1-70b": ("llama-3.1-70b", {}),
-    "llama-3.3-70b": ("llama-3.1-70b", {}),
-    "llama-3.1-405b": ("llama-3.1-405b", {}),
-    "qwen3-235b-a22b": ("qwen3-235b-a22b", {}),
-    "qwen3-32b": ("qwen3-8b", {"hidden": 5120, "layers": 64, "heads": 64, "ffn": 25600}),
-    "gpt-oss-120b": ("gpt-oss-120b", {}),
-    "deepseek-r1": ("deepseek-v3", {"predicted": 1}),
-    "deepseek-v3": ("deepseek-v3", {"predicted": 1}),
-    "kimi-k2.5": ("deepseek-v3", {
-        "predicted": 1, "vocabulary": 163840, "heads": 64, "kv_heads": 64,
-        "experts": Experts(384, 8, 2048, tuple(range(1, 61)), shared_ffn=2048),
-    }),
-    "minimax-m2.5": ("qwen3-235b-a22b", {
-        "vocabulary": 200064, "hidden": 3072, "layers": 62, "heads": 48, "kv_heads": 8,
-        "experts": Experts(256, 8, 1536, tuple(range(62))),
-    }),
-}  # fmt: skip
-"""Models of such tables as presets with other sizes, from their config.json (Hugging Face, 2025-2026)."""
 SYSTEMS = ("trtllm", "vllm", "sglang")
+
+
+class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A row of `served.toml`."""
+
+    preset: str
+    sizes: dict[str, int] = {}
+    experts: dict[str, int] = {}
+    dense: int = 0
+
+    def spec(self) -> ModelSpec:
+        spec = msgspec.structs.replace(ModelSpec.load(self.preset), **self.sizes)
+        if not self.experts:
+            return spec
+        experts: dict[str, Any] = {**self.experts, "layers": tuple(range(self.dense, spec.layers))}
+        return msgspec.structs.replace(spec, experts=Experts(**experts))
+
+
+MODELS = msgspec.toml.decode(
+    resources.files("fiveply.plan").joinpath("served.toml").read_bytes(), type=dict[str, Model]
+)
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -134,15 +136,13 @@ def _row(number: int, record: Record) -> Row:
 def _served(record: Record) -> tuple[Served, str]:
     name, backend = record["model"].rpartition("/")[2].lower(), record["backend"].partition(" ")[0]
     name = re.sub(r"-(instruct|fp8|nvfp4)", "", name).replace("v3.1", "v3")
-    if name not in SPECS:
+    if name not in MODELS:
         raise RowError(f"model '{record['model']}' is not counted")
     if backend not in SYSTEMS:
         raise RowError(f"system '{record['backend']}' is unknown")
-    preset, changes = SPECS[name]
-    spec = msgspec.structs.replace(ModelSpec.load(preset), **changes)
     precision = {"": "bf16", "int4": "fp4"}.get(record["precision"], record["precision"])
     machine = machines.load(table.device(record["gpu"]))
-    return Served(spec, machine, systems.load(backend), precision, 2 if precision == "bf16" else 1), name
+    return Served(MODELS[name].spec(), machine, systems.load(backend), precision, 2 if precision == "bf16" else 1), name
 
 
 def _layout(record: Record, served: Served) -> Layout:

@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from statistics import NormalDist
 
 import msgspec
@@ -91,7 +91,7 @@ class Predictor:
         self._computed: dict[Hashable, Computed] = {}
         self._pieces: dict[Hashable, Computed] = {}
         self._operations: dict[Hashable, float] = {}
-        self._wires: dict[Hashable, Wire] = {}
+        self.wire: Callable[..., Wire] = functools.cache(functools.partial(cost.wire, machine=self.job.machine))
         self._ranks: dict[Hashable, Rank] = {}
         self._ends: dict[Layout, Ends] = {}
 
@@ -299,14 +299,7 @@ class Predictor:
         return self._seconds(collective, self.strides(layout)[collective.axis])
 
     def _seconds(self, one: Collective, stride: int) -> float:
-        return self.wire(one.operation, one.size, stride, one.copies).seconds(one.bytes) if one.size > 1 else 0.0
-
-    def wire(self, operation: str, ranks: int, stride: int, copies: int = 1) -> Wire:
-        """`cost.wire` of the job's machine."""
-        key = operation, ranks, stride, copies
-        if key not in self._wires:
-            self._wires[key] = cost.wire(operation, ranks, self.job.machine, stride, copies=copies)
-        return self._wires[key]
+        return self.wire(one.operation, one.size, stride, copies=one.copies).seconds(one.bytes) if one.size > 1 else 0.0
 
     # the step
 

@@ -6,7 +6,6 @@ measured is used.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from fiveply.plan import cost, table
 from fiveply.plan.predict import Prediction, predict
@@ -215,10 +215,6 @@ def _sweep(key: tuple[str, ...], found: Sequence[Compared]) -> Sweep:
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:
     """Kendall's tau-b: concordant less discordant pairs, ties corrected for; 0 where one side is all ties."""
-    agree = ties_a = ties_b = 0
-    for (a, b), (c, d) in itertools.combinations(pairs, 2):
-        agree += (a > c) * (b > d) + (a < c) * (b < d) - (a > c) * (b < d) - (a < c) * (b > d)
-        ties_a += a == c
-        ties_b += b == d
-    count = len(pairs) * (len(pairs) - 1) / 2
-    return agree / math.sqrt((count - ties_a) * (count - ties_b)) if count > max(ties_a, ties_b) else 0.0
+    one, other = (np.sign(np.subtract.outer(values, values)) for values in np.array(pairs).T)
+    untied = float((one**2).sum() * (other**2).sum())
+    return float((one * other).sum()) / math.sqrt(untied) if untied else 0.0

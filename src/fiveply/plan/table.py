@@ -10,6 +10,7 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ NEEDED = ("source", "model", "gpu", "num_gpus", "layers", "hidden", "heads", "ff
 GATED = "llama|mistral|mixtral|qwen|deepseek|kimi|grok|gpt.?oss|gemma|yi-|olmo|phi|internlm|baichuan|glm"
 PLAIN = "gpt|mpt|nemotron|megatron|mt-nlg|turing|opt|bloom|bert|falcon|palm"
 GIB = 1 << 30
+EAGER = 1.8
+"""Memory-bound kernels' bytes without torch.compile, relative to those with."""
 T = TypeVar("T")
 Record = Mapping[str, str]
 """A row's cells by column, "" where it has none."""
@@ -50,6 +53,26 @@ class Row(msgspec.Struct, frozen=True):
     sweep: tuple[str, ...]
 
 
+class Habit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where `column` has what `says` is a pattern of, the row's system is set up so: keys of Software."""
+
+    column: str
+    says: str
+    sets: dict[str, Any]
+
+
+class Words(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`published.toml`: what cells mean, by patterns of them."""
+
+    devices: dict[str, str]
+    precisions: dict[str, str]
+    recomputes: dict[str, Recompute]
+    zeros: dict[str, int]
+    systems: dict[str, str]
+    modules: dict[str, tuple[str, ...]]
+    habits: tuple[Habit, ...]
+
+
 class Skipped(msgspec.Struct, frozen=True):
     row: int
     reason: str
@@ -57,6 +80,9 @@ class Skipped(msgspec.Struct, frozen=True):
 
 class RowError(Exception):
     """A row that can't be scored, and why."""
+
+
+WORDS = msgspec.toml.decode(resources.files("fiveply.plan").joinpath("published.toml").read_bytes(), type=Words)
 
 
 def read(path: str | Path) -> tuple[list[Row], list[Skipped]]:
@@ -112,11 +138,10 @@ def whole_in(record: Record, key: str, default: int = 0) -> int:
     return int(value) if value else default
 
 
-def _meant(record: Record, key: str, known: Mapping[str, T]) -> T:
+def _meant(key: str, text: str, known: Mapping[str, T]) -> T:
     """By the first of the patterns that the text contains."""
-    text = record[key].lower()
     for pattern, meaning in known.items():
-        if re.search(pattern, text):
+        if re.search(pattern, text, re.I):
             return meaning
     raise RowError(f"{key}: '{text}' is unknown")
 
@@ -139,7 +164,7 @@ def _row(number: int, record: Record) -> Row:
     gib = number_in(record, "mem_gib")
     if not seconds and not gib:
         raise RowError("measures neither time nor memory")
-    precision = _meant(record, "precision", PRECISIONS)
+    precision = _meant("precision", record["precision"], WORDS.precisions)
     return Row(
         number=number,
         source=record["source"],
@@ -164,15 +189,6 @@ def _machine(record: Record) -> Machine:
     return msgspec.structs.replace(found, devices_per_node=node, network=network)
 
 
-PRECISIONS = {
-    "fp4": "fp4", "fp8|float8": "fp8", "fp32|float32": "fp32", "tf32": "tf32", "^$|bf16|bfloat16|fp16|float16|half|16-mixed": "bf16",
-}  # fmt: skip
-RECOMPUTES: dict[str, Recompute] = {
-    "^(none|no|false|0|off|)$": "none", "^selective": "selective", "^(full|yes|true|1$|all|block|layer|uniform)": "full",
-}  # fmt: skip
-ZEROS = {"fsdp": 3, "^$": 0, **{f"^[^0-3]*{zero}": zero for zero in range(4)}}
-
-
 def _stratum(record: Record, spec: ModelSpec, precision: str) -> str:
     if precision != "bf16":
         return precision if precision in ("fp32", "tf32") else "float8"
@@ -185,15 +201,7 @@ def _stratum(record: Record, spec: ModelSpec, precision: str) -> str:
 
 def device(text: str) -> str:
     """The hardware file of a GPU as tables name it."""
-    name = text.lower().replace("_", "-").replace(" ", "-")
-    for kind in ("gb300", "gb200", "b300", "b200", "h200", "mi355x", "mi300x", "h800", "a800"):
-        if kind in name:
-            return kind
-    if "h100" in name:
-        return "h100-pcie" if "pcie" in name else "h100-96" if "96gb" in name else "h100"
-    if "a100" in name:
-        return "a100-40" if "40" in name else "a100-80"
-    raise RowError(f"gpu: '{text}' is unknown")
+    return _meant("gpu", text, WORDS.devices)
 
 
 def architecture(record: Record) -> ModelSpec:
@@ -262,8 +270,8 @@ def architecture(record: Record) -> ModelSpec:
 def system(record: Record) -> Software:
     """The training system of a row and its vintage, from what the source, the evidence and the notes say."""
     text = " ".join(record[key] for key in ("source", "notes", "fill_evidence"))
-    name = next((name for pattern, name in SYSTEMS.items() if re.search(pattern, text, re.I)), "")
-    if _meant(record, "zero", ZEROS) != 3:
+    name = next((name for pattern, name in WORDS.systems.items() if re.search(pattern, text, re.I)), "")
+    if _meant("zero", record["zero"], WORDS.zeros) != 3:
         name = {"deepspeed": "megatron-deepspeed", "": "nemo"}.get(name, name)
     elif not name:
         name = "torchtitan"
@@ -271,55 +279,15 @@ def system(record: Record) -> Software:
         name = "deepspeed"
     found = systems.load(name, _vintage(record))
     changes: dict[str, Any] = {}
-    for column, pattern, more in HABITS:
-        if re.search(pattern, record[column]):
-            changes |= more
+    for habit in WORDS.habits:
+        if re.search(habit.says, record[habit.column]):
+            changes |= habit.sets
     if re.search(r"\beager\b", record["notes"]):
         changes["memory_passes"] = EAGER * found.memory_passes
     if record["recompute"].startswith("selective:"):
         parts = record["recompute"].removeprefix("selective:").split("+")
-        changes["selective"] = tuple(module for part in parts for module in MODULES.get(part, ()))
+        changes["selective"] = tuple(module for part in parts for module in WORDS.modules.get(part, ()))
     return msgspec.structs.replace(found, **changes)
-
-
-SYSTEMS = {
-    "torchtitan": "torchtitan",
-    "maxtext": "maxtext",
-    "llm-foundry|mosaic|composer": "llm-foundry",
-    "primus": "primus",
-    "megatron-deepspeed": "megatron-deepspeed",
-    "deepspeed": "deepspeed",
-    "Megatron-Bridge|NVIDIA/NeMo|dgxc|Nemotron-4": "nemo",
-    "Megatron|Korthikanti|MT-NLG": "megatron",
-}
-"""Of what a row says of its origin, the first that is found."""
-TENSOR_OVERLAP = 0.4
-"""Share of tensor-parallel collectives that userbuffers hide."""
-DETERMINISTIC = 70_000_000
-"""Bytes that cuBLAS and Transformer Engine allocate in Megatron-LM's deterministic tests: measured, beside model state."""
-HABITS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("tp_comm_overlap", "^0$", {"overlap_tensor": 0.0}),
-    ("tp_comm_overlap", "^1$", {"overlap_tensor": TENSOR_OVERLAP}),
-    ("notes", "(?i)async.?tp", {"overlap_tensor": TENSOR_OVERLAP}),
-    ("cuda_graph", "^(?!none).*full_iteration", {"graphs": True, "experts_stall": 0.0}),
-    ("precision", "^amp", {"gather_bytes": 4.0}),  # autocast over float32 parameters: gathered wide, cast at each use
-    ("notes", r"\bdeterministic\b", {"workspace_bytes": DETERMINISTIC}),  # CUBLAS_WORKSPACE_CONFIG=:4096:8
-    ("notes", "local transformer", {"workspace_bytes": 0}),  # without Transformer Engine, and what it allocates
-    ("notes", "unfused attention", {"flash": False}),
-    ("notes", "fused cross-entropy", {"loss": "plain"}),  # its fusion keeps more than it saves
-)
-"""What a column says (a pattern of it) of how the row's system was set up."""
-MODULES = {
-    "core_attn": ("core",),
-    "layernorm": ("norm",),
-    "moe_act": ("activation",),
-    "mlp": ("mlp", "activation"),
-    "moe": ("router", "experts", "activation"),
-    "mla_up_proj": ("latent",),
-}
-"""Megatron-LM's names of what is recomputed, as workload.Module."""
-EAGER = 1.8
-"""Memory-bound kernels' bytes without torch.compile, relative to those with."""
 
 
 def _vintage(record: Record) -> str:
@@ -347,7 +315,7 @@ def _layout(record: Record, spec: ModelSpec, software: Software) -> Layout:
     if devices % (tp * pp * cp):
         raise RowError(f"tp={tp} x pp={pp} x cp={cp} does not divide {devices} devices")
     dp = devices // (tp * pp * cp)
-    zero = _meant(record, "zero", ZEROS)
+    zero = _meant("zero", record["zero"], WORDS.zeros)
     schedule = record["schedule"].lower()
     # A remark in brackets is of a whole table; else a schedule that interleaves without saying how many chunks has the fewest
     # that cut the layers evenly.
@@ -374,7 +342,7 @@ def _layout(record: Record, spec: ModelSpec, software: Software) -> Layout:
         vp=vp if vp > 1 else 0,
         stages=_stages(spec.layers, pp * (2 if kind == "zbv" and vp == 1 else vp)),
         micro_batch=whole_in(record, "micro_batch"),
-        recompute=_meant(record, "recompute", RECOMPUTES),
+        recompute=_meant("recompute", record["recompute"], WORDS.recomputes),
         sp=sp,
         etp=(whole_in(record, "etp") or (1 if software.vintage >= "2025-05" else tp)) if spec.experts else 1,
     )
@@ -384,12 +352,8 @@ def _stages(layers: int, stages: int) -> tuple[int, ...]:
     """Equal stages, or equal where embedding and head count as layers, as Megatron-LM has them; else left to us."""
     if stages == 1:
         return ()
-    if layers % stages == 0:
-        return (layers // stages,) * stages
-    if (layers + 2) % stages == 0:
-        each = (layers + 2) // stages
-        return (each - 1, *(each,) * (stages - 2), each - 1)
-    if (layers + 1) % stages == 0:
-        each = (layers + 1) // stages
-        return (*(each,) * (stages - 1), each - 1)
+    for first, last in ((0, 0), (1, 1), (0, 1)):
+        each, left = divmod(layers + first + last, stages)
+        if not left:
+            return (each - first, *(each,) * (stages - 2), each - last)
     return ()

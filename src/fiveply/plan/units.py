@@ -21,7 +21,7 @@ EXPERT_SPLITS = ("experts", "expert_rows", "expert_columns")
 
 
 class Held(msgspec.Struct, frozen=True):
-    """One unit on one tensor and expert rank."""
+    """One unit on one tensor rank; of experts, those of the rank that holds most."""
 
     longest: int
     """Elements on the tensor rank that holds most: what every rank's buffer is cut by."""
@@ -86,10 +86,10 @@ def buffers(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0) -> lis
     return found
 
 
-def held(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0, ep_rank: int = 0) -> Held:
+def held(spec: ModelSpec, layout: Layout, unit: str, tp_rank: int = 0) -> Held:
     """Equal layers are placed once."""
     degrees = (layout.tp, layout.sp, layout.ep, layout.etp)
-    return _held(spec, alike(spec)[unit], degrees, tp_rank, ep_rank)
+    return _held(spec, alike(spec)[unit], degrees, tp_rank)
 
 
 @functools.cache
@@ -114,12 +114,12 @@ def _declared(spec: ModelSpec, unit: str) -> list[Parameter]:
 
 
 @functools.cache
-def _held(spec: ModelSpec, unit: str, degrees: tuple[int, ...], tp_rank: int, ep_rank: int) -> Held:
+def _held(spec: ModelSpec, unit: str, degrees: tuple[int, ...], tp_rank: int) -> Held:
     tp, sp, ep, etp = degrees
     layout, parameters = Layout(tp=tp, sp=sp, ep=ep, etp=etp), _declared(spec, unit)
 
     def elements(parameter: Parameter, tp_rank: int) -> tuple[int, int]:
-        placed = place_parameter(layout, parameter, spec.kv_heads, tp_rank=tp_rank, ep_rank=ep_rank)
+        placed = place_parameter(layout, parameter, spec.kv_heads, tp_rank=tp_rank)
         return placed.tp_sum, math.prod(placed.size)
 
     dense = [p for p in parameters if p.split not in EXPERT_SPLITS]

@@ -146,13 +146,8 @@ def memory(record: Record) -> dict[str, Any] | None:
     widest = max((bar["total"] for bar in bars), default=0)
     if not widest:
         return None
-    worst = [
-        bar | {"label": f"pp {bar['pp']}", "note": f"{bar['label']}, worst of {len(group)}"}
-        for group in _by_stage(bars)
-        for bar in [max(group, key=lambda bar: bar["total"])]
-    ]
     return {
-        "bars": worst if len(bars) > MOST_BARS else bars,
+        "bars": list(_worst(bars)) if len(bars) > MOST_BARS else bars,
         "all": bars,
         "widest": widest,
         "measured": any(peaks),
@@ -161,6 +156,9 @@ def memory(record: Record) -> dict[str, Any] | None:
     }
 
 
-def _by_stage(bars: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    order = sorted(bars, key=lambda bar: bar["pp"])
-    return [list(group) for _, group in groupby(order, key=lambda bar: bar["pp"])]
+def _worst(bars: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each pipeline rank's."""
+    for pp in sorted({bar["pp"] for bar in bars}):
+        group = [bar for bar in bars if bar["pp"] == pp]
+        bar = max(group, key=lambda bar: bar["total"])
+        yield bar | {"label": f"pp {pp}", "note": f"{bar['label']}, worst of {len(group)}"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
@@ -106,34 +107,32 @@ def _breakable(text: str) -> Markup:
 def _tiles(record: Record) -> list[dict[str, str]]:
     """The final figures; those that the run did not measure say so."""
     rows, latest, facts = record.rows, record.latest, record.facts
-    evaluated = [row for row in rows if row.held_out_loss is not None]
-    tiles: list[dict[str, str]] = []
-
-    def tile(title: str, value: str, note: str) -> None:
-        tiles.append({"title": title, "value": value, "note": note})
-
     losses, unit = _present(rows, "loss")[-LAST_STEPS:], "as the module's" if facts.own_module else "nats per token"
-    note = f"{unit}, mean of {len(losses)} steps" if len(losses) > 1 else unit
-    tile("Training loss", f"{fmean(losses):.3f}" if losses else "\N{EN DASH}", note)
+    over = f", mean of {len(losses)} steps" if len(losses) > 1 else ""
+    evaluated = [row for row in rows if row.held_out_loss is not None]
+    held_out = "never evaluated"
     if evaluated:
-        last, best = evaluated[-1], min(evaluated, key=lambda row: row.held_out_loss or 0.0)
-        note = "the best so far" if best is last else f"best {best.held_out_loss:.3f} at step {best.step}"
-        tile("Held-out loss", f"{last.held_out_loss:.3f}", f"{unit}, {note}")
-    else:
-        tile("Held-out loss", "\N{EN DASH}", "never evaluated")
-    bits = _present(rows, "bits_per_character")
-    tile("Bits per character", f"{bits[-1]:.3f}" if bits else "\N{EN DASH}", "held-out text")
-    speeds, shares = _present(latest, "tokens_per_second"), _present(latest, "mfu")
-    steps = "1 step" if len(speeds) == 1 else f"{len(speeds)} steps"
-    tile("Tokens per second", count_text(median(speeds)) if speeds else "\N{EN DASH}", f"median of {steps}")
-    peak = facts.machine.get("peak_flops")
-    of_peak = f"of {count_text(peak, 'kMGTPE')}FLOP/s" if peak else "of the machine's peak"
-    tile("Model FLOPs utilisation", f"{median(shares):.1%}" if shares else "\N{EN DASH}", of_peak)
-    seconds, tokens = sum(_present(rows, "seconds")), rows[-1].step * facts.tokens_per_step
-    tile(
-        "Time in steps", duration_text(seconds), f"{count_text(tokens)} tokens" if tokens else f"{rows[-1].step} steps"
+        best = min(evaluated, key=lambda row: row.held_out_loss or 0.0)
+        note = "the best so far" if best is evaluated[-1] else f"best {best.held_out_loss:.3f} at step {best.step}"
+        held_out = f"{unit}, {note}"
+    bits, speeds, shares = (
+        _present(rows, "bits_per_character"),
+        _present(latest, "tokens_per_second"),
+        _present(latest, "mfu"),
     )
-    return tiles
+    peak, tokens = facts.machine.get("peak_flops"), rows[-1].step * facts.tokens_per_step
+    of_peak = f"of {count_text(peak, 'kMGTPE')}FLOP/s" if peak else "of the machine's peak"
+    done = f"{count_text(tokens)} tokens" if tokens else f"{rows[-1].step} steps"
+    tiles: list[tuple[str, float | None, Callable[[float], str], str]] = [
+        ("Training loss", fmean(losses) if losses else None, "{:.3f}".format, unit + over),
+        ("Held-out loss", evaluated[-1].held_out_loss if evaluated else None, "{:.3f}".format, held_out),
+        ("Bits per character", bits[-1] if bits else None, "{:.3f}".format, "held-out text"),
+        ("Tokens per second", median(speeds) if speeds else None, count_text, f"median of {plural(len(speeds), 'step')}"),
+        ("Model FLOPs utilisation", median(shares) if shares else None, "{:.1%}".format, of_peak),
+        ("Time in steps", sum(_present(rows, "seconds")), duration_text, done),
+    ]  # fmt: skip
+    return [{"title": title, "value": "\N{EN DASH}" if value is None else form(value), "note": note}
+            for title, value, form, note in tiles]  # fmt: skip
 
 
 def _about(record: Record) -> list[tuple[str, str]]:

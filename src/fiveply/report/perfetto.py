@@ -23,7 +23,10 @@ COMPUTE_THREAD, COMMUNICATION_THREAD = 1, 2
 
 def write(steps: list[RecordedStep], path: Path) -> Path:
     """Write the trace. Raises RunError where that can't be done."""
-    events = [event for step, start in _one_after_another(steps) for event in trace_events(step, start)]
+    events, start = list[dict[str, Any]](), 0.0
+    for step in sorted(steps, key=lambda step: step.step):
+        events += trace_events(step, start)
+        start += step.seconds * (1 + GAP)
     try:
         path.write_bytes(msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": events}))
     except OSError as error:
@@ -31,14 +34,7 @@ def write(steps: list[RecordedStep], path: Path) -> Path:
     return path
 
 
-def _one_after_another(steps: list[RecordedStep]) -> Iterator[tuple[RecordedStep, float]]:
-    start = 0.0
-    for step in sorted(steps, key=lambda step: step.step):
-        yield step, start
-        start += step.seconds * (1 + GAP)
-
-
-def trace_events(recorded: RecordedStep, start: float = 0.0) -> Iterator[dict[str, Any]]:
+def trace_events(recorded: RecordedStep, start: float) -> Iterator[dict[str, Any]]:
     """One step's, beginning `start` seconds into the trace: metadata, complete events, flows. Times are in microseconds."""
     threads: dict[int, int] = {}
     for rank, events in recorded.by_rank().items():

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from markupsafe import Markup
 
 from fiveply.pipeline_schedule import COMPUTE, build
-from fiveply.plan.explain import TERMS, Answer, Ranked, WhyNot, interval_text, sensitivities, shape_warnings
-from fiveply.plan.predict import Predictor
+from fiveply.plan.explain import TERMS, Answer, Ranked, WhyNot, shape_warnings
 from fiveply.plan.simulate import simulate
-from fiveply.report.plan_text import compact, layout_text
+from fiveply.report.plan_text import COLUMNS, cells, compact, helpful, job_text, layout_text
 from fiveply.report.template import beside, embedded, filled
-from fiveply.report.text import bytes_text, count_text
+from fiveply.report.text import bytes_text
 
 MOST_DRAWN, MOST_MICRO_BATCHES = 1200, 24  # actions of a pipeline that can be told apart
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
@@ -27,10 +25,6 @@ WORDS = {"ideal": "the model's operations at peak", "below peak": "products and 
 def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
     """The page's text."""
     data = {"plans": [_plan(answer, one) for one in answer.ranked], "words": WORDS, "categories": CATEGORIES}
-    job, top = answer.job, answer.ranked[0]
-    tokens = (
-        f"{count_text(job.global_batch * job.sequence)} tokens a step, in {job.global_batch:,} rows of {job.sequence:,}"
-    )
     return filled(
         "plan.html",
         {},
@@ -38,11 +32,12 @@ def render(answer: Answer, model: str, reasons: list[WhyNot]) -> str:
         script=Markup(beside("plan.js")),
         data=embedded(data),
         model=model,
-        lead=f"{tokens}, on {answer.cluster.count:,} \N{MULTIPLICATION SIGN} {answer.cluster.device}, {job.precision}",
-        tiles=_tiles(answer, top),
+        lead=job_text(answer),
+        tiles=_tiles(answer, answer.ranked[0]),
+        columns=COLUMNS,
         rows=[_row(number, one) for number, one in enumerate(answer.ranked, start=1)],
         searched=answer.searched,
-        helps=[(name, gain) for name, gain in sensitivities(answer).items() if gain >= 0.001],
+        helps=helpful(answer),
         warnings=shape_warnings(answer),
         reasons=[(one.wish, one.reason, layout_text(one.best) if one.best else "") for one in reasons],
         unrunnable=any(one.refusal for one in answer.ranked),
@@ -62,20 +57,7 @@ def _tiles(answer: Answer, top: Ranked) -> list[dict[str, str]]:
 
 
 def _row(number: int, one: Ranked) -> dict[str, Any]:
-    seconds = one.prediction.seconds
-    return {
-        "number": number,
-        "layout": compact(one.prediction.layout),
-        "refusal": one.refusal,
-        "cells": [
-            (interval_text(seconds), seconds.p50),
-            (f"{one.tokens_per_second_per_device:,.0f}", one.tokens_per_second_per_device),
-            (f"{one.mfu:.1%}", one.mfu),
-            (f"{bytes_text(one.worst)} ({one.worst / one.capacity:.0%})", one.worst),
-            (f"{one.prediction.p_oom:.1%}", one.prediction.p_oom),
-            (one.bound_by, one.bound_by),
-        ],
-    }
+    return {"number": number, "layout": compact(one.prediction.layout), "refusal": one.refusal, "cells": cells(one)}
 
 
 def _plan(answer: Answer, one: Ranked) -> dict[str, Any]:
@@ -95,8 +77,7 @@ def _plan(answer: Answer, one: Ranked) -> dict[str, Any]:
 def _timeline(answer: Answer, one: Ranked) -> dict[str, Any]:
     """Compute actions of as many micro-batches as can be drawn: [rank, kind, chunk, micro-batch, start, end]."""
     layout = one.prediction.layout
-    predictor = Predictor(msgspec.structs.replace(answer.job, order=one.order))
-    whole = predictor.micro_batches(layout)
+    whole = answer.search.predictors[one.order].micro_batches(layout)
     drawn = max(1, min(whole, MOST_MICRO_BATCHES, MOST_DRAWN // (3 * layout.stage_count)))
     found = simulate(build(layout.schedule, layout.pp, drawn, layout.chunks), one.prediction.stages)
     actions = [

@@ -2,60 +2,76 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group, RenderableType
+from typing import Any
+
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fiveply.plan.advice import Advice
 from fiveply.plan.explain import TERMS, Answer, Ranked, WhyNot, interval_text, sensitivities, shape_warnings
+from fiveply.report.terminal import plain_table
 from fiveply.report.text import bytes_text, count_text
 from fiveply.spec.layout import Layout
 
 BAR, WIDE = 24, 118
 """Cells of the longest bar; columns from which a layout stands beside its figures, not below them."""
+COLUMNS = ("step, 10\N{EN DASH}90%", "tokens/s/device", "MFU", "memory, of all", "OOM", "bound by")
+"""What `cells` are, in the terminal and on the page."""
 
 
 def show(answer: Answer, console: Console, whys: list[WhyNot]) -> None:
     """Print all of it."""
-    for part in parts(answer, whys, console.width):
-        console.print(part, soft_wrap=isinstance(part, Text))
 
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style=style), soft_wrap=True)
 
-def parts(answer: Answer, whys: list[WhyNot], width: int) -> list[RenderableType]:
-    top = answer.ranked[0]
-    found: list[RenderableType] = [headline(answer), "", table(answer, width), ""]
-    if width < WIDE:
-        found += [
-            Text(f"{number:>2}{'*' if one.refusal else ' '} {_named(answer, one)}")
-            for number, one in enumerate(answer.ranked, start=1)
-        ]
-        found.append(Text(""))
+    top, wide = answer.ranked[0], console.width >= WIDE
+    say(headline(answer) + "\n")
+    console.print(table(answer, wide))
+    say("")
+    if not wide:
+        for number, one in enumerate(answer.ranked, start=1):
+            say(f"{number:>2}{'*' if one.refusal else ' '} {_named(answer, one)}")
+        say("")
     if any(one.refusal for one in answer.ranked):
-        found.append(Text("* can be planned, and not run by fiveply yet", style="dim"))
-    found += [waterfall(top), ""]
-    helps = [f"{name}: {gain:.1%}" for name, gain in sensitivities(answer).items() if gain >= 0.001]
-    if helps:
-        found.append(Text("What would help: " + ", ".join(helps)))
-    found += [Text(f"Shape: {warning}", style="yellow") for warning in shape_warnings(answer)]
-    found += [
-        Text(f"Why not {one.wish}? {one.reason}" + (f" ({layout_text(one.best)})" if one.best else "")) for one in whys
-    ]
+        say("* can be planned, and not run by fiveply yet", "dim")
+    waterfall(top, console)
+    say("")
+    if helps := helpful(answer):
+        say("What would help: " + ", ".join(f"{name}: {gain:.1%}" for name, gain in helps))
+    for warning in shape_warnings(answer):
+        say(f"Shape: {warning}", "yellow")
+    for one in whys:
+        say(f"Why not {one.wish}? {one.reason}" + (f" ({layout_text(one.best)})" if one.best else ""))
     if top.refusal:
-        found.append(Text(f"fiveply's runtime does not run the first layout yet: {top.refusal}", style="yellow"))
+        say(f"fiveply's runtime does not run the first layout yet: {top.refusal}", "yellow")
         first = next((one for one in answer.ranked if not one.refusal), None)
         if first:
             share = first.prediction.seconds.p50 / top.prediction.seconds.p50 - 1
-            found.append(Text(f"the first that it runs takes {share:.1%} longer: {layout_text(first)}"))
-    return found
+            say(f"the first that it runs takes {share:.1%} longer: {layout_text(first)}")
 
 
-def headline(answer: Answer) -> Text:
-    searched, job = answer.searched, answer.job
-    return Text(
-        f"{count_text(job.global_batch * job.sequence)} tokens a step in {job.global_batch:,} rows of {job.sequence:,} on "
-        f"{answer.cluster.count:,} of {answer.cluster.device}, {job.precision}\n"
+def headline(answer: Answer) -> str:
+    searched = answer.searched
+    return (
+        f"{job_text(answer)}\n"
         f"{searched.legal:,} legal layouts, {searched.fit:,} may fit, {searched.priced:,} simulated in {answer.seconds:.1f} s: "
         f"the first is {answer.proof}"
     )
+
+
+def job_text(answer: Answer) -> str:
+    job, cluster = answer.job, answer.cluster
+    return (
+        f"{count_text(job.global_batch * job.sequence)} tokens a step in {job.global_batch:,} rows of {job.sequence:,} on "
+        f"{cluster.count:,} of {cluster.device}, {job.precision}"
+    )
+
+
+def helpful(answer: Answer) -> list[tuple[str, float]]:
+    """What makes a step a thousandth quicker or more."""
+    return [(name, gain) for name, gain in sensitivities(answer).items() if gain >= 0.001]
 
 
 def layout_text(one: Ranked) -> str:
@@ -78,22 +94,25 @@ def compact(layout: Layout) -> str:
     return text
 
 
-def table(answer: Answer, width: int) -> Table:
+def cells(one: Ranked) -> list[tuple[str, Any]]:
+    """What stands in COLUMNS: as text, and as what a table is sorted by."""
+    seconds = one.prediction.seconds
+    return [
+        (interval_text(seconds), seconds.p50),
+        (f"{one.tokens_per_second_per_device:,.0f}", one.tokens_per_second_per_device),
+        (f"{one.mfu:.1%}", one.mfu),
+        (f"{bytes_text(one.worst)} {one.worst / one.capacity:.0%}", one.worst),
+        (f"{one.prediction.p_oom:.1%}", one.prediction.p_oom),
+        (one.bound_by, one.bound_by),
+    ]
+
+
+def table(answer: Answer, wide: bool) -> Table:
     """The ranked layouts; on a narrow terminal each below its figures."""
-    wide = width >= WIDE
-    drawn = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    drawn.add_column("", justify="right", no_wrap=True)
-    for name in ("step, 10\N{EN DASH}90%", "tokens/s/device", "MFU", "memory, of all", "OOM"):
-        drawn.add_column(name, justify="right", no_wrap=True)
-    drawn.add_column("bound by", no_wrap=True)
-    if wide:
-        drawn.add_column("layout", overflow="fold")
+    drawn = plain_table("", *COLUMNS, *["layout"][:wide], left=("bound by", "layout"), folds="layout")
     for number, one in enumerate(answer.ranked, start=1):
-        drawn.add_row(
-            f"{number}{'*' if one.refusal else ' '}", interval_text(one.prediction.seconds),
-            f"{one.tokens_per_second_per_device:,.0f}", f"{one.mfu:.1%}", f"{bytes_text(one.worst)} {one.worst / one.capacity:.0%}",
-            f"{one.prediction.p_oom:.1%}", one.bound_by, *([_named(answer, one)] if wide else []),
-        )  # fmt: skip
+        texts = [text for text, _ in cells(one)]
+        drawn.add_row(f"{number}{'*' if one.refusal else ' '}", *texts, *([_named(answer, one)] if wide else []))
     return drawn
 
 
@@ -102,22 +121,55 @@ def _named(answer: Answer, one: Ranked) -> str:
     return layout_text(one) + (f"  on {one.world} devices" if len(worlds) > 1 else "")
 
 
-def waterfall(one: Ranked) -> Group:
+def waterfall(one: Ranked, console: Console) -> None:
     """From the ideal to the prediction, as bars."""
     whole, at = one.prediction.seconds.p50, 0.0
-    lines = [Text("From the ideal to the first layout's step:")]
+    words = {"ideal": "the model at peak speed", "below peak": "products, attention below peak", **TERMS}
+    console.print("From the ideal to the first layout's step:")
     for name, seconds in one.waterfall:
         if abs(seconds) < 0.0005 * whole:
             continue
         begin, size = round(BAR * at / whole), max(1, round(BAR * abs(seconds) / whole))
         at += seconds
-        words = {"ideal": "the model at peak speed", "below peak": "products, attention below peak"}
-        lines.append(
+        console.print(
             Text.assemble(
                 f"{seconds:10.3f} s {seconds / whole:6.1%}  ", " " * begin,
-                ("#" * size, "green" if name == "ideal" else "red"), " " * max(1, BAR + 2 - begin - size),
-                words.get(name) or TERMS.get(name, name),
+                ("#" * size, "green" if name == "ideal" else "red"), " " * max(1, BAR + 2 - begin - size), words[name],
             )
         )  # fmt: skip
-    lines.append(Text(f"{whole:10.3f} s 100.0%"))
-    return Group(*lines)
+    console.print(f"{whole:10.3f} s 100.0%")
+
+
+def advice_text(advice: Advice) -> str:
+    """Advice on another system's arguments: what was understood, what they lead to, and what to change."""
+    given, now, best = advice.given, advice.now, advice.best
+    lines = [
+        f"Understood: {layout_text(now)}, {given.global_batch:,} rows of {given.sequence:,} tokens, {given.precision}",
+        *(f"Note: {note}" for note in given.notes),
+        *_figures(now),
+        "Lost to: " + ", ".join(f"{TERMS.get(name, name)} {seconds:.2f} s" for name, seconds in now.waterfall[1:6]),
+    ]
+    if best is None:
+        fits = now.worst <= now.capacity
+        return "\n".join(
+            [*lines, "Nothing that Megatron-LM runs is faster." if fits else "No layout of these devices fits."]
+        )
+    gain = now.prediction.seconds.p50 / best.prediction.seconds.p50 - 1
+    lines += [
+        "",
+        f"Better: {layout_text(best)}" + (f" ({gain:.1%} more tokens a second)" if gain > 0 else ""),
+        *_figures(best),
+        "Change:",
+        *(f"  {change}" for change in advice.changes),
+    ]
+    return "\n".join(lines)
+
+
+def _figures(one: Ranked) -> list[str]:
+    over = "" if one.worst <= one.capacity else ", more than there is"
+    return [
+        f"Step: {interval_text(one.prediction.seconds)}, {count_text(one.tokens_per_second_per_device)} tokens/s a device, "
+        f"MFU {one.mfu:.1%}",
+        f"Memory of the worst rank: {bytes_text(one.worst)} of {bytes_text(one.capacity)}{over} "
+        f"(out of memory: {one.prediction.p_oom:.0%})",
+    ]

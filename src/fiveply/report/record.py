@@ -77,8 +77,7 @@ class ScheduleFacts(msgspec.Struct, frozen=True):
 
     def build(self, micro_batches: int | None = None) -> Schedule:
         """The schedule itself; raises ScheduleError where the numbers don't fit the name."""
-        vp = self.vp if self.name in ("interleaved", "zbv") else 1
-        return pipeline_schedule.build(self.name, self.pp, micro_batches or self.micro_batches, vp)
+        return pipeline_schedule.build(self.name, self.pp, micro_batches or self.micro_batches, self.vp)
 
 
 class Predicted(msgspec.Struct, frozen=True):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from rich.console import Console
-from rich.table import Table
 
 from fiveply.plan.serving import Answer, Choice, plain
+from fiveply.report.terminal import plain_table
 from fiveply.report.text import bytes_text, count_text, plural
 
 SHOWN, WIDE = 10, 100
@@ -30,12 +30,11 @@ def show(found: Answer, console: Console) -> None:
         "waiting: " + ("arrivals Poisson, M/G/c by Allen-Cunneen for a place, M/D/1 for other prompts" if bound.rate else
         "each client asks again as soon as it is answered; M/D/1 for other prompts"), soft_wrap=True,
     )  # fmt: skip
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
-    for name in ("", "TTFT", "waiting", "TPOT", "requests", "tokens/s", "a device", "memory, of all"):
-        table.add_column(name, justify="right", no_wrap=True)
-    wide = console.width >= WIDE
-    for name in ("limit", "layout")[: 1 + wide]:
-        table.add_column(name, no_wrap=True)
+    wide, words = console.width >= WIDE, ("limit", "layout")
+    table = plain_table(
+        "", "TTFT", "waiting", "TPOT", "requests", "tokens/s", "a device", "memory, of all", *words[: 1 + wide], left=words,
+        gap=1,
+    )  # fmt: skip
     for number, one in enumerate(found.ranked[:SHOWN], 1):
         latency = one.latency
         table.add_row(

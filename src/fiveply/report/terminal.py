@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import attrgetter
 from types import TracebackType
@@ -97,7 +97,9 @@ class Progress:
             if last or self._clock() - self._drawn_at >= REDRAW_SECONDS:
                 self._draw()
         elif again and row.get("held_out_loss") is not None:
-            self._write(f"{self._step_text()}  held out {self._held_out:.4f}{self._bits_text()}\n")
+            bits = row.get("bits_per_character")
+            beside = "" if bits is None else f" ({bits:.3f} bits per character)"
+            self._write(f"{self._step_text()}  held out {self._held_out:.4f}{beside}\n")
         elif not again and (last or row["step"] % self.log_every == 0 or row["step"] == self._first[0]):
             self._write("  ".join(text for _, text, _ in self._fields()) + "\n")
 
@@ -146,31 +148,23 @@ class Progress:
 
     def _fields(self) -> list[tuple[int, str, str]]:
         """(priority, text, style): 0 stays longest."""
-        row, fields = self._row, [(0, self._step_text(), "bold")]
-
-        def field(priority: int, value: Any, form: Callable[[Any], str], style: str = "") -> None:
-            if value is not None:
-                fields.append((priority, form(value), style))
-
-        loss = self._loss_sum / self._loss_weight if self._loss_weight else None
-        now = self._clock()
-        field(1, loss, lambda v: f"loss {v:.4f}", "bold")
-        field(4, self._held_out, lambda v: f"held out {v:.4f}")
-        field(5, row.get("tokens_per_second"), lambda v: f"{count_text(v)} tokens/s")
-        field(8, row.get("mfu"), lambda v: f"MFU {v:.1%}", "dim")
-        field(10, row.get("lr"), lambda v: f"lr {v:.1e}", "dim")
-        field(11, row.get("grad_norm"), lambda v: f"norm {v:.2f}", "dim")
-        field(9, self._memory, lambda v: f"memory {bytes_text(v)}", "dim")
-        field(6, now - self._begun, clock_text)
-        field(2, self._seconds_left(now), lambda v: f"{clock_text(v)} left", "cyan")
-        return fields
+        row, now = self._row, self._clock()
+        fields: list[tuple[int, Any, Callable[[Any], str], str]] = [
+            (1, self._loss_sum / self._loss_weight if self._loss_weight else None, "loss {:.4f}".format, "bold"),
+            (4, self._held_out, "held out {:.4f}".format, ""),
+            (5, row.get("tokens_per_second"), lambda v: f"{count_text(v)} tokens/s", ""),
+            (8, row.get("mfu"), "MFU {:.1%}".format, "dim"),
+            (10, row.get("lr"), "lr {:.1e}".format, "dim"),
+            (11, row.get("grad_norm"), "norm {:.2f}".format, "dim"),
+            (9, self._memory, lambda v: f"memory {bytes_text(v)}", "dim"),
+            (6, now - self._begun, clock_text, ""),
+            (2, self._seconds_left(now), lambda v: f"{clock_text(v)} left", "cyan"),
+        ]
+        known = [(priority, form(value), style) for priority, value, form, style in fields if value is not None]
+        return [(0, self._step_text(), "bold"), *known]
 
     def _step_text(self) -> str:
         return f"step {self._row['step']:>{len(str(self.steps))}}/{self.steps}"
-
-    def _bits_text(self) -> str:
-        bits = self._row.get("bits_per_character")
-        return "" if bits is None else f" ({bits:.3f} bits per character)"
 
     def _seconds_left(self, now: float) -> float | None:
         """By the wall clock, so evaluations and checkpoints are included; None until there are two steps to tell by."""
@@ -192,6 +186,14 @@ def clock_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def plain_table(*columns: str, left: Sequence[str] = (), folds: str = "", gap: int = 2) -> Table:
+    """A table without lines: numbers to the right but for the columns `left`; the text of the column `folds` may break."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=name != folds, overflow="fold")
+    return table
+
+
 def layout_table(facts: Facts | dict[str, Any]) -> Table:
     """The ranks and what they hold, for rich to print; replicas share a row where there are many ranks."""
     if not isinstance(facts, Facts):
@@ -201,12 +203,7 @@ def layout_table(facts: Facts | dict[str, Any]) -> Table:
     if folds:
         place = attrgetter("pp", "cp", "tp")
         groups = [list(group) for _, group in groupby(sorted(facts.ranks, key=place), key=place)]
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("rank", justify="right")
-    table.add_column("place")
-    table.add_column("holds", overflow="fold")
-    table.add_column("parameters", justify="right")
-    table.add_column("state", justify="right")
+    table = plain_table("rank", "place", "holds", "parameters", "state", left=("place", "holds"), folds="holds")
     for ranks in groups:
         rank, last, axes = ranks[0], ranks[-1], ("cp", "tp", "pp") if folds else ("dp", "cp", "tp", "pp")
         table.add_row(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -125,11 +124,13 @@ def calls(recorded: RecordedStep) -> list[dict[str, Any]]:
     """
     found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0] * 5))
     for rank, events in recorded.by_rank().items():
-        busy = _Busy(event for event in events if event.lane == "compute")
+        pieces = innermost([event for event in events if event.lane == "compute"])
+        computed = [(low, high) for event, low, high in pieces if event.kind in COMPUTE_KINDS]
+        lows, highs = np.array(computed).reshape(-1, 2).T
         for event in events:
             if event.lane == "communication":
-                beside = busy.between(event.start, event.end)
-                new = (1, event.bytes, event.seconds, beside, 0)
+                beside = np.minimum(highs, event.end) - np.maximum(lows, event.start)
+                new = (1, event.bytes, event.seconds, float(beside.clip(0).sum()), 0)
             elif event.kind in ("wait", "issue"):
                 new = (0, 0, 0, 0, event.seconds)
             else:
@@ -142,20 +143,6 @@ def calls(recorded: RecordedStep) -> list[dict[str, Any]]:
         | {name: fmean(column) for name, column in zip(names, zip(*ranks.values(), strict=True), strict=True)}
         for (axis, operation), ranks in sorted(found.items())
     ]
-
-
-class _Busy:
-    """How long a rank has computed up to any moment, waits within not counted."""
-
-    def __init__(self, spans: Iterable[Event]) -> None:
-        pieces = [(low, high) for event, low, high in innermost(list(spans)) if event.kind in COMPUTE_KINDS]
-        self._edges = np.array([0.0, *(edge for piece in pieces for edge in piece)])
-        self._sums = np.concatenate(([0.0], np.repeat(np.cumsum([high - low for low, high in pieces]), 2)))
-        self._sums[1::2] -= [high - low for low, high in pieces]
-
-    def between(self, start: float, end: float) -> float:
-        low, high = np.interp((start, end), self._edges, self._sums)
-        return float(high - low)
 
 
 # the picture

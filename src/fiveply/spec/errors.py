@@ -30,5 +30,3 @@ class InputError(FiveplyError):
 
 class RunError(FiveplyError):
     """A run or a check failed for a reason that can be named (a dead rank, a full disk, a non-finite loss)."""
-
-    exit_code = 1

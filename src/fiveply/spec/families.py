@@ -1,11 +1,12 @@
 """What each family's Hugging Face `config.json` says, as ModelSpec's fields; one clear line for what the fields can't hold.
 
-`transformers` is the oracle: the same parameters, and the same values for keys that a file leaves out (`LEFT_OUT`).
+`transformers` is the oracle: the same parameters, and the same values for keys that a file leaves out (`families.toml`).
 """
 
 from __future__ import annotations
 
 import math
+from importlib import resources
 from typing import Any, cast
 
 import msgspec
@@ -13,19 +14,10 @@ import msgspec
 from fiveply.spec.architecture import Experts, Latent, ModelSpec, Rope
 from fiveply.spec.errors import InputError
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-}
+_TABLE = msgspec.toml.decode(
+    resources.files("fiveply.spec").joinpath("families.toml").read_bytes(), type=dict[str, dict[str, Any]]
+)
+FAMILIES: dict[str, str] = {family: row["class"] for family, row in _TABLE.items()}
 """`model_type` and the class of `transformers` that it names."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 ACTIVATIONS = {
@@ -38,31 +30,6 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "yarn": (),
 }
 """The numbers that each needs; yarn's factor follows from the positions."""
-_DEEPSEEK = {
-    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-}  # fmt: skip
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
-              "head_dim": 128},
-    "mixtral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-                "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen2_moe": {"num_key_value_heads": 16, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
-                  "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-                  "shared_expert_intermediate_size": 5632},
-    "qwen3_moe": {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096,
-                  "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-    "deepseek_v2": _DEEPSEEK | {"max_position_embeddings": 2048, "n_routed_experts": 64, "n_shared_experts": 2,
-                                "moe_intermediate_size": 1407, "first_k_dense_replace": 0},
-    "deepseek_v3": _DEEPSEEK | {"max_position_embeddings": 4096, "n_routed_experts": 256, "n_shared_experts": 1,
-                                "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "num_experts_per_tok": 8},
-    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-                "rope_theta": 150000.0, "sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4,
-                "attention_bias": True},
-}  # fmt: skip
-"""What `transformers` takes for keys that a configuration leaves out, where it is not what follows from the others."""
 
 
 class _Config(dict[str, Any]):
@@ -114,7 +81,7 @@ def read(config: dict[str, Any], where: str) -> ModelSpec:
 
 def _llama_like(given: _Config) -> ModelSpec:
     family = given.family
-    config = _Config(LEFT_OUT[family] | given, given.where)
+    config = _Config(_TABLE[family]["left_out"] | given, given.where)
     hidden, heads, layers = map(config.take, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     latent = _latent(config) if family in ("deepseek_v2", "deepseek_v3") else None
     if heads < 1 or (not latent and config.get("head_dim") is None and hidden % heads):
@@ -163,16 +130,10 @@ def _latent(config: _Config) -> Latent:
 
 
 def _experts(config: _Config, layers: int) -> Experts | None:
-    family, every = config.family, tuple(range(layers))
+    family, having, shared = config.family, range(layers), 0
     if family in ("mixtral", "gpt_oss"):
-        return Experts(
-            count=config.take("num_local_experts"),
-            per_token=config.take("num_experts_per_tok"),
-            ffn=config.take("intermediate_size"),
-            layers=every,
-            bias=family == "gpt_oss",
-        )
-    if family in ("qwen2_moe", "qwen3_moe"):
+        count, ffn = config.take("num_local_experts"), config.take("intermediate_size")
+    elif family in ("qwen2_moe", "qwen3_moe"):
         step = config.take("decoder_sparse_step", 1)
         dense: Any = config.get("mlp_only_layers") or []
         if step < 1 or not isinstance(dense, list):
@@ -181,28 +142,21 @@ def _experts(config: _Config, layers: int) -> Experts | None:
                 key, "does not say which layers have experts", "give a step from 1 and a list of layers"
             )
         # `transformers` 5 writes the first name.
-        count = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        count, ffn = config.take(key, 60 if family == "qwen2_moe" else 128), config.take("moe_intermediate_size")
+        having = [i for i in having if i not in cast(list[Any], dense) and (i + 1) % step == 0]
         shared = config.take("shared_expert_intermediate_size") if family == "qwen2_moe" else 0
-        return Experts(
-            count=config.take(count, 60 if family == "qwen2_moe" else 128),
-            per_token=config.take("num_experts_per_tok"),
-            ffn=config.take("moe_intermediate_size"),
-            layers=tuple(i for i in every if i not in cast(list[Any], dense) and (i + 1) % step == 0),
-            shared_ffn=shared,
-            shared_gate=shared > 0,
-        )
-    if family in ("deepseek_v2", "deepseek_v3"):
+    elif family in ("deepseek_v2", "deepseek_v3"):
         if config.take("moe_layer_freq", 1) != 1:
             raise config.refuse("moe_layer_freq", "only 1 is supported", "leave it out")
-        ffn = config.take("moe_intermediate_size")
-        return Experts(
-            count=config.take("n_routed_experts"),
-            per_token=config.take("num_experts_per_tok"),
-            ffn=ffn,
-            layers=every[max(0, config.take("first_k_dense_replace")) :],
-            shared_ffn=ffn * config.take("n_shared_experts"),
-        )
-    return None
+        count, ffn = config.take("n_routed_experts"), config.take("moe_intermediate_size")
+        having, shared = having[max(0, config.take("first_k_dense_replace")) :], ffn * config.take("n_shared_experts")
+    else:
+        return None
+    return Experts(
+        count=count, per_token=config.take("num_experts_per_tok"), ffn=ffn, layers=tuple(having), shared_ffn=shared,
+        shared_gate=family == "qwen2_moe" and shared > 0, bias=family == "gpt_oss",
+    )  # fmt: skip
 
 
 def _window(config: _Config, layers: int) -> tuple[int, tuple[int, ...]]:

@@ -180,18 +180,13 @@ class Layouts:
     def __getattr__(self, key: str) -> Any:  # only what __init__ did not set; for the type checker
         raise AttributeError(key)
 
-    @property
-    def world(self) -> Any:
-        return self.dp * self.tp * self.pp * self.cp
+    # The same sums and products as of one.
+    world, stage_count, expert_data = Layout.world, Layout.stage_count, Layout.expert_data
 
     @property
     def chunks(self) -> Any:
         looped = (np.asarray(self.schedule) == "interleaved") | (np.asarray(self.schedule) == "zbv")
         return np.where(np.asarray(self.vp) > 0, self.vp, np.where(looped, 2, 1))
-
-    @property
-    def stage_count(self) -> Any:
-        return self.pp * self.chunks
 
     @property
     def shard_ranks(self) -> Any:
@@ -205,10 +200,6 @@ class Layouts:
     @property
     def expert_tensor(self) -> Any:
         return self.etp + (self.etp == 0) * self.tp
-
-    @property
-    def expert_data(self) -> Any:
-        return self.dp * self.cp * self.tp // (self.ep * self.expert_tensor)
 
 
 Job = TypeVar("Job")

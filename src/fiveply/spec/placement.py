@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from fiveply.spec.architecture import ModelSpec
+from fiveply.spec.architecture import Experts, ModelSpec
 from fiveply.spec.layout import Layout
 
 Split = Literal["none", "rows", "columns", "kv", "experts", "expert_rows", "expert_columns"]
@@ -96,7 +96,7 @@ def declare_layer(spec: ModelSpec, layer: int) -> list[Parameter]:
     table += (_latent_attention if spec.latent else _attention)(spec, f"{prefix}.self_attn", unit)
     table += _norm(spec, f"{prefix}.post_attention_layernorm", unit, hidden)
     if spec.experts and (predicts or layer in spec.experts.layers):
-        table += _experts(spec, f"{prefix}.mlp", unit)
+        table += _experts(spec, spec.experts, f"{prefix}.mlp", unit)
     else:
         table += _mlp(spec, f"{prefix}.mlp", unit, spec.ffn, spec.mlp_bias)
     if predicts:
@@ -172,10 +172,8 @@ def _mlp(spec: ModelSpec, name: str, unit: str, ffn: int, bias: bool) -> list[Pa
     return table + _linear(f"{name}.down_proj", unit, spec.hidden, ffn, "columns", bias, "residual")
 
 
-def _experts(spec: ModelSpec, name: str, unit: str) -> list[Parameter]:
+def _experts(spec: ModelSpec, experts: Experts, name: str, unit: str) -> list[Parameter]:
     """Router, experts in one tensor a projection, and the MLP that every token passes."""
-    experts = spec.experts
-    assert experts is not None
     count, ffn, hidden = experts.count, experts.ffn, spec.hidden
     table = _linear(f"{name}.gate", unit, count, hidden, "none", experts.bias)
     shapes = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -166,8 +167,9 @@ class RunSpec(Table, frozen=True):
                 raise InputError(f"not valid TOML ({error})", where=where, fix="mend that line") from None
             values.setdefault("name", file.stem)
             written = _converted(values, where)
-            if settings and _checks(written):
-                where = "--set"  # what is wrong from here on came with the settings
+            with suppress(InputError):
+                written.check()
+                where = "--set" if settings else where  # what is wrong from here on came with the settings
         for setting in settings:
             _apply(values, setting)
         run = _converted(values, where)
@@ -226,14 +228,6 @@ def _converted(values: Values, where: str) -> RunSpec:
         problem, _, at = str(error).partition(" - at ")
         key = at.strip("`").removeprefix("$.").removeprefix("$")
         raise InputError(problem, where=where, key=key, fix="see `fiveply train --help` for the keys") from None
-
-
-def _checks(run: RunSpec) -> bool:
-    try:
-        run.check()
-    except InputError:
-        return False
-    return True
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

@@ -128,8 +128,8 @@ def predicted(
     }
 
 
-def recalibrate(measured: dict[str, float], expected: dict[str, float], world: int, path: Path = MEASURED) -> str:
-    """Change `path` (from what is known of this machine, where it isn't there) such that a step recorded on `world` ranks would
+def recalibrate(measured: dict[str, float], expected: dict[str, float], world: int) -> str:
+    """Change `MEASURED` (from what is known of this machine, where it isn't there) such that a step recorded on `world` ranks would
     have been predicted: seconds by share, measured and expected. Returns what was changed."""
     found = cluster()
     values = dict(found.shared.get(str(world)) or found.measured) or msgspec.to_builtins(
@@ -159,9 +159,9 @@ def recalibrate(measured: dict[str, float], expected: dict[str, float], world: i
     ClusterSpec(
         found.device, found.count, found.devices_per_node, found.memory_bytes, found.measured if shared else values, shared,
         rest or found.step_seconds,
-    ).save(path)  # fmt: skip
+    ).save(MEASURED)  # fmt: skip
     return (
-        f"{path}: computing {1 / slower:.2f} times as fast, communication {1 / talking:.2f} times, the optimiser "
+        f"{MEASURED}: computing {1 / slower:.2f} times as fast, communication {1 / talking:.2f} times, the optimiser "
         f"{1 / updating:.2f} times, {1e3 * rest:.1f} ms beside these"
     )
 

@@ -31,7 +31,7 @@ from fiveply import pipeline_schedule
 from fiveply.corpus.batches import Rows
 from fiveply.parallel.data_parallel import Dtypes
 from fiveply.pipeline_schedule import Action, Kind
-from fiveply.report.terminal import schedule_picture
+from fiveply.report.terminal import plain_table, schedule_picture
 from fiveply.report.text import bytes_text, count_text
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import InputError
@@ -142,9 +142,7 @@ def dry_run(run: RunSpec, spec: ModelSpec, layout: Layout, dtypes: Dtypes, rank:
             for chunk in job.model.chunks:
                 chunk.blocked_backward = chunk.blocked_backward and here
             _name(job, ledger)
-            mesh.recorder.start(job.device)
-            recording = mesh.recorder.recording
-            assert recording is not None
+            recording = mesh.recorder.start(job.device)
             recording.now = ledger.bytes  # the clock of this recording reads bytes
             ledger.begin()
             job.step(Blank(run), STEP)  # pyright: ignore[reportArgumentType]
@@ -279,9 +277,7 @@ def show(found: DryRun, console: Console | None = None) -> None:
 
 
 def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index == 0 or head == "operation" else "right")
+    table = plain_table(*heads, left=(heads[0], "operation"))
     for row in rows:
         table.add_row(*row)
     return table

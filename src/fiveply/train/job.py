@@ -7,7 +7,6 @@ Gradients are accumulated as sums, reduced as sums, and divided once by the glob
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fiveply import pipeline_schedule
 from fiveply.corpus.batches import Batches, Rows
-from fiveply.parallel.data_parallel import Dtypes, Segment
+from fiveply.parallel.data_parallel import Dtypes
 from fiveply.parallel.parallelize import MicroBatch, TensorSource, parallelize
 from fiveply.parallel.pipeline_parallel import Executor
 from fiveply.spec.architecture import ModelSpec
@@ -88,16 +87,15 @@ class Job:
         first = step * batches.global_batch if first is None else first
         if self.spec.attention_dropout:
             torch.manual_seed(((self.run.seed << 32) + step) % 2**63)
-        mine = first + self.mesh.at.dp * self.replica_rows
         with self.mesh.recorder.span("data"):
-            micro_batches = self._micro_batches(batches, mine, self.replica_rows)
+            micro_batches = self._micro_batches(batches, first)
         local = self.executor.step(micro_batches, step)
         with self.mesh.recorder.span("sums"):
             return self._sums(batches, first, step, local, flag)
 
     def _sums(self, batches: Batches, first: int, step: int, local: Tensor, flag: bool) -> Sums:
         """Add up what the ranks hold of the step; `local`: this rank's loss."""
-        mine = first + self.mesh.at.dp * self.replica_rows
+        mine = self._own(first)
         here = torch.stack((self._once(local).double(), self.optimizer.square_norm()))
         totals = torch.cat((here, here.new_tensor([float(flag)])))
         if self.mesh.world is not None:
@@ -140,9 +138,7 @@ class Job:
         loss, tokens = 0.0, 0
         for index in range(count):
             first = index * batches.global_batch
-            mine = first + self.mesh.at.dp * self.replica_rows
-            local = self.executor.evaluate(self._micro_batches(batches, mine, self.replica_rows))
-            total = self._once(local).double()
+            total = self._once(self.executor.evaluate(self._micro_batches(batches, first))).double()
             if self.mesh.world is not None:
                 self.mesh.world.all_reduce(total)
             loss += float(total)
@@ -150,17 +146,18 @@ class Job:
         self.model.train(True)
         return loss / max(1, tokens)
 
-    def whole(self, segment: Segment) -> bool:
-        """Whether this rank speaks for the segment: every element of the model is spoken for once in the world."""
-        return segment.placed.counted and self.mesh.at.replica == 0
-
     def _once(self, loss: Tensor) -> Tensor:
         """Tensor ranks hold the same loss: one of them counts."""
         return loss if self.mesh.at.tp == 0 else torch.zeros_like(loss)
 
-    def _micro_batches(self, batches: Batches, first: int, rows: int) -> list[MicroBatch]:
-        size = self.layout.micro_batch
-        return [micro_batch(batches.rows(start, size), self.device) for start in range(first, first + rows, size)]
+    def _own(self, first: int) -> int:
+        """This replica's first row of the global batch that begins at sample `first`."""
+        return first + self.mesh.at.dp * self.replica_rows
+
+    def _micro_batches(self, batches: Batches, first: int) -> list[MicroBatch]:
+        mine, size = self._own(first), self.layout.micro_batch
+        starts = range(mine, mine + self.replica_rows, size)
+        return [micro_batch(batches.rows(start, size), self.device) for start in starts]
 
     def _refuse_non_finite(self, loss: float, square_norm: float, here: Tensor, step: int, first_row: int) -> None:
         if math.isfinite(loss) and math.isfinite(square_norm):
@@ -188,10 +185,3 @@ def micro_batch(rows: Rows, device: torch.device) -> MicroBatch:
         documents_T=None if rows.documents is None else torch.from_numpy(rows.documents).reshape(-1).to(device),
         first_token=rows.first * sequence,
     )
-
-
-def pieces(job: Job, kind: str) -> Iterator[tuple[Segment, Tensor]]:
-    """(segment, flat values) of what this rank speaks for: `parameters` or `gradients`."""
-    for segment in job.optimizer.segments:
-        if job.whole(segment):
-            yield segment, segment.grad if kind == "gradients" else segment.value.detach()

@@ -6,6 +6,7 @@ autograd's kept ones do after backward. So the live bytes at any moment are thos
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -81,8 +82,9 @@ class Ledger(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._see(x.untyped_storage())
-        if (count := _COUNTED.get(func)) is not None:
-            count(self, args)
+        if func in _COUNTED:
+            count, *operands = _COUNTED[func]
+            count(self, *(args[place] for place in operands))
         return out
 
     def bytes(self) -> int:
@@ -117,27 +119,21 @@ def _linear(ledger: Ledger, x: Tensor, weight: Tensor) -> None:
     ledger.products[rows, weight.shape[0], x.shape[-1]] += 1
 
 
-def _attention(ledger: Ledger, phase: str, q: Tensor, k: Tensor) -> None:
+def _attention(phase: str, ledger: Ledger, q: Tensor, k: Tensor) -> None:
     rows, heads, queries, size = q.shape
     ledger.attention[phase, (rows, queries, k.shape[2], heads, k.shape[1], size)] += 1
 
 
-_COUNTED: dict[Any, Callable[[Ledger, Any], None]] = {
-    aten.mm.default: lambda ledger, args: _product(ledger, args[0], args[1]),
-    aten.addmm.default: lambda ledger, args: _product(ledger, args[1], args[2]),
-    aten.addmm_.default: lambda ledger, args: _product(ledger, args[1], args[2]),
-    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda ledger, args: _attention(
-        ledger, "forward", args[0], args[1]
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda ledger, args: _attention(
-        ledger, "backward", args[1], args[2]
-    ),
-    aten._scaled_dot_product_flash_attention.default: lambda ledger, args: _attention(
-        ledger, "forward", args[0], args[1]
-    ),
-    aten._scaled_dot_product_flash_attention_backward.default: lambda ledger, args: _attention(
-        ledger, "backward", args[1], args[2]
-    ),
-    torch.ops.mkldnn._linear_pointwise.default: lambda ledger, args: _linear(ledger, args[0], args[1]),
-    torch.ops.mkldnn._linear_pointwise.binary: lambda ledger, args: _linear(ledger, args[0], args[2]),
+_forward, _backward = (functools.partial(_attention, phase) for phase in ("forward", "backward"))
+_COUNTED: dict[Any, tuple[Any, int, int]] = {
+    aten.mm.default: (_product, 0, 1),
+    aten.addmm.default: (_product, 1, 2),
+    aten.addmm_.default: (_product, 1, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (_forward, 0, 1),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (_backward, 1, 2),
+    aten._scaled_dot_product_flash_attention.default: (_forward, 0, 1),
+    aten._scaled_dot_product_flash_attention_backward.default: (_backward, 1, 2),
+    torch.ops.mkldnn._linear_pointwise.default: (_linear, 0, 1),
+    torch.ops.mkldnn._linear_pointwise.binary: (_linear, 0, 2),
 }
+"""What counts an operation, and which of its arguments are the operands."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from fiveply.corpus.batches import permutation
 from fiveply.parallel.parallelize_module import ModuleBatch
@@ -56,8 +56,7 @@ class Batch:
         batches: list[ModuleBatch] = []
         for index in range(count):
             low, rows = part(self.rows, count, index)
-            take = slice(low, low + rows) if rows else slice(0, 1)
-            input, target = tree_map_only(Tensor, lambda x, take=take: x[take], (self.input, self.target))
+            input, target = _rows((self.input, self.target), low, rows)
             batches.append(ModuleBatch(input, target, max(1, rows), rows, self.first + low))
         return batches
 
@@ -74,9 +73,13 @@ def split_global(pair: Any, replicas: int, index: int) -> Batch:
                          where="batch", fix="give (input, target), rows first, 1 or more")  # fmt: skip
     total = counts.pop()
     first, rows = part(total, replicas, index)
+    return Batch(*_rows(tuple(pair), first, rows), rows, first, total)
+
+
+def _rows(pair: tuple[Any, Any], first: int, rows: int) -> tuple[Any, Any]:
+    """Some of its rows; of none, the stand-in."""
     take = slice(first, first + rows) if rows else slice(0, 1)
-    input, target = tree_map_only(Tensor, lambda x: x[take], tuple(pair))
-    return Batch(input, target, rows, first, total)
+    return tree_map_only(Tensor, lambda x: x[take], pair)
 
 
 class Passes:
@@ -97,25 +100,27 @@ class Passes:
         return self._counts[key].setdefault(settings, count())
 
 
+@dataclass(eq=False)
 class Loader:
     """Each pass is an epoch: of the data set in order, or in an order that follows from (seed, epoch) alone."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        global_batch: int,
-        *,
-        replica: Callable[[], tuple[int, int]],
-        shuffle: bool,
-        seed: int,
-        start: int,
-        collate: Callable[[list[Any]], Any] = default_collate,
-        workers: int = 0,
-        entered: Callable[[Batch], None] = lambda _: None,
-        passes: Iterator[int] | None = None,
-    ) -> None:
-        """`replica`: this rank's index and number of replicas. `start`: global sample index to go on from. `entered` is
-        told of each batch before it is handed out. `passes` counts them; loaders that share it go on from each other."""
+    dataset: Any
+    global_batch: int
+    replica: Callable[[], tuple[int, int]]
+    """This rank's index and the number of replicas."""
+    shuffle: bool
+    seed: int
+    start: int
+    """Global sample index to go on from."""
+    collate: Callable[[list[Any]], Any]
+    workers: int
+    entered: Callable[[Batch], None]
+    """Is told of each batch before it is handed out."""
+    passes: Iterator[int]
+    """Counts them; loaders that share it go on from each other."""
+
+    def __post_init__(self) -> None:
+        dataset, global_batch = self.dataset, self.global_batch
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
             raise InputError(f"{type(dataset).__name__} has no entries by index", where="loader", key="dataset",
                              fix="give a map-style data set with __len__ and __getitem__")  # fmt: skip
@@ -123,21 +128,17 @@ class Loader:
             raise InputError(
                 f"{global_batch} rows are no batch", where="loader", key="global_batch", fix="give 1 or more"
             )
-        self.dataset, self.global_batch, self.shuffle, self.seed = dataset, global_batch, shuffle, seed
-        self.collate, self.workers = collate, workers
-        self._replica, self._entered = replica, entered
-        self._first_epoch, self._skip = divmod(start, len(dataset))
-        self._passes = passes or count()
 
     def __len__(self) -> int:
         """Global batches of an epoch."""
         return -(-len(self.dataset) // self.global_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        size, passed = len(self.dataset), next(self._passes)
-        epoch, skip = self._first_epoch + passed, self._skip if passed == 0 else 0
+        size, passed = len(self.dataset), next(self.passes)
+        epoch, skip = divmod(self.start, size)
+        epoch, skip = epoch + passed, 0 if passed else skip
         order = permutation(size, self.seed % 2**64, epoch).tolist() if self.shuffle else range(size)
-        index, replicas = self._replica()
+        index, replicas = self.replica()
         places: list[tuple[int, int, int]] = []
         indices: list[list[int]] = []
         for begin in range(skip, size, self.global_batch):
@@ -155,5 +156,5 @@ class Loader:
                                  fix="give pairs, or collate=... that makes them")  # fmt: skip
             cursor += total
             batch = Batch(*pair, rows=rows, first=first, total=total, cursor=cursor)
-            self._entered(batch)
+            self.entered(batch)
             yield batch

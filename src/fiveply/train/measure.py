@@ -99,14 +99,16 @@ def measure(
         else None
     )
 
-    def timed(work: Callable[[], Any], seconds: float = budget / rounds) -> float:
-        """The median over ranks' means of repeated calls, begun together."""
+    def timed(work: Callable[[], Any], repeats: int = 0) -> float:
+        """The median over ranks' means of repeated calls, begun together: `repeats`, where all ranks must make as many."""
         work()
         if axis is not None:
             axis.all_reduce(torch.zeros(1, device=device))
         times: list[float] = []
         begun = time.perf_counter()
-        while len(times) < 3 or (time.perf_counter() - begun < seconds and len(times) < 400):
+        while len(times) < (repeats or 3) or (
+            not repeats and time.perf_counter() - begun < budget / rounds and len(times) < 400
+        ):
             start = time.perf_counter()
             work()
             if device.type == "cuda":
@@ -132,7 +134,7 @@ def _measure(
         attention=[_attention(shape, kind, device, timed) for shape in ATTENTION],
         bandwidth=3 * large.nbytes / timed(lambda: torch.add(large, large, out=large)),
         launch=timed(lambda: small.add(1.0)),
-        calls=_calls(axis, device, budget) if axis is not None else {},
+        calls=_calls(axis, device, timed, budget) if axis is not None else {},
         steps=[_step(shape, Layout(dp=size), kind, transport, device)[0] for shape in TRAINED],
         waits=[(*shape, _step(shape, Layout(tp=size), kind, transport, device)[1]) for shape in WAITED
                if size > 1 and not model(*shape[:2]).heads % size],
@@ -140,23 +142,16 @@ def _measure(
 
 
 def _middle(rounds: Sequence[Measured]) -> Measured:
-    def middle(figures: Sequence[Sequence[tuple[Any, ...]]], seconds: int) -> list[Any]:
-        """Of the last `seconds` numbers of each figure, the median over the rounds."""
-        return [(*same[0][:-seconds], *map(statistics.median, zip(*(one[-seconds:] for one in same), strict=True)))
-                for same in zip(*figures, strict=True)]  # fmt: skip
+    """Of each number its median over the rounds, of sizes what they all are."""
 
-    first = rounds[0]
-    steps = middle([[msgspec.structs.astuple(step) for step in one.steps] for one in rounds], 4)
-    return msgspec.structs.replace(
-        first,
-        products={name: middle([one.products[name] for one in rounds], 1) for name in first.products},
-        attention=middle([one.attention for one in rounds], 2),
-        bandwidth=statistics.median(one.bandwidth for one in rounds),
-        launch=statistics.median(one.launch for one in rounds),
-        calls={name: middle([one.calls[name] for one in rounds], 1) for name in first.calls},
-        steps=[Step(*step) for step in steps],
-        waits=middle([one.waits for one in rounds], 1),
-    )  # fmt: skip
+    def middle(same: Sequence[Any]) -> Any:
+        if isinstance(same[0], dict):
+            return {key: middle([one[key] for one in same]) for key in same[0]}
+        if isinstance(same[0], (list, tuple)):
+            return [middle(each) for each in zip(*same, strict=True)]
+        return same[0] if isinstance(same[0], int) else statistics.median(same)
+
+    return msgspec.convert(middle([msgspec.to_builtins(one) for one in rounds]), Measured)
 
 
 def _products(
@@ -190,8 +185,11 @@ def _attention(
     return *shape, alone, max(both - alone, 0.1 * alone)
 
 
-def _calls(axis: Axis, device: torch.device, budget: float) -> dict[str, list[tuple[int, float]]]:
+def _calls(
+    axis: Axis, device: torch.device, timed: Callable[..., float], budget: float
+) -> dict[str, list[tuple[int, float]]]:
     """Collectives in step, and transfers there and back, halved."""
+    repeats = max(3, min(60, round(budget / 1e-3)))
     found: dict[str, list[tuple[int, float]]] = {}
     for size in CALLS:
         whole = torch.zeros(size // 4 // axis.size * axis.size, device=device)
@@ -215,17 +213,8 @@ def _calls(axis: Axis, device: torch.device, budget: float) -> dict[str, list[tu
             "send": swap,
         }
         for name, work in works.items():
-            work()
-            repeats = max(3, min(60, round(budget / 1e-3)))
-            times: list[float] = []
-            for _ in range(repeats):  # as often on all ranks
-                start = time.perf_counter()
-                work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times.append(time.perf_counter() - start)
-            seconds = statistics.fmean(axis.gather_objects(statistics.median(times)))
-            found.setdefault(name, []).append((whole.nbytes, seconds / (2 if name == "send" else 1)))
+            seconds = timed(work, repeats) / (2 if name == "send" else 1)
+            found.setdefault(name, []).append((whole.nbytes, seconds))
     return found
 
 

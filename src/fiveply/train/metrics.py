@@ -7,9 +7,10 @@ reported is counted once.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 import torch
@@ -24,7 +25,7 @@ from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.layout import Layout
 from fiveply.spec.placement import declare
 from fiveply.train import auto
-from fiveply.world.device import find
+from fiveply.world.device import find, read
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -64,19 +65,14 @@ def peak_memory(device: torch.device) -> int:
     """Largest bytes so far: allocated on a GPU, resident in a CPU process (0 where the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    lines = read("/proc/self/status").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def forget_peak_memory() -> None:
     """Let a forked rank's peak start from now, not from its parent's."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def bytes_by_category(model: Model) -> dict[str, int]:
@@ -137,7 +133,7 @@ class _Row(msgspec.Struct):
 
 
 class MetricsFile:
-    """`metrics.jsonl`, appended to and flushed a row at a time; a row that a crash cut short is dropped on resume."""
+    """`metrics.jsonl`, appended to a row at a time; a row that a crash cut short is dropped on resume."""
 
     def __init__(self, path: Path, after_step: int) -> None:
         """Keep the rows up to `after_step`: a resumed run repeats the steps since its checkpoint."""
@@ -151,11 +147,8 @@ class MetricsFile:
                 if row.step <= after_step:
                     kept.append(line)
         path.write_bytes(b"".join(line + b"\n" for line in kept))
-        self._file: TextIO = path.open("a")
+        self._path = path.absolute()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(msgspec.json.encode(row).decode() + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self._path.open("ab") as file:
+            file.write(msgspec.json.encode(row) + b"\n")

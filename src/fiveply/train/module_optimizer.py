@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from fiveply.parallel.data_parallel import Segment
 from fiveply.parallel.parallelize_module import ParallelModule
 from fiveply.spec.errors import InputError
-from fiveply.train.optimizer import square_norm
+from fiveply.train.optimizer import Segments
 
 Factory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
-class ModuleOptimizer:
+class ModuleOptimizer(Segments):
     """The optimiser of a user's module on this rank; `torch` is the user's own, whose steps are completed by hooks."""
 
     def __init__(self, model: ParallelModule, factory: Factory) -> None:
+        super().__init__(model)
         self.model = model
-        self.segments = [segment for unit in model.units for segment in unit.segments()]
         self.values = [nn.Parameter(segment.value.view(_shape(segment))) for segment in self.segments]
         named = [(segment.placed.name, value) for segment, value in zip(self.segments, self.values, strict=True)]
         # torch refuses an optimiser of nothing, which a rank of a tiny module can have.
@@ -45,10 +45,6 @@ class ModuleOptimizer:
     def _bind(self) -> None:
         for segment, value in zip(self.segments, self.values, strict=True):
             value.grad = segment.grad.view(value.shape)
-
-    def square_norm(self) -> Tensor:
-        """Sum of squares of the owned gradients that this rank counts: summed over the world it covers the model once."""
-        return square_norm(self.model, self.segments)
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients."""

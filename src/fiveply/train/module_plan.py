@@ -59,14 +59,14 @@ def choose(
     if rows:
         try:
             for layout in _layouts(ranks, len(stages)):
-                _, size = _micro_batches(layout, rows)
+                _, size = micro_batches(layout, rows)
                 if size not in seen:
                     seen[size] = _seen(module, loss, stages, batch, size, one.price)
         except Exception as error:  # whatever a module does that needs values
             seen, unknown = {}, " ".join(str(error).split())[:120] or type(error).__name__
     found: list[tuple[float, float, Layout]] = []
     for layout in _layouts(ranks, len(stages) if seen and stages and _can_be_cut(module, stages) else 0):
-        count, size = _micro_batches(layout, rows)
+        count, size = micro_batches(layout, rows)
         found.append((*one.of(layout, count, seen.get(size)), layout))
     room = one.machine.memory_bytes * (SEEN if seen else UNSEEN)
     fitting = [(seconds, layout) for seconds, held, layout in found if held <= room]
@@ -103,10 +103,12 @@ def _rows(batch: Any) -> int:
     return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 0)
 
 
-def _micro_batches(layout: Layout, rows: int) -> tuple[int, int]:
-    """How many, and rows of one, as a job has them by default."""
+def micro_batches(layout: Layout, rows: int) -> tuple[int, int]:
+    """How many of a global batch, and rows of one: as many on every rank, by the replica with most rows."""
     most = max(1, part(rows, layout.dp, 0)[1])
     count = 1 if layout.pp == 1 else min(2 * layout.pp, most)
+    if layout.micro_batch:
+        count = -(-most // layout.micro_batch)
     return count, -(-most // count)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +28,7 @@ class ModuleRecord:
         self.first_rank = model.mesh.rank == 0
         self._file: metrics.MetricsFile | None = None
         self._last: dict[str, Any] = {}
+        """The last row; what of it is not finite is written as null."""
         metrics.forget_peak_memory()
         self._ranks = model.mesh.gather_objects(metrics.rank_facts(model, metrics.bytes_by_category(model)))
         if self.first_rank:
@@ -65,21 +65,20 @@ class ModuleRecord:
         if not self.first_rank:
             return
         if self._file is None:
-            self._begin(step, rows, micro_batches)
+            self._file = self._begin(step, rows, micro_batches)
         self._last = {
-            "step": step, "loss": _finite(loss), "grad_norm": _finite(norm), "lr": float(optimizer.param_groups[0].get("lr", 0)),
+            "step": step, "loss": float(loss), "grad_norm": norm, "lr": float(optimizer.param_groups[0].get("lr", 0)),
             "tokens_per_second": None, "mfu": None, "seconds": seconds,
         } | ({"memory_bytes": memory} if memory else {})  # fmt: skip
-        assert self._file is not None
         self._file.write(self._last)
 
     def held_out(self, loss: float) -> None:
         """The loss of an evaluation, beside the last step's row."""
-        if self._file is not None and self._last:
-            self._last |= {"held_out_loss": _finite(loss)}
+        if self._file is not None:
+            self._last |= {"held_out_loss": float(loss)}
             self._file.write(self._last)
 
-    def _begin(self, step: int, rows: int, micro_batches: int) -> None:
+    def _begin(self, step: int, rows: int, micro_batches: int) -> metrics.MetricsFile:
         layout = self.model.layout
         run = RunSpec(
             name=self.directory.name, folder=str(self.directory.parent), seed=self.seed, layout=str(layout),
@@ -95,13 +94,9 @@ class ModuleRecord:
             "ranks": self._ranks, "own_module": True,
         }  # fmt: skip
         metrics.write_facts(self.directory / "facts.json", layout, step - 1, micro_batches, own)
-        self._file = metrics.MetricsFile(self.directory / "metrics.jsonl", step - 1)
+        return metrics.MetricsFile(self.directory / "metrics.jsonl", step - 1)
 
 
 def note(text: str) -> None:
     """Tell the user."""
     print(f"fiveply: {text}", file=sys.stderr)
-
-
-def _finite(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None

@@ -6,6 +6,7 @@ single number for each parameter, such as Adam's step.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +29,10 @@ def gathered(
     model: ParallelModule, optimizer: ModuleOptimizer, kind: Literal["values", "gradients"]
 ) -> dict[str, Tensor]:
     """Whole tensors by name on every rank, buffers among the values. Collective."""
-    flats = ((s, s.value if kind == "values" else s.grad) for s in optimizer.segments if _whole(model, s))
-    own = [(s.placed, s.low, flat.detach().cpu().clone()) for s, flat in flats]
+    own = optimizer.pieces(kind)
     if kind == "values":
         own += [(model.placed[piece.name], 0, piece.tensor.cpu().flatten()) for piece in _constants(model)]
     return assembled(piece for rank in model.mesh.gather_objects(own) for piece in rank)
-
-
-def _whole(model: ParallelModule, segment: Segment) -> bool:
-    """Whether this rank speaks for the segment: every element of the module is spoken for once in the world."""
-    return segment.placed.counted and model.mesh.at.replica == 0
 
 
 def _constants(model: ParallelModule) -> Iterator[Slice]:
@@ -63,20 +58,14 @@ def _plain(x: Any) -> bool:
 def _slices(model: ParallelModule, optimizer: ModuleOptimizer) -> Iterator[Slice]:
     yield from _constants(model)
     for segment in optimizer.segments:
-        if _whole(model, segment):
-            yield from _slices_of(segment, segment.value.detach(), "")
+        if model.mesh.speaks_for(segment.placed):
+            yield from slices_of(segment.placed, segment.low, segment.value.detach().cpu())
     for key, segment, values in optimizer.state():
-        if not _whole(model, segment):
-            continue
-        if values.dim():
-            yield from _slices_of(segment, values, f"{PREFIX}{key}.")
-        elif segment.low == 0 and not any(segment.placed.start):
-            yield Slice(f"{PREFIX}{key}.{segment.placed.name}", (), (), values)
-
-
-def _slices_of(segment: Segment, values: Tensor, prefix: str) -> list[Slice]:
-    placed = segment.placed
-    return slices_of(None, placed.parameter, placed.start, placed.size, segment.low, values.cpu(), prefix)
+        placed = segment.placed
+        if values.dim() and model.mesh.speaks_for(placed):
+            yield from slices_of(placed, segment.low, values.cpu(), f"{PREFIX}{key}.")
+        elif model.mesh.speaks_for(placed) and segment.low == 0 and not any(placed.start):
+            yield Slice(f"{PREFIX}{key}.{placed.name}", (), (), values)
 
 
 def load(checkpoint: store.Checkpoint, model: ParallelModule, optimizer: ModuleOptimizer) -> tuple[int, int]:
@@ -99,9 +88,8 @@ def load(checkpoint: store.Checkpoint, model: ParallelModule, optimizer: ModuleO
     numbers = set(checkpoint.state.get("numbers", ()))
 
     def flat(segment: Segment, name: str) -> Tensor:
-        placed = segment.placed
-        return read_flat(lambda start, size: checkpoint.read_stored(name, start, size), placed.start, placed.size,
-                         segment.low, segment.high).to(model.device)  # fmt: skip
+        read = functools.partial(checkpoint.read_stored, name)
+        return read_flat(read, segment.placed, segment.low, segment.high).to(model.device)
 
     def held(segment: Segment) -> dict[str, Any]:
         state: dict[str, Any] = {}

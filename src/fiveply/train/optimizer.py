@@ -7,7 +7,8 @@ knows how. The norm counts every element of the model once: by the placement tab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,17 +16,39 @@ from torch import Tensor
 from fiveply.parallel.data_parallel import Segment
 from fiveply.parallel.parallelize import ParallelModel
 from fiveply.parallel.pipeline_parallel import Model
+from fiveply.spec.placement import Placed
 from fiveply.spec.run import Optimizer
 
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
-class SegmentOptimizer:
-    """`torch.optim` over this rank's segments, and the sums that clipping needs."""
+class Segments:
+    """What this rank updates of a model."""
+
+    def __init__(self, model: Model) -> None:
+        self.segments, self.mesh = [segment for unit in model.units for segment in unit.segments()], model.mesh
+        self._counts = model.mesh.at.replica == 0 or not model.reducer.average
+        self._device = model.device
+
+    def square_norm(self) -> Tensor:
+        """Sum of squares of the owned gradients that this rank counts, float64: summed over the world it covers the model once."""
+        grads = [segment.grad for segment in self.segments if self._counts and segment.placed.counted]
+        if not grads:
+            return torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.stack(torch._foreach_norm(grads)).double().square().sum()
+
+    def pieces(self, kind: Literal["values", "gradients"]) -> list[tuple[Placed, int, Tensor]]:
+        """What `slices.assembled` takes of those that this rank speaks for: copies, since a view travels with all that it views."""
+        return [(each.placed, each.low, (each.value if kind == "values" else each.grad).detach().cpu().clone())
+                for each in self.segments if self.mesh.speaks_for(each.placed)]  # fmt: skip
+
+
+class SegmentOptimizer(Segments):
+    """`torch.optim` over this rank's segments."""
 
     def __init__(self, model: ParallelModel, spec: Optimizer) -> None:
+        super().__init__(model)
         self.model, self.spec = model, spec
-        self.segments = [segment for unit in model.units for segment in unit.segments()]
         self._values = [segment.value.detach().requires_grad_() for segment in self.segments]
         decayed: list[Tensor] = []
         plain: list[Tensor] = []
@@ -37,10 +60,6 @@ class SegmentOptimizer:
             self.torch = torch.optim.SGD(groups, lr=spec.lr)
         else:
             self.torch = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
-
-    def square_norm(self) -> Tensor:
-        """Sum of squares of the owned gradients that this rank counts: summed over the world it covers the model once."""
-        return square_norm(self.model, self.segments)
 
     def step(self, scale: float, rate: float) -> None:
         """Multiply the gradients by `scale` (1 / target tokens, and clipping), then update at learning rate `rate`."""
@@ -79,15 +98,6 @@ class SegmentOptimizer:
             if self.spec.name == "adamw":
                 self.torch.state[value]["step"] = torch.tensor(float(steps))
         self.model.updated()
-
-
-def square_norm(model: Model, segments: Sequence[Segment]) -> Tensor:
-    """Sum of squares of the gradients of `segments` that this rank counts, float64 on the model's device."""
-    counts = model.mesh.at.replica == 0 or not model.reducer.average
-    grads = [segment.grad for segment in segments if counts and segment.placed.counted]
-    if not grads:
-        return torch.zeros((), dtype=torch.float64, device=model.device)
-    return torch.stack(torch._foreach_norm(grads)).double().square().sum()
 
 
 def learning_rate(spec: Optimizer, step: int, steps: int) -> float:

@@ -8,6 +8,7 @@ A run's directory:
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -123,9 +124,9 @@ class _Trainer:
         if self.first_rank:
             self.progress.show(layout_table(msgspec.json.decode((self.directory / "facts.json").read_bytes())))
             schedule_picture(self.job.executor.schedule, Console(stderr=True))
-        for note in self.ready.notes if self.first_rank else ():
+        for note in self.ready.notes:
             self.progress.note(note)
-        if self.first_rank and self.mesh.groups.fell_back:
+        if self.mesh.groups.fell_back:
             self.progress.note(
                 f"ranks talk through gloo, which is slower than shared memory: {self.mesh.groups.fell_back}"
             )
@@ -145,8 +146,7 @@ class _Trainer:
                 self._save()
         self.observer.close()
         self._save()
-        if self.first_rank:
-            self.progress.note(self._farewell(ended))
+        self.progress.note(self._farewell(ended))
         return self._result(ended)
 
     def _step(self) -> bool:
@@ -230,12 +230,8 @@ class _Trainer:
 
     def _slices(self) -> Iterator[Slice]:
         for name, segment, values in self.job.optimizer.state():
-            if self.job.whole(segment):
-                placed = segment.placed
-                prefix = "" if name == "master" else f"optimizer.{name}."
-                yield from slices_of(
-                    self.ready.spec, placed.parameter, placed.start, placed.size, segment.low, values.cpu(), prefix
-                )
+            if self.mesh.speaks_for(segment.placed):
+                yield from slices_of(segment.placed, segment.low, values.cpu(), _prefix(name), self.ready.spec)
 
     def _restore(self, checkpoint: store.Checkpoint) -> None:
         self.done = checkpoint.state["step"]
@@ -243,12 +239,8 @@ class _Trainer:
             setattr(self, key, checkpoint.state[key])
 
         def read(name: str, segment: Segment) -> torch.Tensor:
-            prefix = "" if name == "master" else f"optimizer.{name}."
-            placed = segment.placed
-            return read_flat(
-                lambda start, size: checkpoint.read(placed.name, start, size, prefix=prefix),
-                placed.start, placed.size, segment.low, segment.high,
-            )  # fmt: skip
+            read_slice = functools.partial(checkpoint.read, segment.placed.name, prefix=_prefix(name))
+            return read_flat(read_slice, segment.placed, segment.low, segment.high)
 
         self.job.optimizer.load(self.done, read)
 
@@ -308,6 +300,11 @@ class _Trainer:
             "ended": ended,
             "best": self.best or None,
         }
+
+
+def _prefix(state: str) -> str:
+    """Of a kind of the optimiser's state in a checkpoint, where the values that it updates are the parameters."""
+    return "" if state == "master" else f"optimizer.{state}."
 
 
 def due(every: int, step: int) -> bool:

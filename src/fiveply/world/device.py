@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import timeit
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,14 +43,14 @@ def find() -> Devices:
     cores = _cores()
     if count := torch.cuda.device_count():
         return Devices("cuda", count, *_gpu(), cores)
-    memory, tiles = _host_memory() // cores, "amx_bf16" in _read("/proc/cpuinfo").split()
+    memory, tiles = _host_memory() // cores, "amx_bf16" in read("/proc/cpuinfo").split()
     return Devices("cpu", cores, _processor(), memory, _bf16_beats_float32(), cores, _mkl_held_back(), tiles)
 
 
 def _cores() -> int:
     logical = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = {_read(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") or str(i) for i in logical}
-    quota = _read("/sys/fs/cgroup/cpu.max").split()  # "200000 100000": two cores' worth of time; "max": no limit
+    siblings = {read(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") or str(i) for i in logical}
+    quota = read("/sys/fs/cgroup/cpu.max").split()  # "200000 100000": two cores' worth of time; "max": no limit
     allowed = int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0] != "max" else float("inf")
     return max(1, int(min(len(siblings), allowed)))
 
@@ -68,19 +69,19 @@ def _gpu() -> tuple[str, int, bool]:
 
 
 def _processor() -> str:
-    names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    names = [line for line in read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     return names[0].partition(":")[2].strip() if names else os.uname().machine
 
 
 def _host_memory() -> int:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _read("/sys/fs/cgroup/memory.max")
+    limit = read("/sys/fs/cgroup/memory.max")
     return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def _bf16_beats_float32() -> bool:
     """A processor without bfloat16 instructions ran it 16 times slower than float32: look, then time one product."""
-    if sys.platform == "linux" and not {"avx512_bf16", "amx_bf16", "bf16"} & set(_read("/proc/cpuinfo").split()):
+    if sys.platform == "linux" and not {"avx512_bf16", "amx_bf16", "bf16"} & set(read("/proc/cpuinfo").split()):
         return False
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that no pool of threads exists when ranks are forked
@@ -92,7 +93,7 @@ def _bf16_beats_float32() -> bool:
 
 def _mkl_held_back() -> bool:
     """MKL keeps its AVX-512 kernels to Intel's processors (228 against 510 GFLOP/s on two cores of an EPYC)."""
-    words = set(_read("/proc/cpuinfo").split())
+    words = set(read("/proc/cpuinfo").split())
     return "avx512f" in words and "GenuineIntel" not in words and torch.backends.mkldnn.is_available()
 
 
@@ -101,8 +102,8 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(timeit.repeat(lambda: square @ square, number=1, repeat=4))  # the first also picks the kernel
 
 
-def _read(path: str) -> str:
-    try:
+def read(path: str) -> str:
+    """What the system says in a file; empty where it has none such."""
+    with suppress(OSError):
         return Path(path).read_text().strip()
-    except OSError:
-        return ""
+    return ""

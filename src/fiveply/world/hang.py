@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -22,7 +23,7 @@ class Hello(msgspec.Struct, frozen=True):
     """What a rank says of itself once. `board`: (machine, process, file descriptor) under which its board can be read."""
 
     place: str
-    axes: list[tuple[str, list[int]]]
+    axes: list[tuple[str, tuple[int, ...]]]
     stages: dict[int, str]
     board: tuple[str, int, int] | None = None
 
@@ -54,17 +55,16 @@ class Position:
         return OPERATIONS[self.board[Field.OPERATION]]
 
     @property
-    def axis(self) -> tuple[str, list[int]]:
+    def axis(self) -> tuple[str, tuple[int, ...]]:
         return self.hello.axes[self.board[Field.AXIS]]
 
     @property
     def number(self) -> int:
         return self.board[Field.NUMBER]
 
-    def issued(self, axis: tuple[str, list[int]]) -> int:
+    def issued(self, axis: tuple[str, tuple[int, ...]]) -> int:
         """Calls started over an axis; 0 where the rank has none such."""
-        places = [place for place, other in enumerate(self.hello.axes) if (other[0], list(other[1])) == axis]
-        return self.board[Field.ISSUED + places[0]] if places else 0
+        return self.board[Field.ISSUED + self.hello.axes.index(axis)] if axis in self.hello.axes else 0
 
     @property
     def doing(self) -> str:
@@ -158,23 +158,22 @@ def _awaited(p: Position, positions: Mapping[int, Position]) -> list[int]:
     """Ranks without which the call that `p` waits for can't end."""
     if p.operation in ("send", "receive"):
         return [p.board[Field.PEER]]
-    axis = (p.axis[0], list(p.axis[1]))
     return [
         rank
-        for rank in axis[1]
+        for rank in p.axis[1]
         if rank != p.rank and (other := positions.get(rank)) is not None
-        and (other.left or other.issued(axis) < p.number)
+        and (other.left or other.issued(p.axis) < p.number)
     ]  # fmt: skip
 
 
 def _disagreements(waiting: list[Position]) -> list[tuple[tuple[int, int], str]]:
     """Pairs of ranks that wait in one call of one axis, but make another operation of it, or another size."""
     found: list[tuple[tuple[int, int], str]] = []
-    first: dict[tuple[str, tuple[int, ...], int], Position] = {}
+    first: dict[Any, Position] = {}
     for p in waiting:
         if p.operation in ("send", "receive"):
             continue
-        a = first.setdefault((p.axis[0], tuple(p.axis[1]), p.number), p)
+        a = first.setdefault((p.axis, p.number), p)
         if (a.operation, a.board[Field.BYTES]) != (p.operation, p.board[Field.BYTES]):
             text = f"{a.name} and {p.name} do not make the same call: {a.call}, and {p.call}"
             found.append(((a.rank, p.rank), text))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fiveply.spec.architecture import ModelSpec
 from fiveply.spec.errors import RunError
 from fiveply.spec.layout import Coordinates, Layout
+from fiveply.spec.placement import Placed
 from fiveply.world import shm_backend
 from fiveply.world.collectives import Axis
 from fiveply.world.recorder import Recorder
@@ -141,6 +142,10 @@ class Mesh:
         """`dp 0, pp 1`: this rank's coordinates along the axes that have more than one rank."""
         degrees = {"dp": self.layout.dp, "tp": self.layout.tp, "pp": self.layout.pp}
         return ", ".join(f"{axis} {getattr(self.at, axis)}" for axis, degree in degrees.items() if degree > 1)
+
+    def speaks_for(self, placed: Placed) -> bool:
+        """Whether this rank does, of all that hold the same: every element of a model is spoken for once in the world."""
+        return placed.counted and self.at.replica == 0
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Each rank's small Python value, in rank order, on every rank of the world. Collective."""

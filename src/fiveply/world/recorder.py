@@ -17,7 +17,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +25,7 @@ from torch.autograd import profiler
 from torch.profiler import record_function
 
 from fiveply.timeline import Event
+from fiveply.world.device import read
 
 KINDS = (
     "", "step", "data", "forward", "backward", "input", "weight", "send_forward", "receive_forward", "send_backward",
@@ -184,7 +184,7 @@ class Recorder:
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
         self.current: Span | None = None
-        self.axes: list[tuple[str, list[int]]] = []
+        self.axes: list[tuple[str, tuple[int, ...]]] = []
         self.stages: dict[int, str] = {}
         self.recording: _Recording | None = None
         self.board: memoryview[int] = memoryview(bytearray(BOARD_BYTES)).cast("q")
@@ -201,9 +201,10 @@ class Recorder:
 
     def add_axis(self, name: str, ranks: list[int]) -> int:
         """Its place; an axis met again, as in a second mesh, keeps its own."""
-        if (name, ranks) not in self.axes:
-            self.axes.append((name, ranks))
-        return self.axes.index((name, ranks))
+        axis = name, tuple(ranks)
+        if axis not in self.axes:
+            self.axes.append(axis)
+        return self.axes.index(axis)
 
     def move_to(self, memory: memoryview[int]) -> None:
         """Write to this board from here on."""
@@ -214,9 +215,10 @@ class Recorder:
         """`with recorder.span("optimizer"):`; kinds are `timeline.Event`'s."""
         return Span(self, kind, chunk, micro_batch, stage, peer)
 
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device) -> _Recording:
         """Record from here on."""
         self.recording = _Recording(device)
+        return self.recording
 
     def stop(self) -> list[Event]:
         """Events since `start`, in seconds of `time.perf_counter`, which is one clock for all processes of a machine."""
@@ -301,7 +303,4 @@ def aligned(clocks: Sequence[tuple[str, float]]) -> list[float]:
 
 def machine() -> str:
     """Names the running kernel: its processes share a clock, and can look at each other."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return platform.node()
+    return read("/proc/sys/kernel/random/boot_id") or platform.node()

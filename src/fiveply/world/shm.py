@@ -27,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fiveply.world import compiled
+from fiveply.world.device import read
 
 KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "broadcast", "reduce", "gather", "scatter", "all-to-all", "barrier",
@@ -105,15 +106,12 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 def _born(pid: int) -> str:
     """When a process started, in ticks, which tells it from a later one of the same number; empty for a dead one."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return "" if not fields or fields[0] in "ZX" else fields[19]
 
 
 def _host() -> str:
-    return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return f"{socket.gethostname()} {read('/proc/sys/kernel/random/boot_id')}"
 
 
 class Operation:

@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fiveply.world import process as own
+from fiveply.world.device import read
 from fiveply.world.hang import Hello, Position, Verdict, judge
 from fiveply.world.recorder import BOARD_BYTES, Field, Recorder, machine
 
@@ -112,11 +113,17 @@ class Watchdog:
         """Say what this rank holds: again where that has grown."""
         self._store.set(f"hello {self.rank}", msgspec.json.encode(self._hello).decode())
 
-    def _watch(self) -> None:
-        before, moves = time.monotonic(), -1
+    def _ticks(self) -> Iterator[float]:
+        """Once a period, the seconds that passed; of time in which this process was stopped itself, a period."""
+        before = time.monotonic()
         while not self._over.wait(self._period):
             now = time.monotonic()
             passed, before = min(now - before, 2 * self._period), now
+            yield passed
+
+    def _watch(self) -> None:
+        moves = -1
+        for passed in self._ticks():
             if self.recorder.board[0] != moves:
                 moves, self._still = self.recorder.board[0], 0.0
                 self._beats.clear()
@@ -130,10 +137,8 @@ class Watchdog:
 
     def _watch_the_store(self) -> None:
         """The store can stand in a rank that is stopped, and asking it has no time-out that holds in every case."""
-        before, seen, still = time.monotonic(), (-1, -1), 0.0
-        while not self._over.wait(self._period):
-            now = time.monotonic()
-            passed, before = min(now - before, 2 * self._period), now
+        seen, still = (-1, -1), 0.0
+        for passed in self._ticks():
             stands = seen == (self._rounds, self.recorder.board[0]) and self.recorder.board[Field.OPERATION]
             still = still + passed if stands else 0.0
             seen = self._rounds, self.recorder.board[0]
@@ -226,10 +231,6 @@ def _state_of(hello: Hello) -> str:
     """What Linux says of a process of this host."""
     if hello.board is None or hello.board[0] != machine():
         return ""
-    try:
-        state = Path(f"/proc/{hello.board[1]}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "its process is gone"
-    return {"T": "its process is stopped", "t": "a debugger holds it", "Z": "its process is dead", "D": "it waits for a disk"}.get(
-        state, ""
-    )  # fmt: skip
+    states = {"": "its process is gone", "T": "its process is stopped", "t": "a debugger holds it", "Z": "its process is dead",
+              "D": "it waits for a disk"}  # fmt: skip
+    return states.get(read(f"/proc/{hello.board[1]}/stat").rpartition(")")[2].strip()[:1], "")

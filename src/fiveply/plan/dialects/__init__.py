@@ -93,13 +93,6 @@ def load(system: str) -> Dialect:
     return msgspec.toml.decode(resources.files(__name__).joinpath(f"{system}.toml").read_bytes(), type=Dialect)
 
 
-class Emitted(NamedTuple):
-    """`text` is a command, or the contents of a configuration file; `comments` what a person should know beside it."""
-
-    text: str
-    comments: tuple[str, ...]
-
-
 def choices(system: str) -> dict[str, tuple[Any, ...]]:
     """The values of a layout's keys that the system has, of those keys where it has not all (of `sp`, where tp is above 1)."""
     dialect = load(system)
@@ -107,17 +100,17 @@ def choices(system: str) -> dict[str, tuple[Any, ...]]:
     return {key: among.values for key, among in dialect.among.items()} | ({"sp": (0,)} if whole else {})
 
 
-def emit(system: str, facts: Facts) -> Emitted:
-    """A layout in `system`'s words, by its facts (`facts.facts_of`). Raises InputError, with the reason, for what the system has
-    not."""
+def emit(system: str, facts: Facts) -> tuple[str, list[str]]:
+    """A layout in `system`'s words, by its facts (`facts.facts_of`): a command, or the contents of a configuration file; and
+    comments, what a person should know beside it. Raises InputError, with the reason, for what the system has not."""
     dialect = load(system)
     check(dialect, facts)
-    comments = tuple(one.text.format_map(facts) for one in dialect.comment if holds(one.when, facts))
+    comments = [one.text.format_map(facts) for one in dialect.comment if holds(one.when, facts)]
     if dialect.form == "json":
         text = msgspec.json.format(msgspec.json.encode(_nested(dialect, facts)), indent=2).decode()
     else:
         text = " \\\n  ".join(_command(dialect, facts))
-    return Emitted(f"{text}\n", comments)
+    return f"{text}\n", comments
 
 
 def check(dialect: Dialect, facts: Facts) -> None:
