@@ -105,7 +105,7 @@ inline void one_by_two(const bfloat16* a, int64_t x_stride, const W* w, int64_t 
   _tile_stored(1, sums + TALL * PANEL, 64);
 }
 
-// On each thread of a team, as `product`. `scales`: columns' worth of numbers behind a panel. `inner`: a multiple of DEPTH.
+// On each thread of a team, as `multiply`. `scales`: columns' worth of numbers behind a panel. `inner`: a multiple of DEPTH.
 template <class W, class Y, int scales>
 void by_tiles(const bfloat16* x, const W* w, Y* y, int64_t rows, int64_t inner, int64_t outer, int64_t x_stride) {
   const int64_t panels = (outer + PANEL - 1) / PANEL, panel = (inner + scales) * PANEL, tall = std::min(rows, TALL);
