@@ -8,12 +8,19 @@ requests a second as 8 clients got answered, a line for each of the two: request
 tokens a second, and the medians of the time to the first token and of the time per token after it:
 
               load  asked by     answered  failed  tokens/s  to first, ms  each, ms
-         1 clients  bench serve         8       0      11.5        1084.3      53.79
-         1 clients  guidellm            8       0      13.0        1144.8      53.74
+         1 clients  bench serve         8       0      47.3          58.6      20.33
+         1 clients  guidellm            8       0      45.3          53.2      20.26
+         4 clients  bench serve        16       0     147.7         223.8      23.13
+         4 clients  guidellm           16       0     135.2         231.2      23.55
+         8 clients  bench serve        32       0     242.7         426.9      25.16
+         8 clients  guidellm           32       0     224.8         427.9      26.00
+     15.2 a second  bench serve        24      24     223.3        1817.6      29.22
+     15.2 a second  guidellm           16      32     197.0         689.7      31.39
 
-(64 tokens in and out, two cores of an AMD EPYC that others used too, 26 November 2026, guidellm 0.8.1.) The times
-of one agree with the other's; tokens a second differ by what else ran meanwhile. Of a first token's time `bench serve` counts
-the connection too, which it opens for each request. guidellm took a fifth to a third of a core, `bench serve` next to nothing.
+(64 tokens in and out, --rounds 3, two cores of an Intel Xeon with nothing else running, 27 November 2026, guidellm 0.8.1.) The times
+of one agree with the other's within 3%, but for a first token alone (9%), of which `bench serve` counts the connection too, which it
+opens for each request. At four times what the server can do each round has room for other requests, so the two differ by whom
+it refused. guidellm took a fifth to a third of a core, `bench serve` next to nothing.
 """
 
 from __future__ import annotations
