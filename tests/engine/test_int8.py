@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from greedy_service import greedy
-from lone_stage import CPU, logits, lone_stage
-from random_models import greedy_by_transformers, ragged, same_where_clear, save_random, with_rounded_weights
+from lone_stage import CPU
+from random_models import save_random
+from rounded_models import greedy_agree, logits_apart
 from torch import Tensor
 
-from fiveply import service
 from fiveply.engine import int8, kernels
 from fiveply.engine.int8 import Int8Products
 
@@ -84,12 +83,9 @@ def test_ranks_that_share_a_row_round_it_as_one_rank_does() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "smollm", "gpt2"])
 def test_logits_are_those_of_rounded_weights(family: str, tmp_path: Path) -> None:
     model = save_random(family, tmp_path / "hf")
-    (tokens,) = ragged(model.config.vocab_size, [50])
-    ours = logits(lone_stage(tmp_path / "hf", torch.float32, "int8"), tokens, [40, *[1] * 10])
-    plain = model(torch.tensor([tokens])).logits[0]
-    wanted = with_rounded_weights(model, rounded)(torch.tensor([tokens])).logits[0]
-    assert (ours - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert (ours - plain).abs().max() > 1e-3 * wanted.abs().max()  # else they were not rounded
+    from_rounded, from_plain = logits_apart(model, "int8", rounded)
+    assert from_rounded < 1e-5
+    assert from_plain > 1e-3  # else they were not rounded
 
 
 @pytest.mark.parametrize(
@@ -97,10 +93,4 @@ def test_logits_are_those_of_rounded_weights(family: str, tmp_path: Path) -> Non
 )
 def test_greedy_tokens_are_the_same_at_every_layout(family: str, layout: str, tmp_path: Path) -> None:
     model = save_random(family, tmp_path / "hf")
-    prompts = ragged(model.config.vocab_size)
-
-    served = service.Served.load(model.name_or_path, layout, "float32", quantize="int8")
-    told = greedy(served, prompts, 10)
-    model = with_rounded_weights(model, rounded)
-    for prompt, tokens in zip(prompts, told, strict=True):
-        assert same_where_clear(tokens, greedy_by_transformers(model, prompt, 10), prompt, model)
+    assert all(greedy_agree(model, "int8", layout, rounded))

@@ -27,9 +27,8 @@ from fiveply.serve.messages import BLOCK
 
 MET = 3  # how often a bucket is met before it is recorded, that time included
 FEWEST_BLOCKS = 8  # of a table
-LARGEST = (
-    1 << 12
-)  # blocks of all tables together: beyond, attention takes longer than starting operations, and padding costs more
+# Blocks of all tables together: beyond, attention takes longer than starting operations, and padding costs more.
+LARGEST = 1 << 12
 Step = Callable[[], Tensor]
 Record = Callable[[Step], Step]
 """Makes of a step, which reads and writes tensors that stay where they are, one that does the same with what stands there then."""
@@ -121,9 +120,8 @@ class _Bucket:
         self._input[: len(input_T)] = input_T
         if self._step is None:
             self._step = record(self._forward)
-        return self._step()[
-            : len(input_T)
-        ].clone()  # it may be on its way to the next stage when the buffer is written again
+        out_RD = self._step()
+        return out_RD[: len(input_T)].clone()  # it may be on its way to the next stage when the buffer is written again
 
     def _forward(self) -> Tensor:
         """The decoder's, with frequencies that are on the device already. (R, D)"""

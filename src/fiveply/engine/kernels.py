@@ -59,16 +59,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "attend": [ctypes.POINTER(Shape), ctypes.POINTER(Step), *[_pointer] * 6],
     "pack": [_pointer, _pointer, _i64, _i64],
     "product": [_pointer, _pointer, _pointer, _i64, _i64, _i64, _i64],
-    "parts": [
-        ctypes.POINTER(Model),
-        ctypes.POINTER(Block),
-        _i64,
-        _i64,
-        ctypes.POINTER(Step),
-        *[_pointer] * 5,
-        ctypes.POINTER(CompiledSum),
-    ],
-}
+    "parts": [ctypes.POINTER(Model), ctypes.POINTER(Block), _i64, _i64, ctypes.POINTER(Step), *[_pointer] * 5,
+              ctypes.POINTER(CompiledSum)],
+}  # fmt: skip
 
 
 @lru_cache
